@@ -20,7 +20,7 @@ from .configs import Fields, changed_fields, parse_policy
 from .problems import Problems, Prompt, held_out
 from .recording import Recording, answer_of
 from .results import label, wilson
-from .text import TokenTexts
+from .text import Encoder, TokenTexts
 
 Output = TypeVar("Output", bound=dx.DecodeOutput)
 
@@ -257,7 +257,7 @@ def evaluate_drafter(
 def _to_the_end(
     decode: Callable[[list[list[int]]], Output],
     problems: Problems,
-    encode: Callable[[str], list[int]],
+    encode: Encoder,
     batch: int,
     tokenizer: Any,
     answers: list[Answer] | None,
@@ -359,12 +359,10 @@ def _record(
         if each.number < RECORDED:
             expected = each.prompt.answer
             note = "right" if problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
-            recording.add(each.prompt.text, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
+            recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
 
 
-def _batches(
-    problems: Problems, encode: Callable[[str], list[int]], batch: int
-) -> Iterator[Sequence[Encoded]]:
+def _batches(problems: Problems, encode: Encoder, batch: int) -> Iterator[Sequence[Encoded]]:
     """At most `batch` problems at a time, those of like lengths together."""
     asked = [Encoded(number, prompt, encode(prompt.text)) for number, prompt in enumerate(problems.prompts)]
     asked.sort(key=lambda each: len(each.ids))

@@ -90,7 +90,7 @@ def prompts(argument: str, file: str | Path) -> list[str]:
         if line.lstrip().startswith(("{", "[{")):
             row = json_object(argument, file, number, line)
             if not isinstance(row.get("prompt"), str):
-                raise ValueError(f'{argument}: {file}:{number} has no text "prompt"')
+                raise ValueError(f'{argument}: {file}:{number} has no text "prompt", only {sorted(row)}')
             line = row["prompt"]
         texts.append(line)
     return texts

@@ -17,23 +17,31 @@ from dparallel_ext.models.files import as_path
 
 from . import files, registry
 from .checkers import Checker, checker_of
+from .text import Message
 from .toy import tasks
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text, and the reference that the checker compares with."""
+    """A prompt as text or as the messages of a chat, and the reference that the checker compares with."""
 
-    text: str
+    text: str | list[Message]
     answer: str
+
+    @property
+    def shown(self) -> str:
+        """The prompt as text: of messages their JSON."""
+        return self.text if isinstance(self.text, str) else json.dumps(self.text, ensure_ascii=False)
 
 
 def read_prompts(
-    source: str | Path, prompt_field: str = "prompt", answer_field: str = "answer"
+    source: str | Path, prompt_field: str = "prompt", answer_field: str | None = "answer"
 ) -> list[Prompt]:
     """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
 
-    A prompt is a text; an answer is a text or a number. Raises FileNotFoundError, or ValueError naming the
+    A prompt is a text, or a list of chat messages, {"role": ..., "content": ...}: those in front of the
+    assistant's last are the prompt. An answer is a text or a number, or a list of messages whose last is the
+    assistant's. `answer_field` None: there are no answers. Raises FileNotFoundError, or ValueError naming the
     line and the field that is missing or of another type, or a file without prompts.
     """
     source = str(as_path("data", source, "a JSONL or Parquet file, or builtin:N"))
@@ -53,18 +61,54 @@ def read_prompts(
         raise FileNotFoundError(f"data: {there}")
     prompts = []
     for number, row in files.rows("data", file):
-        for name, kinds in ((prompt_field, (str,)), (answer_field, (str, int, float))):
-            if name not in row:
-                raise ValueError(f"data: {file}:{number} has no field {name!r}, only {sorted(row)}")
-            if not isinstance(row[name], kinds) or isinstance(row[name], bool):
+        place = f"data: {file}:{number}"
+        for name in (prompt_field, answer_field):
+            if name is not None and name not in row:
                 raise ValueError(
-                    f"data: {file}:{number}: expected {' or '.join(kind.__name__ for kind in kinds)} in "
-                    f"{name!r}, got {row[name]!r:.60}"
+                    f"{place} has no field {name!r}, only {sorted(row)}; --prompt-field and --answer-field "
+                    "name others"
                 )
-        prompts.append(Prompt(row[prompt_field], str(row[answer_field])))
+        answer = "" if answer_field is None else _answer(place, answer_field, row[answer_field])
+        prompts.append(Prompt(_prompt(place, prompt_field, row[prompt_field]), answer))
     if not prompts:
         raise ValueError(f"data: {file} holds no prompts")
     return prompts
+
+
+def _prompt(place: str, field: str, value: Any) -> str | list[Message]:
+    """The prompt in a field: a text, or messages without the assistant's last."""
+    if isinstance(value, str):
+        return value
+    if not _are_messages(value):
+        raise ValueError(f"{place}: expected str or a list of messages in {field!r}, got {value!r:.60}")
+    # Parquet gives each message the fields of all.
+    messages = [{key: part for key, part in each.items() if part is not None} for each in value]
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked:
+        raise ValueError(f"{place}: expected a message of another than the assistant in {field!r}")
+    return asked
+
+
+def _answer(place: str, field: str, value: Any) -> str:
+    """The right answer in a field: a text, a number, or the last of messages."""
+    if _are_messages(value):
+        last = value[-1]
+        if last["role"] != "assistant" or not isinstance(last.get("content"), str):
+            raise ValueError(
+                f"{place}: expected a text of the assistant at the end of {field!r}, got {last!r:.60}"
+            )
+        return str(last["content"])
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"{place}: expected str or int or float in {field!r}, got {value!r:.60}")
+    return str(value)
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,11 @@ def check_positions(name: str, model: models.Model, positions: int) -> None:
 
 def encoder_of(
     name: str, model: models.Model, tokenizer: Any, template: text.Template | None, gen_length: int
-) -> Callable[[str], list[int]]:
+) -> text.Encoder:
     """A function that encodes a prompt, see `text.prompt_encoder`, and then raises as `check_positions`."""
     encode = text.prompt_encoder(tokenizer, template)
 
-    def checked(prompt: str) -> list[int]:
+    def checked(prompt: str | list[text.Message]) -> list[int]:
         ids = encode(prompt)
         check_positions(name, model, len(ids) + gen_length)
         return ids

@@ -208,13 +208,24 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     return of_files
 
 
-def prompt_encoder(tokenizer: Any, template: Template | None) -> Callable[[str], list[int]]:
-    """A function from a prompt to token ids: as the user's message in the chat template, or without one."""
+Encoder = Callable[[str | list[Message]], list[int]]
+"""From a prompt to its token ids."""
 
-    def encode(prompt: str) -> list[int]:
+
+def prompt_encoder(tokenizer: Any, template: Template | None) -> Encoder:
+    """An encoder of prompts: of a text as the user's message in the chat template, or without one; of
+    messages in the template, so that it raises ValueError for them without one."""
+
+    def encode(prompt: str | list[Message]) -> list[int]:
         if template is None:
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    "prompt: expected a text, since no chat template is used (the checkpoint has none, or "
+                    f"--no-chat), got messages {prompt!r:.80}"
+                )
             return list(tokenizer.encode(prompt).ids)
-        text = template([{"role": "user", "content": prompt}])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = template(messages)
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return encode

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import peft
 import pytest
 import run_trainer
+import tokenizers
 import torch
 from conftest import ROOT, golden
-from dparallel import evaluate, registry, results
+from dparallel import evaluate, registry, results, tokenizer
 from dparallel.problems import read_prompts
 from dparallel.toy import study
 from dparallel.training import adapters, distill, trajectories
@@ -254,6 +256,36 @@ def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     for name in expected:  # bfloat16, and Adam turns small differences into steps of the learning rate
         torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=5e-4)
     assert any(not torch.equal(base[name], expected[name]) for name in base)
+
+
+def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):
+    """Of another model, by a warning; in tokens that are another text for this model, by an error."""
+    recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 0, "save_strategy": "no"})
+
+    def record(**settings: Any) -> Path:
+        shutil.copytree(answers, tmp_path / "answers", dirs_exist_ok=True)
+        content = json.loads((answers / "settings.json").read_text()) | settings
+        (tmp_path / "answers" / "settings.json").write_text(json.dumps(content))
+        return tmp_path / "answers"
+
+    rows = trajectories.Trajectories(answers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert distill.mismatch(recipe, rows.settings) is None
+        same = {"model": str(tmp_path / "x" / ".." / "y")}
+        assert distill.mismatch(replace(recipe, model=str(tmp_path / "y")), same) is None
+    bad = replace(recipe, training={**recipe.training, "max_steps": 1}, collator={"total_length": 1})
+    for settings, said in (
+        ({"model": "org/base"}, "those of 'org/base', and the model that learns them is 'builtin:teacher'"),
+        ({"mask_id": 3}, "those of 'builtin:teacher' with mask_id 3, and"),
+    ):
+        with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="total_length"):
+            distill.run(bad, record(**settings), tmp_path / "out", progress=False)
+    vocabulary = tokenizer.load(registry.directory_of("builtin:teacher")).get_vocab()
+    shifted = {word: (id + 1) % len(vocabulary) for word, id in vocabulary.items()}
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(shifted, "[UNK]"))
+    with pytest.raises(ValueError, match=r"answers: .* those of 'builtin:teacher', and 'mine' has"):
+        rows.check_tokenizer("mine", other)
 
 
 def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_path: Path):

@@ -446,3 +446,10 @@ def test_too_few_prompts_are_refused_before_anything_is_written(target: Path, tm
         with pytest.raises(ValueError, match=said):
             run(target, out, settings, data=str(data), evaluate=held)
         assert not out.exists()
+
+
+def test_a_checkpoint_of_ones_own_needs_data(target: Path, tmp_path: Path) -> None:
+    """It would learn from the built-in task's problems without a word."""
+    with pytest.raises(ValueError, match=r"data: expected a file with prompts such as .*target.* got none"):
+        drafters.run(str(target), tmp_path, settings=TINY, progress=False)
+    assert not [*tmp_path.iterdir()]

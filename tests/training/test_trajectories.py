@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from dparallel import checkers, files, registry
 from dparallel.problems import Prompt, read_prompts
+from dparallel.text import prompt_encoder
 from dparallel.toy import tasks
 from dparallel.training import trajectories
 from dparallel.training.trajectories import Collator, Settings, Trajectories
@@ -367,7 +369,7 @@ def test_prompts_of_odd_files(tmp_path: Path):
     (tmp_path / "list.json").write_text(json.dumps([{"prompt": "a", "answer": 1}], indent=1))
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     for name, said in (
-        ("l.parquet", "expected str in 'prompt', got \\['a'\\]"),
+        ("l.parquet", "expected str or a list of messages in 'prompt', got \\['a'\\]"),
         ("none.parquet", "holds no prompts"),
         ("none.jsonl", "holds no prompts"),
         ("list.json", "is not JSON: .*; expected JSON Lines"),
@@ -379,6 +381,63 @@ def test_prompts_of_odd_files(tmp_path: Path):
         read_prompts(str(tmp_path))
     with pytest.raises(ValueError, match="data: expected builtin:N or builtin:N:SEED, got 'builtin:1:2:3'"):
         read_prompts("builtin:1:2:3")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_prompts_that_are_chats(form: str, tmp_path: Path):
+    """What stands in front of the assistant's last message is asked, and that message is the answer."""
+    system, user = {"role": "system", "content": "be brief"}, {"role": "user", "content": "a é"}
+    reply = {"role": "assistant", "content": "7"}
+    chats = [[system, user, reply], [user, reply, user, reply], [user]]
+    file = tmp_path / f"p.{form}"
+
+    def write(chats: list[Any]) -> None:
+        if form == "jsonl":
+            file.write_text("".join(json.dumps({"messages": chat, "answer": "8"}) + "\n" for chat in chats))
+        else:
+            rows = [{"messages": [{"name": None, **each} for each in chat], "answer": "8"} for chat in chats]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+    write(chats)
+    asked = [[system, user], [user, reply, user], [user]]
+    assert read_prompts(str(file), "messages") == [Prompt(chat, "8") for chat in asked]
+    assert read_prompts(str(file), "messages", None) == [Prompt(chat, "") for chat in asked]
+    with pytest.raises(ValueError, match=rf"{file.name}:3: expected a text of the assistant at the end"):
+        read_prompts(str(file), "messages", "messages")
+    with pytest.raises(ValueError, match=r":1 has no field 'prompt', only .*--prompt-field and"):
+        read_prompts(str(file))
+    write(chats[:2])
+    expected = [Prompt(chat, "7") for chat in asked[:2]]
+    assert read_prompts(str(file), "messages", "messages") == expected
+    assert json.loads(expected[0].shown) == [system, user]
+    write([[reply]])
+    with pytest.raises(ValueError, match=r":1: expected a message of another than the assistant"):
+        read_prompts(str(file), "messages")
+    tokenizer = registry.load()[1]
+    encode = prompt_encoder(tokenizer, lambda messages: " ".join(each["content"] for each in messages))
+    turn = {"role": "user", "content": "sam has 4 cups"}
+    assert encode([turn]) == encode("sam has 4 cups") == tokenizer.encode("sam has 4 cups").ids
+    with pytest.raises(ValueError, match="prompt: expected a text, since no chat template is used"):
+        prompt_encoder(tokenizer, None)([turn])
+
+
+def test_chats_are_answered_and_judged(tmp_path: Path):
+    """By the same tokens as their texts; the files hold the messages as JSON."""
+    model = tmp_path / "model"
+    shutil.copytree(registry.directory_of("builtin:teacher"), model)
+    (model / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    texts = read_prompts("builtin:6")
+    chats = [Prompt([{"role": "user", "content": p.text}], p.answer) for p in texts]
+    settings = replace(SMALL, model=str(model))
+    rows = {}
+    for name, prompts in (("texts", texts), ("chats", chats)):
+        trajectories.generate(tmp_path / name, prompts, settings, progress=False)
+        shards = sorted((tmp_path / name).glob("part-*"))
+        rows[name] = [row for shard in shards for row in pyarrow.parquet.read_table(shard).to_pylist()]
+    assert len(rows["chats"]) == len(rows["texts"]) > 3
+    for chat, text in zip(rows["chats"], rows["texts"], strict=True):
+        assert json.loads(chat["prompt"]) == chats[chat["index"]].text
+        assert {**chat, "prompt": text["prompt"]} == text
 
 
 def test_prompts_of_files(tmp_path: Path):
@@ -403,7 +462,9 @@ def test_prompts_of_files(tmp_path: Path):
         assert read_prompts(str(file)) == [Prompt("a\u2028b", "1")]
         with file.open("a") as more:
             more.write(json.dumps({"prompt": prompt, "answer": 1}) + "\n")
-        with pytest.raises(ValueError, match=r"p.jsonl:2: expected str in 'prompt', got (None|\[|3)"):
+        with pytest.raises(
+            ValueError, match=r"p.jsonl:2: expected str or a list .*'prompt', got (None|\[|3)"
+        ):
             read_prompts(str(file))
     file.write_text('{"prompt": "a", "answer": null}')
     with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):

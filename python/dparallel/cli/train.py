@@ -151,8 +151,12 @@ def drafter(
         str, typer.Option(help="dflash, parallelspec, ppd, hidden_transfer or adadecode")
     ] = "dflash",
     data: Annotated[
-        str, typer.Option(help="builtin:N[:SEED], or a JSONL or Parquet file with prompts")
-    ] = "builtin:4000",
+        str | None,
+        typer.Option(
+            help="builtin:N[:SEED], or a JSONL or Parquet file with prompts; default for models that ship: "
+            "builtin:4000"
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="default, as for the numbers below: the kind's own")
     ] = None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
@@ -21,7 +23,7 @@ from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
 
-from .. import files, registry
+from .. import files, registry, tokenizer
 from ..problems import read_prompts
 from . import adapters, trajectories
 
@@ -185,6 +187,22 @@ def _check_record(directory: Path, content: dict[str, Any]) -> None:
         )
 
 
+def mismatch(recipe: Recipe, answers: Mapping[str, Any]) -> str | None:
+    """A sentence, if the trajectories with these settings were answered by another model or mask token."""
+    asked, trained = str(answers.get("model")), recipe.model
+    with contextlib.suppress(OSError, ValueError):  # a name that is no path of this machine
+        if Path(asked).resolve() == Path(trained).resolve():
+            asked = trained
+    masks = answers.get("mask_id"), recipe.mask_id
+    if asked == trained and masks[0] == masks[1]:
+        return None
+    of_answers, of_recipe = ("" if mask is None else f" with mask_id {mask}" for mask in masks)
+    return (
+        f"answers: they are those of {asked!r}{of_answers}, and the model that learns them is "
+        f"{trained!r}{of_recipe}; certainty forcing is meant for a model's own answers"
+    )
+
+
 def run(
     recipe: Recipe,
     answers: str | Path,
@@ -216,6 +234,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"trajectories: {answers} holds no right answer")
+    rows.check_tokenizer(recipe.model, tokenizer.load(source))
+    if other := mismatch(recipe, rows.settings):
+        warnings.warn(other, stacklevel=3)
     total = recipe.collator.get("total_length")
     if total is not None and all(prompt >= whole("total_length", total, 1) for _, prompt, _ in rows.bounds):
         raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")

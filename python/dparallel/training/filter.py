@@ -274,7 +274,8 @@ def run(
     held = hold_out([ids[:length] for ids, length in rows], settings.held_out)
     mask_id = content.get("mask_id")
     loading = registry.Loading(device, registry.dtype_of(content.get("dtype")), mask_id=mask_id)
-    teacher, _ = loaded or loading.load(content["model"])
+    teacher, tokenizer = loaded or loading.load(content["model"])
+    data.check_tokenizer(content["model"], tokenizer)
     teacher = dx.models.for_decoding(teacher)
     records, passes = record(
         teacher,

@@ -13,7 +13,7 @@ import importlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .. import files, registry
 from ..checkers import Checker, checker_of
 from ..configs import parse_policy
 from ..problems import Prompt
-from ..text import Template
+from ..text import Encoder, Template
 from ..toy import tasks
 
 SETTINGS = "settings.json"
@@ -204,7 +204,7 @@ def _generate(
 def _answer(
     model: Any,
     tokenizer: Any,
-    encode: Callable[[str], list[int]],
+    encode: Encoder,
     prompts: list[Prompt],
     config: dx.DecodeConfig,
     batch: int,
@@ -224,7 +224,7 @@ def _answer(
             (
                 at,
                 {
-                    "prompt": prompts[at].text,
+                    "prompt": prompts[at].shown,
                     "prompt_ids": ids,
                     "response": texts[i],
                     "response_ids": responses[i],
@@ -348,6 +348,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         ids: list[Tensor] = []
         steps: list[Tensor] = []
         self.bounds: list[tuple[int, int, int]] = []  # start, prompt's length, whole length
+        self.samples: list[tuple[list[int], str]] = []  # tokens and text of the first responses
         at = 0
         for file, row in ((shard, row) for shard in shards for row in _rows_of_shard(shard)):
             try:
@@ -359,12 +360,23 @@ class Trajectories(Dataset[dict[str, Any]]):
                 raise ValueError(f"trajectories: {file} is damaged: {error!r}") from error
             ids.append(sequence)
             steps.append(step)
+            if len(self.samples) < 16 and isinstance(row.get("response"), str):
+                self.samples.append((row["response_ids"], row["response"]))
             self.bounds.append((at, len(row["prompt_ids"]), len(sequence)))
             at += len(sequence)
         self.ids = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int32)
         self.steps = torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int32)
         lengths = [end - prompt for _, prompt, end in self.bounds]
         self.step_starts = [0, *itertools.accumulate(lengths)]
+
+    def check_tokenizer(self, model: str, tokenizer: Any) -> None:
+        """Raise ValueError if the tokens of the first responses are another text for this model."""
+        for ids, text in self.samples:
+            if (read := tokenizer.decode(ids)) != text:
+                raise ValueError(
+                    f"answers: their tokens are those of {self.settings.get('model')!r}, and {model!r} has "
+                    f"others: it reads {read!r:.80} where the answer is {text!r:.80}"
+                )
 
     def __len__(self) -> int:
         return len(self.bounds)

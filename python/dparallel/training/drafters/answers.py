@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dparallel_ext import models
 
 from ... import files
 from ...problems import Prompt, read_prompts
+from ...text import Encoder
 from ...toy import tasks
 from .. import loop
 from ..filter import hold_out
@@ -30,14 +31,14 @@ SHARD = 512
 
 
 def prompts_of(
-    data: str, prompt_field: str, answer_field: str | None, encode: Callable[[str], list[int]], held: int
+    data: str, prompt_field: str, answer_field: str | None, encode: Encoder, held: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Token ids of the prompts to learn from, and of those held out to test with."""
 
     def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
         return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
 
-    drawn = ids(read_prompts(data, prompt_field, answer_field or prompt_field))
+    drawn = ids(read_prompts(data, prompt_field, answer_field))
     if data.startswith("builtin:"):
         stream = itertools.islice(tasks.problems("held_out"), held)
         return drawn, ids([Prompt(p.prompt, str(p.answer)) for p in stream])

@@ -45,7 +45,7 @@ def settings_of(kind: str, **fields: Any) -> Settings:
 def run(
     target: str,
     out: str | Path,
-    data: str = "builtin:4000",
+    data: str | None = None,
     settings: Settings | None = None,
     *,
     prompt_field: str = "prompt",
@@ -66,7 +66,7 @@ def run(
 
     Args:
         target: an autoregressive model by its name for `registry.load`.
-        data: prompts, see `problems.read_prompts`.
+        data: prompts, see `problems.read_prompts`; default for models that ship: "builtin:4000".
         evaluate: prompts held out to test with: held-out problems of the built-in task, or prompts of the
             file.
         answer_batch: sequences answered at once.
@@ -84,6 +84,13 @@ def run(
         whole(name, value, least)
     whole("answer_batch", answer_batch, 1)
     template = registry.template_of(target, chat) if chat or loaded is None else None
+    if data is None:
+        if not target.startswith("builtin:"):
+            raise ValueError(
+                f"data: expected a file with prompts such as {target} will be asked, got none; only models "
+                "that ship learn from the built-in task by default"
+            )
+        data = "builtin:4000"
     model, tokenizer = loaded or registry.load(target, device=device, dtype=registry.dtype_of(settings.dtype))
     model = causal_model(model)
     encode = prompt_encoder(tokenizer, template)
