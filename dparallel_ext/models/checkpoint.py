@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -168,7 +170,9 @@ def wrap(hf_model: nn.Module) -> Model:
 
     It may be wrapped, see `for_decoding`. PEFT's layers are shared too, so that an adapter that is switched,
     disabled or merged in one is so in both; all are put in evaluation mode. Experts that it holds one by one,
-    as remote code does, are copied. A native model is returned as it is.
+    as remote code does, are copied. A native model is returned as it is. The native model has layers of its
+    own, so hooks on the Hugging Face model's modules, and code that replaces its classes' `forward`, do not
+    run: of these a warning tells.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
@@ -204,7 +208,14 @@ def wrap(hf_model: nn.Module) -> Model:
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
     files.refuse_quantised(content, weights, source)
-    rows = _family(content, source).shape_of(content).embedding_size
+    family = _family(content, source)
+    if changed := [name or "the model" for name in _changed(hf_model, adapted, family.causal)]:
+        warnings.warn(
+            f"{source}: {', '.join(changed[:3])}{', ...' if changed[3:] else ''}: hooks, or a forward of its "
+            "own, which the native model does not run; put hooks on the layers of what models.wrap returns",
+            stacklevel=2,
+        )
+    rows = family.shape_of(content).embedding_size
     ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
     model = _assemble(content, tensors, source, mixed=True)
@@ -228,6 +239,33 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in adapted):
             adapted[name] = module
     return adapted
+
+
+def _changed(model: nn.Module, adapted: Iterable[str], known: bool) -> Iterator[str]:
+    """The names of modules outside of adapters that have hooks or a forward of their own. The libraries' own
+    hooks, which are for gradients, devices and records, do not count.
+
+    known: whether transformers has classes of this family, so that other classes made from them are changed.
+    """
+
+    def home(function: Any) -> str:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
+
+    libraries = ("transformers", "transformers_modules", "accelerate", "peft")
+    for name, module in model.named_modules():
+        if any(name == layer or name.startswith(f"{layer}.") for layer in adapted):
+            continue
+        called = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        called += [module.__dict__["forward"]] if "forward" in module.__dict__ else []
+        homes = [*map(home, called)]
+        kinds = type(module).__mro__
+        if known and any(kind.__module__.startswith("transformers.models.") for kind in kinds):
+            homes.append(next(kind.__module__ for kind in kinds if "forward" in vars(kind)))
+        if any(place.partition(".")[0] not in libraries for place in homes):
+            yield name
 
 
 def _base_of(module: Any) -> nn.Module:

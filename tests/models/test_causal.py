@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,6 +222,46 @@ def test_other_dtypes(family: str, dtype: torch.dtype) -> None:
     assert logits.dtype == dtype
     bound = {torch.bfloat16: 0.05, torch.float64: 1e-5}[dtype]
     assert (logits - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_code_that_a_wrapped_model_does_not_run_is_told() -> None:
+    """Hooks and replaced forwards of the Hugging Face model: the tokens would be others without a word."""
+
+    class Negated(transformers.Qwen3ForCausalLM):
+        def forward(self, *args: Any, **keywords: Any) -> Any:
+            return -super().forward(*args, **keywords).logits
+
+    def hooked(model: Any) -> None:
+        model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+    def hooked_before(model: Any) -> None:
+        model.lm_head.register_forward_pre_hook(lambda module, args: (-args[0],))
+
+    def replaced(model: Any) -> None:
+        plain = model.model.norm.forward
+        model.model.norm.forward = functools.wraps(plain)(lambda x: 2 * plain(x))
+
+    def derived(model: Any) -> None:
+        model.__class__ = Negated
+
+    for change, said in (
+        (hooked, r"hf_model: Qwen3ForCausalLM: model\.layers\.0\.mlp: hooks, or a forward of its own"),
+        (hooked_before, ": lm_head: hooks"),
+        (replaced, r": model\.norm: hooks"),
+        (derived, "Negated: the model: hooks"),
+    ):
+        theirs = copy.deepcopy(case("qwen3"))
+        change(theirs)
+        with pytest.warns(UserWarning, match=said):
+            models.wrap(theirs)
+    theirs = copy.deepcopy(case("qwen3"))
+    theirs(ids(1, 3), output_hidden_states=True, output_attentions=True)  # hooks of transformers
+    theirs.enable_input_require_grads()
+    theirs.model.layers[0].compile(backend="eager")
+    accelerate.dispatch_model(theirs, {"": "cpu"}, force_hooks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.wrap(theirs)
 
 
 # --- what a position sees -----------------------------------------------------------------------
