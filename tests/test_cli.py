@@ -672,6 +672,17 @@ def test_a_dry_run_prints_steps_and_memory():
     assert "GiB per process" in text
 
 
+def test_a_checkpoint_that_is_asked_the_builtin_task_is_told(tmp_path: Path) -> None:
+    """Its accuracy there says nothing of a checkpoint that was not trained on it."""
+    mine = str(tmp_path / "mine")
+    shutil.copytree(registry.directory_of("builtin:causal"), mine)
+    few = ("--problems", "2", "--drafter", "plain")
+    asked = CliRunner().invoke(app, ["evaluate", "--model", mine, "--model", "builtin:causal", *few])
+    assert asked.exit_code == 0, asked.stderr
+    assert f"note: no --data, so {mine} is asked problems of the built-in task" in asked.stderr
+    assert "note" not in CliRunner().invoke(app, ["evaluate", "--model", "builtin:causal", *few]).stderr
+
+
 def test_evaluate_with_problems_of_ones_own(tmp_path: Path) -> None:
     file, found = tmp_path / "p.jsonl", tmp_path / "found.json"
     rows = [

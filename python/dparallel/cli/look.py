@@ -205,6 +205,8 @@ def evaluate(
         elif not policy:
             policies += [of_file] if (of_file := policy_in(content)) else EVALUATED
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
+        if data is None:
+            say_what_is_asked("data", model)
         results: list[dict[str, Any]] = []
         recording = None if html is None else Recording("dparallel evaluate")
         for row in sweep(
@@ -236,6 +238,14 @@ def evaluate(
             plots.accuracy_against_passes(results, plot)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
+
+
+def say_what_is_asked(option: str, models: list[str]) -> None:
+    """Say that models which do not ship are asked the built-in task's problems, for lack of an option."""
+    if own := [name for name in models if not name.startswith("builtin:")]:
+        typer.echo(
+            f"note: no --{option}, so {', '.join(own)} is asked problems of the built-in task", err=True
+        )
 
 
 def tune(
@@ -303,6 +313,9 @@ def tune(
             *(model, prompts, problems, gen_length, batch, repeats, context),
             *(tolerance, registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id), chat),
         )
+
+        if prompts is None:
+            say_what_is_asked("prompts", [model])
 
         def say(text: str) -> None:
             typer.echo(text, err=True)

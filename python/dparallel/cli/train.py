@@ -276,7 +276,7 @@ def distill(
         distilling.run(loaded, answers, out)
         if os.environ.get("RANK", "0") == "0":
             adapter = f"an adapter; `dparallel merge {out} STUDENT` adds it to its base"
-            whole_model = f"a checkpoint; `dparallel evaluate --model {out}` measures it"
+            whole_model = f"a checkpoint; `dparallel evaluate --model {out} --data FILE` measures it"
             typer.echo(f"{out}: {whole_model if loaded.lora is None else adapter}")
 
 
