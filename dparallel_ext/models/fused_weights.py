@@ -25,15 +25,18 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     first = parts[0]
     if torch.compiler.is_compiling() or first.is_meta:
         return None
-    dtype, stride, end, rows = first.dtype, first.stride(), None, 0
     for part in parts:
         if type(part) not in (nn.Parameter, Tensor):  # sharded, fake or quantised
             return None
-        begin = part.data_ptr()
-        if end is None:
-            end = begin
+    dtype, stride, end, rows = first.dtype, first.stride(), first.data_ptr(), 0
+    for part in parts:
         # Contiguous tensors of equal strides have rows of one shape.
-        if begin != end or part.dtype != dtype or part.stride() != stride or not part.is_contiguous():
+        if (
+            part.data_ptr() != end
+            or part.dtype != dtype
+            or part.stride() != stride
+            or not part.is_contiguous()
+        ):
             return None
         end += part.nbytes
         rows += part.size(0)
