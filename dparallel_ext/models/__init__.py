@@ -2,12 +2,12 @@
 
 from ..cache import KVCache
 from .base import Model
-from .checkpoint import FAMILIES, as_stored, config_of, device_of, load, save, wrap
+from .checkpoint import FAMILIES, as_stored, config_of, device_of, family_of, load, save, wrap
 from .config import Output, Traits
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .files import locate
-from .llada import LLaDA
+from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
 from .modules import Stream, Taps
@@ -24,6 +24,7 @@ __all__ = [
     "KVCache",
     "LLaDA",
     "LLaDA2",
+    "LLaDAMoE",
     "Llama",
     "Model",
     "Output",
@@ -39,6 +40,7 @@ __all__ = [
     "check_diffusion",
     "config_of",
     "device_of",
+    "family_of",
     "fingerprint",
     "for_decoding",
     "load",

@@ -26,7 +26,7 @@ from .config import ModelConfig, token_ids
 from .dream import Dream
 from .experts import Experts, Router, in_parts
 from .fast_dllm import FastDLLM
-from .llada import LLaDA
+from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
 from .modules import shapes_only
@@ -36,6 +36,7 @@ from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
+    "lladamoe": LLaDAMoE,
     "llada2_moe": LLaDA2,
     "Dream": Dream,
     "sdar": SDAR,
@@ -46,7 +47,7 @@ FAMILIES: dict[str, type[Model]] = {
     "qwen3": Qwen3,
     "qwen3_moe": Qwen3MoE,
 }
-"""config.json's model_type -> the family that reads it."""
+"""config.json's model_type -> the family that reads it, see `family_of`."""
 
 
 def load(
@@ -319,11 +320,12 @@ def save(
             name, held.detach().to("cpu", held.dtype if name in buffers else dtype)
         ).items()
     }
-    names = [name for name, family in FAMILIES.items() if type(model) is family]
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
     if "dtype" in config:  # the newer name, which transformers reads first
         config["dtype"] = config["torch_dtype"]
-    config["model_type"] = names[0] if names else config.get("model_type")
+    if family_of(config) is not type(model):
+        names = [name for name, family in FAMILIES.items() if type(model) is family]
+        config["model_type"] = names[0] if names else config.get("model_type")
     weights, file = directory / "model.safetensors", directory / "config.json"
     with files.replacing(file) as new_file, files.replacing(weights) as new_weights:
         new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -352,11 +354,18 @@ TABLES = ".rotary_emb.inv_freq"
 """The end of the names of tensors, in checkpoints of Llama 1 and 2, that follow from config.json."""
 
 
-def _family(config: Mapping[str, Any], source: str) -> type[Model]:
+def family_of(config: Mapping[str, Any]) -> type[Model] | None:
+    """The family of `FAMILIES` that reads a config.json."""
     name = config.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if name == "llada" and config.get("num_experts"):
+        name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
+    return FAMILIES.get(name) if isinstance(name, str) else None
+
+
+def _family(config: Mapping[str, Any], source: str) -> type[Model]:
+    family = family_of(config)
     if family is None:
-        raise ValueError(f"{source}: model_type {name!r} is none of {list(FAMILIES)}")
+        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
     return family
 
 

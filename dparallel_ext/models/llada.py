@@ -1,4 +1,5 @@
-"""LLaDA (GSAI-ML, arXiv 2502.09992): the checkpoints' own names and config keys."""
+"""LLaDA (GSAI-ML, arXiv 2502.09992) and LLaDA-MoE (inclusionAI, arXiv 2509.24389): the checkpoints' own names
+and config keys."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import ModelConfig
+from .config import ExpertsConfig, ModelConfig
 from .fields import Field
+from .llama import llama_shape
+from .qwen import EXPERTS_NAMES
 
 _BLOCK = "model.transformer.blocks.{}."
 
 _SUPPORTED = {
-    "num_experts": None,  # LLaDA-MoE has this model_type too
     "block_type": "llama",
     "activation_type": "silu",
     "layer_norm_type": "rms",
@@ -97,3 +99,52 @@ class LLaDA(Model):
             tied=bool(c["weight_tying"]),
             logit_scale=width**-0.5 if c["scale_logits"] else 1.0,
         )
+
+
+_MOE_SUPPORTED = {
+    "qk_layernorm": True,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1,
+    "moe_router_enable_expert_bias": False,
+    "clip_qkv": None,
+}
+_MOE_FIELDS = {
+    "dense_intermediate_size": replace(fields.MLP_WIDTH, default=None),
+    "expert_intermediate_size": fields.MLP_WIDTH,
+    "shared_expert_intermediate_size": Field(int, 0, least=-1, most=0),
+    "num_experts": Field(int, most=2**14),
+    "num_experts_per_tok": Field(int, most=2**10),
+    "rms_norm_eps": replace(fields.EPS, default=1e-5),
+    "attention_bias": fields.NO,
+}
+
+
+class LLaDAMoE(Model):
+    """LLaDA with mixtures of experts (LLaDA-MoE-7B-A1B), see `experts`: layers of Qwen3's, of which every
+    position sees every other."""
+
+    published_mask_id = 156895
+    NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        fields.check_supported(config, _MOE_SUPPORTED, ("qk_layernorm",))
+        c = fields.read(config, _MOE_FIELDS)
+        bias, width = bool(c["attention_bias"]), c["expert_intermediate_size"]
+        theirs = {
+            "intermediate_size": c["dense_intermediate_size"] or width,
+            "rms_norm_eps": c["rms_norm_eps"],
+        }
+        shape = llama_shape({**config, **theirs}, scalings=(), qk_norm=True, qkv_bias=bias, o_bias=bias)
+        sparse = config.get("moe_layer_freq")
+        if (
+            not isinstance(sparse, list)
+            or len(sparse) != shape.layers
+            or not all(type(each) is int and each in (0, 1) for each in sparse)
+        ):
+            raise ValueError(
+                f"config: moe_layer_freq={sparse!r:.80}, expected 1 or 0 for each of {shape.layers} layers"
+            )
+        layers = frozenset(layer for layer, each in enumerate(sparse) if each)
+        experts = ExpertsConfig(c["num_experts"], c["num_experts_per_tok"], width, False, layers)
+        return replace(shape, experts=experts)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .base import Model
-from .checkpoint import FAMILIES
+from .checkpoint import FAMILIES, family_of
 from .config import Traits
 from .fast_dllm import FastDLLM
 from .wrappers import stated_traits, unwrap
@@ -43,7 +43,7 @@ def traits(model: Any) -> Traits:
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", None) or "", Model)
+    family = family_of({key: getattr(config, key, None) for key in ("model_type", "num_experts")}) or Model
     candidates = [
         getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))
     ]

@@ -104,7 +104,8 @@ def block_length(name: str) -> int:
 def is_causal(name: str) -> bool:
     """Whether a model is autoregressive, by its config.json alone. Raises as `block_length`."""
     config, _ = models.config_of(directory_of(name))
-    return models.FAMILIES[config["model_type"]].causal
+    family = models.family_of(config)
+    return family is not None and family.causal
 
 
 def gen_length(name: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.models import Qwen3MoE, SDARMoE
+from dparallel_ext.models import LLaDAMoE, Qwen3MoE, SDARMoE
 from dparallel_ext.models.experts import in_parts
 
 transformers = pytest.importorskip("transformers")
@@ -27,6 +27,16 @@ SIZES: dict[str, Any] = {
     **{"mlp_only_layers": [1], "tie_word_embeddings": False},
 }
 SDAR_CONFIG = {**SIZES, "model_type": "sdar_moe", "block_size": BLOCK, "mask_token_id": MASK}
+
+
+LLADA_CONFIG = {
+    **{"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "vocab_size": VOCABULARY},
+    **{"hidden_size": 32, "dense_intermediate_size": 48, "expert_intermediate_size": 24},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+    **{"num_experts": 8, "num_experts_per_tok": 3, "moe_layer_freq": [1, 0, 1], "norm_topk_prob": None},
+    **{"qk_layernorm": True, "shared_expert_intermediate_size": None, "rope_theta": 50000},
+    **{"tie_word_embeddings": False, "partial_rotary_factor": 1, "mask_token_id": MASK},
+}
 
 
 def theirs_of(**changes: Any) -> Any:
@@ -74,6 +84,56 @@ def test_a_diffusion_model_of_experts(tmp_path: Path) -> None:
         handles = [engine.submit(prompt, **settings) for prompt in prompts]
         for handle, response in zip(handles, plain.responses, strict=True):
             assert handle.result(60).tokens == response[:16].tolist()
+
+
+def test_a_diffusion_model_of_experts_in_which_all_see_all(tmp_path: Path) -> None:
+    """LLaDA-MoE: Qwen3's layers without a mask, and probabilities that are not scaled to a sum of 1."""
+    of_heads = {"head_dim": 8, "num_key_value_heads": 4, "rope_theta": 50000.0, "norm_topk_prob": False}
+    theirs, x = theirs_of(**of_heads), ids(2, 19)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_CONFIG))
+    model = models.load(tmp_path)
+    assert type(model) is LLaDAMoE
+
+    @torch.no_grad()
+    def of_theirs(tokens: Tensor) -> Any:
+        return theirs(tokens, attention_mask=torch.zeros(len(tokens), 1, *2 * tokens.shape[1:]))
+
+    expected = of_theirs(x).logits
+    assert expected.std() > 1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-4)
+    of_theirs.traits = models.Traits(MASK)  # type: ignore[attr-defined]
+    settings: dict[str, Any] = {
+        "gen_length": 16,
+        "block_length": 8,
+        "threshold": 0.1,
+        "selector": "confidence",
+    }
+    plain, other = (dx.decode(each, ids(2, 9, seed=3), **settings) for each in (model, of_theirs))
+    assert torch.equal(plain.sequences, other.sequences)
+    assert plain.nfe.tolist() == other.nfe.tolist()
+    assert max(plain.nfe.tolist()) < 16
+    for cache in ("prefix", "dual"):
+        assert dx.decode(model, ids(2, 9, seed=3), cache=cache, **settings).sequences.shape == (2, 25)
+    models.save(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "llada"
+    again = models.load(tmp_path / "again")
+    assert type(again) is LLaDAMoE
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_the_mask_token_of_a_model_of_experts_that_is_not_ours() -> None:
+    """It has LLaDA's model_type, and another mask token."""
+
+    class Remote(torch.nn.Module):
+        config = transformers.PretrainedConfig(vocab_size=157184, num_experts=64)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(tokens, 157184).float()
+
+    Remote.config.model_type = "llada"
+    assert models.traits(Remote()).mask_id == 156895
 
 
 @torch.no_grad()
@@ -272,6 +332,28 @@ def test_names_of_parts() -> None:
 def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"config: {message}"):
         SDARMoE({**SDAR_CONFIG, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_layernorm": False}, "qk_layernorm=False is not supported, only True"),
+        ({"norm_topk_prob": True}, "norm_topk_prob=True is not supported, only False"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True is not supported"),
+        (
+            {"shared_expert_intermediate_size": 8},
+            "shared_expert_intermediate_size=8, expected a whole number",
+        ),
+        ({"num_experts_per_tok": 9}, "9 experts for a token, and there are 8"),
+        ({"expert_intermediate_size": None}, "'expert_intermediate_size' is null"),
+        ({"moe_layer_freq": [1, 0]}, r"moe_layer_freq=\[1, 0\], expected 1 or 0 for each of 3 layers"),
+        ({"moe_layer_freq": 1}, "moe_layer_freq=1, expected 1 or 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+    ],
+)
+def test_a_config_of_llada_moe_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"config: {message}"):
+        LLaDAMoE({**LLADA_CONFIG, **changes})
 
 
 def test_experts_are_not_quantised() -> None:

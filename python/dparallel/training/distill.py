@@ -318,7 +318,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     config = recipe.architecture
     if config is None:
         config, _ = dx.models.config_of(registry.directory_of(recipe.model))
-    family = dx.models.FAMILIES.get(str(config.get("model_type")))
+    family = dx.models.family_of(config)
     if family is None:
         raise ValueError(
             f"architecture: model_type {config.get('model_type')!r} is none of {list(dx.models.FAMILIES)}"
