@@ -48,6 +48,29 @@ def test_evaluate_agrees_with_decoding_one_by_one(loaded: tuple[Any, Any]):
     assert row["seconds"] > 0
 
 
+def test_samples_are_those_of_a_problem_whatever_its_batch(loaded: tuple[Any, Any]):
+    config = dx.DecodeConfig(temperature=1.0, seed=3)
+    found: list[list[evaluate.Answer]] = [[], []]
+    for answers, batch in zip(found, (2, 6), strict=True):
+        evaluate.evaluate(
+            "builtin:teacher",
+            "quota:16",
+            problems=6,
+            config=config,
+            batch=batch,
+            loaded=loaded,
+            answers=answers,
+        )
+    assert found[0] == found[1]
+    rows = [
+        evaluate.evaluate_adaptive(
+            "builtin:teacher", registry.VERIFIER, config=config, problems=6, batch=batch, loaded=loaded
+        )
+        for batch in (2, 6)
+    ]
+    assert rows[0] | {"seconds": 0} == rows[1] | {"seconds": 0}
+
+
 def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
     row = evaluate.evaluate("builtin:teacher", evaluate.ONE, problems=2, loaded=loaded)
     assert row["nfe_mean"] == tasks.GEN_LENGTH

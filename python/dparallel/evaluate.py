@@ -86,7 +86,7 @@ def evaluate(
     found: dict[int, Answer] = {}
     began = time.perf_counter()
     for part in _batches(asked, encode, batch):
-        out = dx.decode(model, [each.ids for each in part], config, draft_size=draft_size)
+        out = dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
         responses = [response.tolist() for response in out.responses]
         kept = [
             kept_of(response[: min(length, end)], model.eos_ids)
@@ -213,14 +213,11 @@ def evaluate_drafter(
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
     began = time.perf_counter()
-    decode = functools.partial(
-        dx.speculate,
-        model,
-        gen_length=length,
-        drafter=loaded_drafter,
-        draft_size=size,
-        record=recording is not None,
-    )
+    settings: Fields = {"gen_length": length, "draft_size": size, "record": recording is not None}
+
+    def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
+        return dx.speculate(model, _ids(part), drafter=loaded_drafter, **settings)
+
     how = f"{drafter} guesses ahead" if drafter else "a token a pass"
     of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
     noted = functools.partial(_record, recording, asked, **of_all)
@@ -255,7 +252,7 @@ def evaluate_drafter(
 
 
 def _to_the_end(
-    decode: Callable[[list[list[int]]], Output],
+    decode: Callable[[Sequence[Encoded]], Output],
     problems: Problems,
     encode: Encoder,
     batch: int,
@@ -270,7 +267,7 @@ def _to_the_end(
     """
     found: dict[int, Answer] = {}
     for part in _batches(problems, encode, batch):
-        out = decode([each.ids for each in part])
+        out = decode(part)
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
         texts = tokenizer.decode_batch(kept)
         found |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
@@ -311,7 +308,10 @@ def evaluate_adaptive(
     judge = registry.load_verifier(verifier, model, tokenizer)
     template = registry.template_of(model_name, chat)
     config = config.replace(gen_length=length, record=recording is not None)
-    decode = functools.partial(dx.adaptive_decode, model, config=config, verifier=judge, **numbers)
+
+    def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
+        return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
+
     how = label({"policy": verifier, "config": changed})
     of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
     noted = functools.partial(_record, recording, asked, **of_all)
@@ -360,6 +360,17 @@ def _record(
             expected = each.prompt.answer
             note = "right" if problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
             recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
+
+
+def _ids(part: Sequence[Encoded]) -> list[list[int]]:
+    return [each.ids for each in part]
+
+
+def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig:
+    """With a seed for each problem, by its number, so that its samples do not depend on the batch."""
+    if not isinstance(config.seed, int):
+        return config
+    return config.replace(seed=[config.seed + each.number for each in part])
 
 
 def _batches(problems: Problems, encode: Encoder, batch: int) -> Iterator[Sequence[Encoded]]:
