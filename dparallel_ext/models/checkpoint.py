@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ from .llama import Llama
 from .modules import shapes_only
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .sdar import SDAR, SDARMoE
-from .wrappers import ADAPTED_LAYERS, classes, for_decoding, unwrap
+from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -210,7 +209,7 @@ def wrap(hf_model: nn.Module) -> Model:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
     files.refuse_quantised(content, weights, source)
     family = _family(content, source)
-    if changed := [name or "the model" for name in _changed(hf_model, adapted, family.causal)]:
+    if changed := [name or "the model" for name in changed_modules(hf_model, adapted, family.causal)]:
         warnings.warn(
             f"{source}: {', '.join(changed[:3])}{', ...' if changed[3:] else ''}: hooks, or a forward of its "
             "own, which the native model does not run; put hooks on the layers of what models.wrap returns",
@@ -240,33 +239,6 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in adapted):
             adapted[name] = module
     return adapted
-
-
-def _changed(model: nn.Module, adapted: Iterable[str], known: bool) -> Iterator[str]:
-    """The names of modules outside of adapters that have hooks or a forward of their own. The libraries' own
-    hooks, which are for gradients, devices and records, do not count.
-
-    known: whether transformers has classes of this family, so that other classes made from them are changed.
-    """
-
-    def home(function: Any) -> str:
-        while isinstance(function, functools.partial):
-            function = function.func
-        function = getattr(function, "__func__", function)
-        return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
-
-    libraries = ("transformers", "transformers_modules", "accelerate", "peft")
-    for name, module in model.named_modules():
-        if any(name == layer or name.startswith(f"{layer}.") for layer in adapted):
-            continue
-        called = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        called += [module.__dict__["forward"]] if "forward" in module.__dict__ else []
-        homes = [*map(home, called)]
-        kinds = type(module).__mro__
-        if known and any(kind.__module__.startswith("transformers.models.") for kind in kinds):
-            homes.append(next(kind.__module__ for kind in kinds if "forward" in vars(kind)))
-        if any(place.partition(".")[0] not in libraries for place in homes):
-            yield name
 
 
 def _base_of(module: Any) -> nn.Module:

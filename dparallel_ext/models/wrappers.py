@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -241,3 +241,30 @@ def check_tuner(layer: Any, advice: str) -> None:
             f"model: its adapter is of type {kind}, which acts on a call as a whole, and decoding calls the "
             f"layers one by one. {advice}"
         )
+
+
+def changed_modules(model: nn.Module, adapted: Iterable[str], known: bool) -> Iterator[str]:
+    """The names of modules outside of adapters that have hooks or a forward of their own. The libraries' own
+    hooks, which are for gradients, devices and records, do not count.
+
+    known: whether transformers has classes of this family, so that other classes made from them are changed.
+    """
+
+    def home(function: Any) -> str:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
+
+    libraries = ("transformers", "transformers_modules", "accelerate", "peft")
+    for name, module in model.named_modules():
+        if any(name == layer or name.startswith(f"{layer}.") for layer in adapted):
+            continue
+        called = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        called += [module.__dict__["forward"]] if "forward" in module.__dict__ else []
+        homes = [*map(home, called)]
+        kinds = type(module).__mro__
+        if known and any(kind.__module__.startswith("transformers.models.") for kind in kinds):
+            homes.append(next(kind.__module__ for kind in kinds if "forward" in vars(kind)))
+        if any(place.partition(".")[0] not in libraries for place in homes):
+            yield name
