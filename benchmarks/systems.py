@@ -46,7 +46,7 @@ SYSTEMS = (
     System("editing (LLaDA2.1)", "2602.08676", "rules", "teacher", "edit:0.9,0.9",
            "a model that is trained to correct itself"),
     System("self-speculation (SSD)", "2510.04147", "self_speculation", "teacher", "one",
-           "caches prefix and dual, an engine", (("draft_size", 4),)),
+           "", (("draft_size", 4),)),
     System("adaptive decoding (APD)", "2506.00413", "apd", "teacher", "builtin:verifier",
            "", (("mixture", 0.5),), trained="verifier/training"),
     System("dParallel, entropy", "2509.26488", "rules", "student", "entropy:0.5", "",

@@ -11,6 +11,11 @@ pass hint at what the next passes will commit:
 
 So every token is committed where, when and by which statistics the schedule alone would have committed it:
 the text is the same. A pass computes N + 1 canvases, the rejected ones for nothing.
+
+Where keys and values outlive a pass, a guessed state shares the sequence's pages, but for the positions that
+its pass computes, which have pages of its own. Positions that it does not compute are as the passes before
+left them: so a state is guessed only if its pass computes all positions that the guessed passes before it
+would have written.
 """
 
 from __future__ import annotations
@@ -18,11 +23,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import policies
@@ -32,7 +39,7 @@ from ..rules import Decision, Rule, Where
 from ..types import RowStats
 from .batch import Batch
 from .schedule import Schedule
-from .sequence import IDLE, OpenBlock, SequenceState, Settings
+from .sequence import IDLE, SequenceState, Settings
 
 
 @dataclass(frozen=True)
@@ -57,22 +64,24 @@ class Guess(NamedTuple):
 
     columns: list[int]
     tokens: list[int]
-    block: OpenBlock
-    """The front block with these tokens committed."""
+    row: SequenceState
+    """The sequence with these tokens committed."""
 
 
 class Pass(NamedTuple):
     """The last pass of a sequence."""
 
-    lane: int = 0
+    lane: int
     """The lane that holds the accepted state."""
     start: int = 0
     end: int = 0
     """Columns [start, end) whose statistics it read."""
+    computed: tuple[int, int] = (0, 0)
+    """Positions [first, last) whose keys and values it wrote."""
 
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
-    """Raise ValueError naming `draft_size` if states cannot be guessed, or would need caches of their own."""
+    """Raise ValueError naming `draft_size` if states cannot be guessed."""
     for setting in settings:
         got = None if setting.rule is None else f"the rule {type(setting.rule).__name__}"
         if got is None and setting.policy[0] != policies.SELECTORS["quota"]:
@@ -85,19 +94,33 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
             )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
-    if schedule.keeps and not schedule.stores_blocks:
-        raise ValueError(
-            'draft_size: goes with cache "none", or "block" for a block-causal model; with others each '
-            "guessed state would need stale keys and values of its own"
-        )
+
+
+def new_cache(
+    model: Model, schedule: Schedule, draft_size: int, pages: int, page_size: int, block_table: Tensor
+) -> KVCache:
+    """A cache for sequences, as `Model.new_cache` makes it, with more pages behind, for their guessed states.
+
+    Its block table has a row for each sequence, then one for each guessed state, which begins with the
+    state's own pages.
+    """
+    lanes, per_lane = block_table.shape
+    size = schedule.block_length
+    unit = math.gcd(size, page_size) if schedule.causal else 1  # blocks begin at multiples of it
+    each = (page_size - unit + size - 1) // page_size + 1
+    each = per_lane if schedule.to_the_end else min(per_lane, each)
+    own = torch.arange(pages, pages + lanes * draft_size * each, device="cpu").view(-1, each)
+    table = torch.cat((block_table, F.pad(own, (0, per_lane - each))))
+    return model.new_cache(pages + own.numel(), page_size, table, kept=schedule.keeps)
 
 
 class SelfSpeculation(Batch):
     """A batch whose passes compute up to 1 + `draft_size` states of each sequence, see above.
 
     Lanes 0 to count - 1 hold the sequences, which are their states 0. Guessed states have lanes of their own,
-    which are idle between passes. Where blocks are stored, all states of a sequence share the pages of
-    finished blocks, and each guessed state has a page for the front block.
+    which are idle between passes.
+
+    kv_cache: one that `new_cache` has made; default: one with pages of a block.
     """
 
     def __init__(
@@ -109,23 +132,20 @@ class SelfSpeculation(Batch):
         mask_id: int,
         *,
         draft_size: int,
+        kv_cache: KVCache | None = None,
         **options: Any,
     ) -> None:
         self.count, self.draft_size = lanes, draft_size
         self.passes, self.canvases = [0] * lanes, [0] * lanes
-        self._last = [Pass()] * lanes
-        kv_cache = None
-        if schedule.stores_blocks:
-            kv_cache = self._paged(model, width, schedule.block_length)
+        self._last = [Pass(b) for b in range(lanes)]
+        if kv_cache is None and schedule.keeps:
+            size = schedule.block_length
+            table = torch.arange(lanes * max(1, -(-width // size)), device="cpu").view(lanes, -1)
+            kv_cache = new_cache(model, schedule, draft_size, table.numel(), size, table)
+        self._own_pages = [] if kv_cache is None else kv_cache.block_table.tolist()
+        """By lane, the pages of a guessed state, from the first position on that its pass computes."""
         lanes *= 1 + draft_size
         super().__init__(model, lanes, width, schedule, mask_id, kv_cache=kv_cache, **options)
-
-    def _paged(self, model: Model, width: int, block_length: int) -> KVCache:
-        """A cache whose pages are blocks: first those of the sequences, then one for each guessed state."""
-        pages, guessed = max(1, -(-width // block_length)), self.count * self.draft_size
-        table = torch.arange(self.count * pages, device="cpu").view(self.count, pages)
-        table = torch.cat((table, table.repeat_interleave(self.draft_size, 0)))
-        return model.new_cache(self.count * pages + guessed, block_length, table)
 
     @property
     def nfe(self) -> list[int]:
@@ -139,7 +159,7 @@ class SelfSpeculation(Batch):
     def admit(
         self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **options: Any
     ) -> SequenceState:
-        self._last[lane], self.passes[lane], self.canvases[lane] = Pass(), 0, 0
+        self._last[lane], self.passes[lane], self.canvases[lane] = Pass(lane), 0, 0
         ranks = Ranks(policies.score_of(settings.policy))
         return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **options)
 
@@ -183,52 +203,95 @@ class SelfSpeculation(Batch):
         known.sort(key=lambda column: (-ranks[column - start], column))
         guesses: list[Guess] = []
         while len(guesses) < self.draft_size:
+            block = row.open[0]
             columns = known[: int(policies.most(row.policy(block)))]
             if not columns or len(columns) == len(masked):  # a state without a mask has nothing to decide
                 break
             known = known[len(columns) :]
             masked = [column for column in masked if column not in columns]
-            block = block._replace(masks_left=len(masked), first_mask=masked[0], step=block.step + 1)
-            guesses.append(Guess(columns, [tokens[column - start] for column in columns], block))
+            before, row = row, copy.copy(row)
+            row.open = (block._replace(masks_left=len(masked), first_mask=masked[0], step=block.step + 1),)
+            # Samples are keyed by the number of their pass.
+            row.nfe, row.published, row.step_in_block = (
+                number + 1 for number in (row.nfe, row.published, row.step_in_block)
+            )
+            if not self._follows(before, row):
+                break
+            guesses.append(Guess(columns, [tokens[column - start] for column in columns], row))
         return guesses
+
+    def _follows(self, before: SequenceState, after: SequenceState) -> bool:
+        """Whether two states may be in one pass: none of the keys and values that `after` sees, but does not
+        compute, are written by the pass over `before`, which comes first in the schedule.
+        """
+        if not self.schedule.keeps:
+            return True
+        within = covers(self.schedule.computed(after), self.schedule.computed(before))
+        return within and not self.schedule.full(after)  # for that its own pages are too few
 
     # --- verify, accept, commit ---------------------------------------------------------------------
 
     def _verify(self, drafts: dict[int, list[Guess]]) -> list[int]:
         lanes = {b: self.states(b)[: 1 + len(guesses)] for b, guesses in drafts.items()}
         for b, guesses in drafts.items():
+            self._keep(b)
             self._lay_out(lanes[b], guesses)
         try:
-            return self._decide(lanes)
+            finished = self._decide(lanes)
         finally:
             for states in lanes.values():
                 for lane in states[1:]:
                     self.rows[lane] = IDLE
+        for b, guesses in drafts.items():
+            kept = lanes[b].index(self._last[b].lane)
+            tokens, row = [guess.tokens for guess in guesses], self.rows[b]
+            row.drafted, row.accepted = sum(map(len, tokens)), sum(map(len, tokens[:kept]))
+            row.refused = tuple(itertools.chain.from_iterable(tokens[kept:]))
+        return finished
+
+    def _keep(self, b: int) -> None:
+        """Copy the keys and values of sequence b's accepted state to its own pages, if the next pass does
+        not compute them anew."""
+        last = self._last[b]
+        if last.lane == b or not self.schedule.keeps:
+            return
+        if not covers(self.schedule.computed(self.rows[b]), last.computed):
+            self._copy(last.lane, b, range(*last.computed))
+            self._last[b] = last._replace(computed=(0, 0))
 
     def _lay_out(self, lanes: Sequence[int], guesses: Sequence[Guess]) -> None:
         """Put the guessed states into their lanes."""
         for lane, before, guess in zip(lanes[1:], lanes, guesses, strict=False):
-            row = copy.copy(self.rows[before])
-            row.open = (guess.block,)
-            # Samples are keyed by the number of their pass.
-            row.nfe, row.published, row.step_in_block = (
-                number + 1 for number in (row.nfe, row.published, row.step_in_block)
-            )
-            self.rows[lane] = row
+            self.rows[lane] = guess.row
             self.tokens[lane] = self.tokens[before]
             self.tokens[lane, guess.columns] = self.tokens.new_tensor(guess.tokens)
-            if row.settings.record:
+            if guess.row.settings.record:
                 self.runner.trajectory.clear(lane)
-            if self.schedule.stores_blocks and self.kv_cache is not None:
-                self._share(lane, lanes[0], row.block[0] // self.schedule.block_length)
+            if self.schedule.keeps:
+                self._share(lane, lanes[0], *self.schedule.computed(guess.row))
 
-    def _share(self, lane: int, b: int, page: int) -> None:
-        """Share sequence b's pages with a state, all but page number `page`, which holds the front block."""
+    def _share(self, lane: int, b: int, first: int, last: int) -> None:
+        """Let a state share sequence b's pages, but for positions [first, last), which its pass computes."""
         assert self.kv_cache is not None
-        pages = self.kv_cache.block_table[b].tolist()
-        pages[page] = self.kv_cache.slots.shape[2] - (len(self.rows) - lane)
-        if self.kv_cache.block_table[lane].tolist() != pages:
-            self.kv_cache.assign(lane, pages)
+        cache, size = self.kv_cache, self.kv_cache.page_size
+        low, high = first // size, -(-last // size)
+        pages = cache.block_table[b].tolist()
+        pages[low:high] = self._own_pages[lane][: high - low]
+        if cache.block_table[lane].tolist() != pages:
+            cache.assign(lane, pages)
+        beside = *range(low * size, first), *range(last, min(high * size, self.rows[b].length))
+        self._copy(b, lane, beside)
+
+    def _copy(self, source: int, target: int, positions: Sequence[int]) -> None:
+        """Copy the keys and values of these positions from one lane's pages to another's."""
+        if not positions:
+            return
+        assert self.kv_cache is not None
+        table, slots = self.kv_cache.block_table, self.kv_cache.slots
+        at = torch.tensor(positions, device="cpu")
+        page, offset = at // slots.shape[4], at % slots.shape[4]
+        where = torch.stack((table[source, page], table[target, page], offset)).to(slots.device)
+        slots[:, :, where[1], :, where[2]] = slots[:, :, where[0], :, where[2]]
 
     def _decide(self, lanes: dict[int, list[int]]) -> list[int]:
         """Run the pass; return the sequences whose block it completed. lanes: of each sequence's states."""
@@ -237,6 +300,7 @@ class SelfSpeculation(Batch):
             b: self.schedule.front_window(self.rows[b])[:2] for states in lanes.values() for b in states
         }
         numbers = {b: self.rows[b].nfe + 1 for b in windows}
+        computed = {b: self.schedule.computed(self.rows[b]) for b in windows}
         finished = super().step(list(windows))
         pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
         earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -246,7 +310,7 @@ class SelfSpeculation(Batch):
         for b, lane in last.items():
             self.passes[b] += 1
             self.canvases[b] += len(lanes[b])
-            self._last[b], self.rows[b] = Pass(lane, *windows[lane]), self.rows[lane]
+            self._last[b], self.rows[b] = Pass(lane, *windows[lane], computed[lane]), self.rows[lane]
             if self.rows[b].settings.record:
                 accepted = lanes[b][: lanes[b].index(lane) + 1]
                 self._record(b, {each: numbers[each] for each in accepted})
@@ -263,3 +327,8 @@ class SelfSpeculation(Batch):
             for field in (kept.confidence, kept.logprob):
                 field[b] = torch.where(fresh, field[lane], field[b])
             kept.step[b] = torch.where(fresh, self.passes[b], kept.step[b])
+
+
+def covers(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    """Whether positions [first, last) hold all of the others, which may be none."""
+    return inner[0] == inner[1] or (outer[0] <= inner[0] and inner[1] <= outer[1])

@@ -149,11 +149,12 @@ class SequenceState:
     """Passes for which the front block stayed open without a mask."""
     stopped: bool = False
     """Whether EOS or a stop sequence ended the sequence."""
+    drafted: int = 0
+    accepted: int = 0
+    refused: tuple[int, ...] = ()
+    """Tokens that `self_speculation` guessed for the last pass, and of these the kept and the others."""
     draft_nfe: ClassVar[int] = 0
-    drafted: ClassVar[int] = 0
-    accepted: ClassVar[int] = 0
-    refused: ClassVar[tuple[int, ...]] = ()
-    """Without a drafter these stay 0; `speculation.sequence` counts them."""
+    """There is no drafter."""
 
     @property
     def length(self) -> int:

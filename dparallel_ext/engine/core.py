@@ -270,7 +270,9 @@ class EngineCore:
         columns = row.columns[first:last]
         ids: list[int] = _at(self.batch.tokens[request.lane], columns)
         tokens = [None if token == self.batch.mask_id else token for token in ids]
-        draft = Draft(row.nfe, first, tokens, row.drafted, row.accepted, list(row.refused))
+        draft = Draft(
+            self.batch.nfe[request.lane], first, tokens, row.drafted, row.accepted, list(row.refused)
+        )
         if not request.plan.settings.record:
             return draft
 
@@ -353,7 +355,7 @@ class EngineCore:
             tokens=tokens,
             logprobs=logprobs,
             finish_reason=reason,
-            nfe=0 if row is None else row.nfe,
+            nfe=0 if request.lane is None else self.batch.nfe[request.lane],
             nfe_published=0 if row is None else row.published,
             draft_nfe=0 if row is None else row.draft_nfe,
             prompt_length=len(request.plan.prompt),

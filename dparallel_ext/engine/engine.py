@@ -108,7 +108,8 @@ class Engine:
             batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, or a
             verifier, fields about masks stay at their defaults, and `eos_id` None stands for the model's own
             end tokens, see `speculate`.
-        drafter, draft_size: for an autoregressive model, see `speculate`.
+        drafter, draft_size: for an autoregressive model, see `speculate`. With a diffusion model `draft_size`
+            is `decode`'s: each pass guesses the next ones, and the guesses have lanes and pages of their own.
         verifier, mixture, window, lookahead: for a diffusion model, which then decodes each request as
             `adaptive_decode` does; mixture None: 0.5. The verifier's keys and values have memory of their
             own, for `lanes` requests of max_length.
@@ -191,7 +192,7 @@ class Engine:
         try:
             table = torch.zeros((lanes, per_lane), dtype=torch.int64, device="cpu")
             with torch.inference_mode():
-                kv_cache = model.new_cache(pages, page_size, table, kept=kind.keeps)
+                kv_cache = kind.new_cache(pages, page_size, table)
                 batch = kind.make_batch(lanes, max_length, kv_cache)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(

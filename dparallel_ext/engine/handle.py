@@ -56,10 +56,10 @@ class Draft:
     tokens: list[int | None]
     """The response's tokens in the block, None for a mask. Rules that edit may change them."""
     drafted: int = 0
-    """Tokens that the drafter guessed for the pass, or that the verifier judged."""
+    """Tokens that the drafter, or self-speculation, guessed for the pass, or that the verifier judged."""
     accepted: int = 0
-    """Of those, the ones that were kept: the first of `tokens`, but for the last of them, which counts as the
-    pass's own."""
+    """Of those, the ones that were kept; from left to right the first of `tokens`, but for the last of them,
+    which counts as the pass's own."""
     refused: list[int] = field(default_factory=list)
     """The others, not chosen or behind an end of the text, in their order."""
     passes: list[int | None] | None = None

@@ -3,6 +3,7 @@ one, or a masked diffusion model with a verifier."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..arguments import shown
+from ..arguments import shown, whole
 from ..cache import KVCache
 from ..decoding import batch as diffusion
+from ..decoding import self_speculation
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
+from ..decoding.self_speculation import check_draft
 from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings
 from ..models import Model, traits
@@ -59,7 +62,6 @@ class Region(Protocol):
 class Row(Protocol):
     """A sequence in a batch's lane, see `decoding.sequence` and `speculation.sequence`."""
 
-    nfe: int
     num_cached: int
     kept: int
     stopped: bool
@@ -95,6 +97,8 @@ class Batch(Protocol):
 
     @property
     def model(self) -> Any: ...
+    @property
+    def nfe(self) -> Sequence[int]: ...
     @property
     def rows(self) -> Sequence[Row]: ...
     @property
@@ -139,6 +143,10 @@ class Kind(ABC):
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
         """The plan of a request. Raises ValueError naming the argument that does not fit the model."""
 
+    def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
+        """The cache of a batch, with `pages` pages for requests; block_table: (lanes, P) int64."""
+        return self.models[0].new_cache(pages, page_size, block_table, kept=self.keeps)
+
     @abstractmethod
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> Batch: ...
 
@@ -154,8 +162,9 @@ class Kind(ABC):
 class Diffusion(Kind):
     """Masked diffusion: blocks of masks, and a rule that decides which of them a pass fills."""
 
-    def __init__(self, model: Model, config: DecodeConfig) -> None:
+    def __init__(self, model: Model, config: DecodeConfig, draft_size: int | None) -> None:
         self._model, block_causal = model, traits(model).block_length is not None
+        self._draft_size = 0 if draft_size is None else whole("draft_size", draft_size, 0)
         self.models = (model,)
         self._of_model = check_model(config, model, "block" if block_causal else "dual")
         self.cache, self._schedule, self._mask_id = self._of_model
@@ -171,6 +180,8 @@ class Diffusion(Kind):
     def settings(self, config: DecodeConfig) -> Settings:
         (settings,) = make_settings(config, traits(self._model), self._of_model.cache, 1)
         check_settings(self._model, [settings], self._of_model)
+        if self._draft_size:
+            check_draft([settings], self._schedule)
         return settings
 
     def length(self, prompt: int, gen_length: int) -> int:
@@ -187,8 +198,17 @@ class Diffusion(Kind):
         reusable = max(0, known - schedule.shift)
         return Plan(ids, gen_length, layout.length, reusable, settings, masked)
 
+    def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
+        if not self._draft_size:
+            return super().new_cache(pages, page_size, block_table)
+        size = self._draft_size
+        return self_speculation.new_cache(self._model, self._schedule, size, pages, page_size, block_table)
+
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> diffusion.Batch:
-        return diffusion.Batch(
+        kind: Any = diffusion.Batch
+        if self._draft_size:
+            kind = functools.partial(self_speculation.SelfSpeculation, draft_size=self._draft_size)
+        batch: diffusion.Batch = kind(
             self._model,
             lanes,
             width,
@@ -200,6 +220,7 @@ class Diffusion(Kind):
             graphs=self.config.graphs,
             kv_cache=kv_cache,
         )
+        return batch
 
     def admit(self, batch: diffusion.Batch, lane: int, plan: Plan, num_cached: int) -> SequenceState:
         prompt = plan.prompt.to(batch.tokens.device)
@@ -336,20 +357,21 @@ def kind_of(
     Raises ValueError naming the argument that does not fit the model.
     """
     name, causal = type(model).__name__, traits(model).causal
-    guessing = {"drafter": drafter, "draft_size": draft_size}
-    judging = {"verifier": verifier, **numbers}
     if causal:
-        foreign, why = judging, f"belongs to diffusion models, and {name} is autoregressive"
+        why = f"belongs to diffusion models, and {name} is autoregressive"
+        foreign = [("verifier", verifier, why), *((number, value, why) for number, value in numbers.items())]
     else:
-        foreign = guessing
-        why = f"belongs to autoregressive models in an engine, and {name} is a diffusion model"
-        if verifier is None and not any(value is not None for value in guessing.values()):
-            foreign, why = numbers, "belongs to a verifier, and there is none"
-    for argument, value in foreign.items():
+        foreign = [("drafter", drafter, f"belongs to autoregressive models, and {name} is a diffusion model")]
+        if verifier is None:
+            why = "belongs to a verifier, and there is none"
+            foreign += [(number, value, why) for number, value in numbers.items()]
+        else:
+            foreign.append(("draft_size", draft_size, "does not go with a verifier"))
+    for argument, value, why in foreign:
         if value is not None:
             raise ValueError(f"{argument}: {why}, so expected None, got {shown(value)}")
     if causal:
         return Autoregressive(model, config, drafter, draft_size)
     if verifier is None:
-        return Diffusion(model, config)
+        return Diffusion(model, config, draft_size)
     return Adaptive(model, config, verifier, **numbers)

@@ -187,6 +187,11 @@ class CausalBatch:
         return row
 
     @property
+    def nfe(self) -> list[int]:
+        """Passes that each sequence has been in."""
+        return [row.nfe for row in self.rows]
+
+    @property
     def live(self) -> list[int]:
         """The lanes of the next pass."""
         return [b for b, row in enumerate(self.rows) if not row.done]

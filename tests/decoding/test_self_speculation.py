@@ -20,11 +20,16 @@ from dparallel_ext.models import Model
 MASK = 511
 WAYS = [
     ("llada_tiny_a", "none"),
+    ("llada_tiny_a", "prefix"),
+    ("llada_tiny_a", "dual"),
     ("dream_tiny_a", "none"),
+    ("dream_tiny_a", "prefix"),
+    ("dream_tiny_a", "dual"),
     ("sdar_tiny_a", "none"),
     ("sdar_tiny_a", "block"),
     ("fast_dllm", "none"),
     ("fast_dllm", "block"),
+    ("fast_dllm", "dual"),
 ]
 
 
@@ -42,7 +47,7 @@ def _there(device: str) -> None:
         model.to(device)
 
 
-def random_case(g: torch.Generator, name: str) -> tuple[list[Tensor], dict[str, Any]]:
+def random_case(g: torch.Generator, name: str, cache: str) -> tuple[list[Tensor], dict[str, Any]]:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=g))
 
@@ -62,7 +67,7 @@ def random_case(g: torch.Generator, name: str) -> tuple[list[Tensor], dict[str, 
         case |= {"eos_id": ends[0], "stop": [ends[1:2], ends[1:]]}
     kind = draw(0, 4)
     if name == "fast_dllm":
-        case |= {"block_length": [8, 16][draw(0, 2)], "sub_block_length": [4, 8][draw(0, 2)]}
+        case |= {"block_length": [8, 16][draw(0, 2)], "sub_block_length": [2, 4][draw(0, 2)]}
         kind = -1 if kind in (1, 2) else kind
     if kind == 0:
         case |= {"selector": "quota", "threshold": float(draw(1, 4))}
@@ -76,6 +81,8 @@ def random_case(g: torch.Generator, name: str) -> tuple[list[Tensor], dict[str, 
         for prompt in prompts:
             prompt[torch.rand(len(prompt), generator=g) < 0.4] = MASK
         case |= {"infill": True}
+    if cache == "dual":
+        case["refresh"] = [None, None, 1, 3][draw(0, 4)]
     return prompts, case
 
 
@@ -85,7 +92,7 @@ def test_the_text_is_that_of_the_schedule_alone(way: tuple[str, str]) -> None:
     (name, cache), saved = way, 0
     for seed in range(CASES):
         g = torch.Generator().manual_seed(1000 * WAYS.index(way) + seed)
-        prompts, case = random_case(g, name)
+        prompts, case = random_case(g, name, cache)
         size = int(torch.randint(1, 9, (), generator=g))
         shared = {"cache": cache, "record": True, "logprobs": True, **case}
         plain = dx.decode(MODELS[name], prompts, **shared)
@@ -275,6 +282,44 @@ def test_states_share_the_pages_of_finished_blocks() -> None:
             batch.enter(finished)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_an_engine_guesses_too(way: tuple[str, str]) -> None:
+    """Requests that come and go, in lanes and pages of any size, get their text and their passes alone."""
+    name, cache = way
+    model, g = MODELS[name], torch.Generator().manual_seed(WAYS.index(way))
+    fixed: dict[str, Any] = {"cache": cache, "block_length": 8}
+    if name == "fast_dllm":
+        fixed["sub_block_length"] = 4
+    common, length = torch.randint(0, 500, (11,), generator=g), 48
+    for page_size, draft_size in ((None, 3), (5, 4)):
+        shared = cache == "block" and page_size != 5
+        size: dict[str, Any] = {"lanes": 2, "max_length": length, "page_size": page_size, "share": shared}
+        passes, requests = [0, 0], []
+        with dx.Engine(model, draft_size=draft_size, **size, **fixed) as engine:
+            for request in range(4):
+                tail = torch.randint(0, 500, (int(torch.randint(1, 12, (), generator=g)),), generator=g)
+                own = {"gen_length": int(torch.randint(8, 24, (), generator=g)), "seed": request}
+                own |= {"temperature": [0.0, 0.7][request % 2], "logprobs": True}
+                prompt = torch.cat((common, tail)) if request % 2 else tail
+                drafts: list[dx.Draft] = []
+                handle = engine.submit(prompt, on_draft=drafts.append, **own)
+                requests.append((prompt, own, drafts, handle))
+            for prompt, own, drafts, handle in requests:
+                found = handle.result()
+                plain = dx.decode(model, prompt, **own, **fixed)
+                alone = dx.decode(model, prompt, draft_size=draft_size, **own, **fixed)
+                assert found.tokens == plain.responses[0][: own["gen_length"]].tolist()
+                assert found.nfe == int(alone.nfe) == drafts[-1].nfe
+                assert found.nfe_published == int(plain.nfe_published)
+                accepted = sum(draft.accepted for draft in drafts)
+                assert accepted == int(plain.nfe) - found.nfe  # each guess is a pass of the schedule
+                assert sum(draft.drafted - draft.accepted - len(draft.refused) for draft in drafts) == 0
+                passes = [passes[0] + found.nfe, passes[1] + int(plain.nfe)]
+            stats = engine.stats
+        assert stats.drafted_tokens > stats.accepted_tokens > 0
+        assert passes[0] < passes[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -283,8 +328,6 @@ def test_states_share_the_pages_of_finished_blocks() -> None:
         ({"rule": "credit"}, "draft_size: .*the rule Credit"),
         ({"rule": "sched:7.5"}, "draft_size: .*the rule "),
         ({"policy": lambda stats, masked, step: masked}, "draft_size: .*the rule FunctionRule"),
-        ({"cache": "dual"}, 'draft_size: goes with cache "none"'),
-        ({"cache": "prefix"}, 'draft_size: goes with cache "none"'),
         ({"rule": "quota:2", "active_blocks": 2}, "draft_size: goes with active_blocks=1 alone, got 2"),
         ({"draft_size": -1}, "draft_size: expected a whole number >= 0, got -1"),
         ({"draft_size": 1.5}, "draft_size: "),

@@ -149,7 +149,11 @@ def test_what_does_not_fit_is_named() -> None:
         (causal, {"window": 3}, "window: belongs to diffusion models, .* so expected None, got 3"),
         (LLADA, {"verifier": LLADA}, "verifier: expected an autoregressive model of .*, got LLaDA"),
         (LLADA, {"verifier": VERIFIER, "drafter": "ngram"}, "drafter: belongs to autoregressive models"),
-        (LLADA, {"verifier": VERIFIER, "draft_size": 3}, "draft_size: belongs to autoregressive models"),
+        (
+            LLADA,
+            {"verifier": VERIFIER, "draft_size": 3},
+            "draft_size: does not go with a verifier, so expected None, got 3",
+        ),
         (LLADA, {"mixture": 0.5}, "mixture: belongs to a verifier, and there is none, so expected None"),
         (LLADA, {"verifier": VERIFIER, "mixture": 1.5}, "mixture: expected a number from 0 to 1, got 1.5"),
         (LLADA, {"verifier": VERIFIER, "window": 0}, "window: expected a whole number >= 1, got 0"),

@@ -457,7 +457,6 @@ class Foreign(Knowing):
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
         ({"share": True, "batch_invariant": True}, "share: goes with .* got batch_invariant"),
         ({"model": golden.model("llada_tiny_a"), "drafter": "ngram"}, "drafter: belongs to autoregressive"),
-        ({"model": golden.model("llada_tiny_a"), "draft_size": 2}, "draft_size: belongs to autoregressive"),
     ],
 )
 def test_bad_engines_are_named(change: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from asking import MODEL
+from dparallel import registry
 from dparallel.cli import app
 from dparallel.registry import VERIFIER
 from dparallel.serving import runner
@@ -63,6 +64,9 @@ import dparallel_ext as dx
         (("--verifier", MODEL), "verifier: expected an autoregressive model, got builtin:student, a diff"),
         (("--verifier", VERIFIER, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
         (("--verifier", VERIFIER, "--cache", "none"), "cache: not together with --verifier, got 'none'"),
+        (("--verifier", VERIFIER, "--draft-size", "2"), "draft_size: not together with --verifier, got 2"),
+        (("--draft-size", "2"), "draft_size: needs a fixed number of tokens a pass"),
+        (("--policy", "one", "--draft-size", "-1"), "draft_size: expected a whole number >= 0, got -1"),
         (("--verifier", VERIFIER, "--mixture", "2"), "mixture: expected a number from 0 to 1, got 2"),
         (("--window", "2"), "window: belongs to --verifier, got 2"),
         (
@@ -86,6 +90,23 @@ def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch:
     found = CliRunner().invoke(app, ["serve", *args])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
     assert said in found.stderr
+
+
+def test_a_diffusion_model_guesses_its_next_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def run(self: runner.Server, _: Any) -> None:
+        (served,) = self.service.models.values()
+        for _ in range(2):
+            found.append(served.engine.submit([5, 6, 7], gen_length=20, eos_id=-1).result(60))
+        assert served.engine.stats.accepted_tokens > 0
+
+    monkeypatch.setattr(runner.Server, "run", run)
+    done = CliRunner().invoke(app, ["serve", "--port", "0", "--policy", "one", "--draft-size", "3"])
+    assert done.exit_code == 0, done.output
+    model = registry.load(MODEL)[0]
+    plain = dx.decode(model, [5, 6, 7], gen_length=20, cache="dual")
+    assert all(each.tokens == plain.responses[0].tolist() and each.nfe < 20 for each in found)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\r\n", b"# nothing\r\n  # yet"])

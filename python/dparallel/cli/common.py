@@ -57,9 +57,6 @@ DRAFTERS = (
     "builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
-DraftSizeOption = Annotated[
-    int | None, typer.Option(help="tokens of a draft; default: the fastest number, as measured")
-]
 GuessesOption = Annotated[
     int | None,
     typer.Option(

@@ -15,9 +15,9 @@ from .common import (
     DRAFTERS,
     ConfigOption,
     DeviceOption,
-    DraftSizeOption,
     DtypeOption,
     Fp8Option,
+    GuessesOption,
     LookaheadOption,
     MaskOption,
     MixtureOption,
@@ -75,7 +75,7 @@ def serve(
         list[str] | None,
         typer.Option(help=f"{DRAFTERS}; repeatable: serve the model once with each; plain: without one"),
     ] = None,
-    draft_size: DraftSizeOption = None,
+    draft_size: GuessesOption = None,
     verifier: VerifierOption = None,
     mixture: MixtureOption = None,
     window: WindowOption = None,
@@ -126,12 +126,12 @@ def serve(
             "mask_id": loading.mask_id,
             "verifier": verifier,
         }
-        of_causal = {"drafter": drafter or None, "draft_size": draft_size}
-        others = {"policy": policy, "cache": cache, "block_length": block_length}
-        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         causal = {each: registry.is_causal(each) for each in model}
+        guesses = None if any(causal.values()) else draft_size  # with both kinds they are a drafter's
+        others = {"policy": policy, "cache": cache, "block_length": block_length, "draft_size": guesses}
+        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         for each in model:  # if there are both kinds, each model takes the options of its kind
-            given = {} if len(set(causal.values())) > 1 else {**of_diffusion, **of_causal}
+            given = {} if len(set(causal.values())) > 1 else {**of_diffusion, "drafter": drafter or None}
             check_kind(each, causal[each], **given)
         if any(causal.values()):
             check_drafted(drafter, draft_size)
@@ -152,7 +152,7 @@ def serve(
                 models.append(runner.Model(each, each, asked, loading, verifier=verifier, numbers=numbers))
             else:
                 asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
-                models.append(runner.Model(each, each, asked, loading))
+                models.append(runner.Model(each, each, asked, loading, draft_size=guesses))
         if name and len(name) != len(models):
             called = ", ".join(served.name for served in models)
             raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
