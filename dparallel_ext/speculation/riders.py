@@ -37,7 +37,7 @@ GUESSES = 10
 
 
 class Birth(nn.Module):
-    """The trained weights of a kind, and how riders' rows are made with them."""
+    """The trained weights of a kind, and how riders' rows are made with them, see `drafter.Riders`."""
 
     KIND: ClassVar[str]
     most: int
@@ -57,8 +57,13 @@ class Birth(nn.Module):
         self.layer = 0
 
     def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        """Riders' streams (..., width), see `drafter.Riders`; nodes (..., width), numbers (...)."""
+        """Riders' streams (..., width); nodes (..., width), numbers (...)."""
         raise NotImplementedError
+
+    def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
+        count = min(GUESSES, logits.shape[-1])
+        best = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
+        return best.token.view(len(rows), -1)
 
 
 def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[str, Any]:
@@ -109,7 +114,7 @@ class RiderDrafter:
         return self.plan(min(size, self.most)).tokens
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        return _Session(self, _Rows(self.on(model.device, model.dtype)), lanes)
+        return _Session(self, self.on(model.device, model.dtype), lanes)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Birth:
         """A copy of the weights on `device` in `dtype`, kept for the next batch."""
@@ -154,27 +159,12 @@ def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDraf
     return RiderDrafter(birth, ranks, checkpoint.source)
 
 
-class _Rows:
-    """The riders of a batch's passes, see `drafter.Riders`."""
-
-    def __init__(self, birth: Birth) -> None:
-        self.most, self.layer, self.birth = birth.most, birth.layer, birth
-
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        return self.birth.born(nodes, numbers)
-
-    def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
-        count = min(GUESSES, logits.shape[-1])
-        best = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
-        return best.token.view(len(rows), -1)
-
-
 class _Session(DraftSession):
     recorded = True
+    riders: Birth
 
-    def __init__(self, drafter: RiderDrafter, riders: _Rows, lanes: int) -> None:
-        self._drafter, self.riders, self._most = drafter, riders, riders.most
-        self._birth = riders.birth
+    def __init__(self, drafter: RiderDrafter, riders: Birth, lanes: int) -> None:
+        self._drafter, self.riders = drafter, riders
         self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
         """For each lane and depth of the next draft, the guessed tokens, the most probable first."""
 
@@ -182,10 +172,10 @@ class _Session(DraftSession):
         self._guesses[lane] = []
 
     def addresses(self) -> Sequence[int]:
-        return [p.data_ptr() for p in self._birth.parameters()]
+        return [p.data_ptr() for p in self.riders.parameters()]
 
     def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
-        each = len(numbers) // self._most
+        each = len(numbers) // self.riders.most
         self._guesses[lane] = [list(numbers[i * each : (i + 1) * each]) for i in range(riders)]
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
