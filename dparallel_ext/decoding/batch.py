@@ -60,42 +60,29 @@ class Batch:
         self.rows = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0  # nothing is guessed here
-        self._workspace: Workspace | None = None
-        if kv_cache is None and isinstance(model, Model):
+        native, space = isinstance(model, Model), None
+        if native and kv_cache is None:
             if graphs:
                 at = torch.device(device)
-                self._workspace = Workspace.take(model, lanes, width, mask_id, at, cached=schedule.keeps)
-            if self._workspace is not None:
-                kv_cache = self._workspace.kv_cache
-            else:
+                space = Workspace.take(model, lanes, width, mask_id, at, cached=schedule.keeps)
+            if space is None:
                 kv_cache = model.new_cache(lanes, width, kept=schedule.keeps)
-        if self._workspace is not None:
-            tokens = self._workspace.tokens.fill_(pad_id)
-        else:
-            tokens = torch.full((lanes, width), pad_id, dtype=torch.int64, device=device)
-        self.tokens = tokens[:, :width]  # a workspace may be wider
-        self.kv_cache = kv_cache
-        self.runner = Runner(
-            model,
-            tokens,
-            kv_cache,
-            mask_id,
-            shift=int(schedule.shift),
-            window=schedule.sub_block_length,
-            block=schedule.block_length,
-            blocks=schedule.active_blocks,
-            graphs=graphs,
-            workspace=self._workspace,
-        )
+        if space is None:
+            tokens = torch.empty((lanes, width), dtype=torch.int64, device=device)
+            space = Workspace.of(tokens, kv_cache, graphs=graphs and native)
+        self._workspace: Workspace | None = space
+        self.tokens = space.tokens.fill_(pad_id)[:, :width]  # a workspace may be wider
+        self.kv_cache = space.kv_cache
+        self.runner = Runner(model, space, mask_id, schedule)
 
     def keep(self) -> None:
         """Leave the workspace to the model's next batch of this size, which replays these recordings.
 
         This batch is over then: its tensors belong to the next.
         """
-        if self._workspace is not None:
-            self._workspace.give(self.model)
-            self._workspace = None
+        space, self._workspace = self._workspace, None
+        if space is not None:
+            space.give(self.model)
 
     def admit(
         self,

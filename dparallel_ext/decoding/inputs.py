@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..cache import KVCache, Span
+from ..cache import Span
 from ..models import Model
 from ..packed import Packing, Shapes
 from . import padding
 from .sampler import SamplingGroup
-from .schedule import Window
+from .schedule import Schedule, Window
 from .sequence import IDLE, SequenceState, eos_ids, reads
+from .workspace import Workspace
 
 
 class SequenceWork(NamedTuple):
@@ -62,26 +63,19 @@ class GraphKey(NamedTuple):
 
 
 class InputPacker:
-    """Packs the inputs of a batch's passes.
+    """Packs the inputs of a batch's passes; arguments as `Runner`'s."""
 
-    Args: see `Runner`. window, block: at most the columns of `tokens`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokens: Tensor,
-        kv_cache: KVCache | None,
-        mask_id: int,
-        *,
-        shift: int,
-        window: int,
-        block: int,
-        blocks: int,
-    ) -> None:
-        self.model, self.tokens, self.kv_cache, self.mask_id = model, tokens, kv_cache, mask_id
-        self.shift, self.window, self.block, self.blocks = shift, window, block, blocks
-        self.static_shapes = padding.runs_ahead(tokens.device)
+    def __init__(self, model: Any, space: Workspace, mask_id: int, schedule: Schedule) -> None:
+        self.model, self.mask_id = model, mask_id
+        self.tokens, self.kv_cache = space.tokens, space.kv_cache
+        self.shift = int(schedule.shift)
+        """The logits for position p are produced at position max(p - shift, 0)."""
+        width = self.tokens.shape[1]
+        self.window, self.block = min(schedule.sub_block_length, width), min(schedule.block_length, width)
+        """Columns of the widest usual window, and of the widest block."""
+        self.blocks = schedule.active_blocks
+        """How many blocks of a sequence may be open, each with a window."""
+        self.static_shapes = padding.runs_ahead(self.tokens.device)
         """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
         self._graph_bucket = functools.partial(padding.graph_bucket, recorded=padding.recorded_rows(model))
         self._pad_to = padding.row_padding(model) if isinstance(model, Model) else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import AttentionMetadata, KVCache
+from ..cache import AttentionMetadata
 from ..models import Model, logits_of, own_precision
 from ..ops import commit_
 from ..ops.errors import Cell, explain
@@ -24,6 +24,7 @@ from . import padding
 from .graphs import run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
 from .sampler import Decided, Predicted, decide
+from .schedule import Schedule
 from .sequence import SequenceState, eos_ids
 from .workspace import Workspace
 
@@ -57,42 +58,20 @@ class Runner:
     """Runs the passes of a batch.
 
     Args:
-        tokens: (lanes, L) int64, changed in place.
-        kv_cache: with our models, a cache of so many sequences and positions.
-        shift: the logits for position p are produced at position max(p - shift, 0).
-        window, block: columns of the widest usual window, and of the widest block.
-        blocks: how many blocks of a sequence may be open, each with a window.
-        graphs: on a GPU, record the passes of one `GraphKey` once and replay them, see `graphs`.
-        workspace: the workspace that holds `tokens` and `kv_cache`; default: a fresh one.
+        space: the tokens, which passes change in place; with our models also a cache, and the graphs of the
+            passes.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokens: Tensor,
-        kv_cache: KVCache | None,
-        mask_id: int,
-        *,
-        shift: int,
-        window: int,
-        block: int,
-        blocks: int = 1,
-        graphs: bool = True,
-        workspace: Workspace | None = None,
-    ) -> None:
-        self.model, self.tokens, self.kv_cache, self.mask_id = model, tokens, kv_cache, mask_id
-        self.blocks = blocks
-        self.lane = self._lane_of(blocks)
+    def __init__(self, model: Any, space: Workspace, mask_id: int, schedule: Schedule) -> None:
+        self.model, self.mask_id = model, mask_id
+        self.tokens, self.kv_cache = space.tokens, space.kv_cache
+        self.trajectory, self.graphs = space.trajectory, space.graphs
+        self.states, self.given = space.states, space.given
+        self._suppress = space.suppress
+        self.blocks = schedule.active_blocks
+        self.lane = self._lane_of(self.blocks)
         """(W,) int64: each window's lane; None where each lane has one window."""
-        if workspace is None:
-            workspace = Workspace.of(tokens, kv_cache, graphs=graphs and isinstance(model, Model))
-        self.trajectory, self.graphs = workspace.trajectory, workspace.graphs
-        self.states, self.given = workspace.states, workspace.given
-        self._workspace = workspace
-        window, block = (min(width, tokens.shape[1]) for width in (window, block))
-        self.packer = InputPacker(
-            model, tokens, kv_cache, mask_id, shift=shift, window=window, block=block, blocks=blocks
-        )
+        self.packer = InputPacker(model, space, mask_id, schedule)
         self.recorded_rows = padding.recorded_rows(model)
         self._prepared: list[Prepared] = []
 
@@ -102,8 +81,8 @@ class Runner:
         Raises ValueError for an id that one of our models does not have.
         """
         if isinstance(self.model, Model):
-            return self._workspace.suppress(ids, self.tokens.device, self.model.shape.embedding_size)
-        return self._workspace.suppress(ids, torch.device("cpu"))  # the ops look at their range
+            return self._suppress(ids, self.tokens.device, self.model.shape.embedding_size)
+        return self._suppress(ids, torch.device("cpu"))  # the ops look at their range
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
         """Begin a sequence that is decoded by `rule` in the lane.

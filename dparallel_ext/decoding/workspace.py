@@ -86,7 +86,7 @@ class Workspace:
     states: dict[Rule, tuple[Tensor, ...]]
     """The state tensors of rules."""
     key: Hashable = None
-    """The key under which the model keeps it."""
+    """The key under which the model keeps it; None: it is not kept."""
     size: int = 0
     """Bytes of its cache."""
     session: Any = None
@@ -159,9 +159,10 @@ class Workspace:
         return self.suppressed[key]
 
     def give(self, model: Model) -> None:
-        """Keep it with the model for `take`; the caller must not use it any more."""
+        """Keep it with the model for `take`, if that made it; the caller must not use it any more."""
         for rule in [rule for rule in self.states if not rule.recorded]:
             del self.states[rule]  # a function may hold on to the model
         size = self.size + (0 if self.session is None else self.session.size)
-        if self.graphs is not None and self.graphs.recorder is not None and size <= kept.BYTES:
+        records = self.graphs is not None and self.graphs.recorder is not None
+        if self.key is not None and records and size <= kept.BYTES:
             kept.give(model, self.key, self, size)

@@ -146,7 +146,7 @@ class CausalBatch:
         This batch is over then: its tensors belong to the next.
         """
         space, self._workspace = self._workspace, None
-        if space is not None and space.key is not None and (self._owned is None or self._owned.recorded):
+        if space is not None and (self._owned is None or self._owned.recorded):
             space.session = self._owned
             space.give(self.model)
 
