@@ -233,15 +233,12 @@ class KVCache:
         pages = self.block_table[[span.row for span in spans]]
         self._put_tokens(packing, spans, counts, depths, pages, padding)
         for numbers in (begins, ends, seen_slots):
-            packing.add(numbers)
-            packing.repeat(0, padding_spans)
-            packing.close(len(begins) + padding_spans)
+            packing.padded(numbers, 0, len(begins) + padding_spans)
         if len(through) < len(spans):
             pages = self.block_table[[span.row for span in through]]
         packing.tensors((F.pad(pages, (0, 0, 0, padding_spans)) if padding_spans else pages,))
         for numbers in (bounds, seen):
-            packing.add(numbers)
-            packing.close(len(numbers))
+            packing.padded(numbers, 0, len(numbers))
         if ancestors is not None:
             width = len(ancestors[0]) if ancestors else 0
             packing.add(itertools.chain.from_iterable(ancestors))

@@ -57,6 +57,12 @@ class Packing:
         """Add float32 numbers, two in each int64, padded with a zero; read them by `view(torch.float32)`."""
         self._last.frombytes(array("f", [*numbers, *[0.0] * (len(numbers) % 2)]).tobytes())
 
+    def padded(self, numbers: Sequence[int], filler: int, *shape: int) -> None:
+        """Add a tensor of this shape: the numbers, followed by `filler`."""
+        self._last += array("q", numbers)
+        self._last += array("q", (filler,)) * (math.prod(shape) - len(numbers))
+        self.shapes.append(shape)
+
     def close(self, *shape: int) -> None:
         """Make a tensor of this shape of the numbers added since the last one."""
         self.shapes.append(shape)

@@ -162,27 +162,21 @@ class PassRows:
         """Pack the tensors of `_compute` from `ids` to `room`; `tokens` and `padded` are N and M with
         padding."""
         lanes = len(self.sequences)
-        packing.add(self.ids)
-        packing.repeat(0, tokens - len(self.ids))
-        packing.close(tokens)
+        packing.padded(self.ids, 0, tokens)
         if self.unknown:
             places = list(range(tokens))
             for place, b in self.unknown:
                 places[place] = tokens + b
             packing.add(places)
         packing.close(tokens if self.unknown else 0)
-        for numbers, none in ((self.source, 0), (self.token, 0), (self.parent, -1)):
-            packing.add(numbers)
-            packing.repeat(none, padded - len(numbers))
-            packing.close(padded)
-        packing.add(self.keys)
-        packing.repeat(0, 4 * padded - len(self.keys))
-        packing.close(padded, 4)
+        packing.padded(self.source, 0, padded)
+        packing.padded(self.token, 0, padded)
+        packing.padded(self.parent, -1, padded)
+        packing.padded(self.keys, 0, padded, 4)
         for _, edges in self.groups.values():
             packing.add(edges)
         packing.close(len(self.groups), 2, lanes)
-        packing.add(self.room)
-        packing.close(lanes)
+        packing.padded(self.room, 0, lanes)
 
 
 class CausalRunner:
@@ -273,8 +267,7 @@ class CausalRunner:
             packing.add(each)
             packing.repeat(UNKNOWN, most - len(each))
         packing.close(lanes, most)
-        packing.add(rows.bases)
-        packing.close(lanes)
+        packing.padded(rows.bases, 0, lanes)
         if tree:
             packing.tensors((self.kv_cache.block_table,))
         else:
