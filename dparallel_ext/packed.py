@@ -15,12 +15,6 @@ COUNTING = array("q", range(2**16))
 """The numbers that `Packing.ascending` copies slices of."""
 
 
-def pack(tensors: Iterable[Tensor]) -> tuple[Tensor, Shapes]:
-    """int64 tensors of any shapes -> (n,) int64, and their shapes."""
-    parts = list(tensors)
-    return torch.cat([part.reshape(-1) for part in parts]), tuple(tuple(part.shape) for part in parts)
-
-
 def unpack(numbers: Tensor, shapes: Shapes) -> list[Tensor]:
     """The tensors of these shapes, as views of the packed `numbers` (n,)."""
     parts = numbers.split([math.prod(shape) for shape in shapes])

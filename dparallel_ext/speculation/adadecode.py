@@ -24,7 +24,6 @@ noise at the same position, so where the two distributions are close, the choice
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,13 +35,11 @@ from torch import Tensor, nn
 
 from ..arguments import shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.graphs import run_pass
-from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only
 from ..ops import row_stats
-from ..packed import Shapes, pack, unpack
+from ..packed import Packing, Shapes, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import Lane, RecordedSession
@@ -245,7 +242,6 @@ class _Session(RecordedSession):
         size = lanes * self._rows + 1, layout.width
         self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
         self.size = self._streams.nbytes
-        self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
 
     def streams(self, metadata: AttentionMetadata) -> Stream:
         return Stream(self._streams[self._places(metadata)])
@@ -284,7 +280,7 @@ class _Session(RecordedSession):
         spans: list[Span] = []
         ids: list[int] = []
         source: list[int] = []
-        keys: list[tuple[int, int, int]] = []
+        keys: list[int] = []
         group: list[int] = []
         groups: dict[tuple[Any, ...], SamplingGroup] = {}
         layers = self._layout.layers
@@ -295,30 +291,19 @@ class _Session(RecordedSession):
             ids += [int(lane.tokens[-1]), *queue.tokens][done:]
             if not queue.full:
                 source.append(len(ids) - 1)
-                keys.append((*lane.key, root + rows))
+                keys += (*lane.key, root + rows)
                 groups.setdefault(lane.sampling.key, lane.sampling)
                 group.append(list(groups).index(lane.sampling.key))
             queue.computed[head] = rows
             queue.layers += layers[head] - (layers[head - 1] if head else 0)
-        metadata = self._kv_cache.metadata(spans, self._pad_to, causal=True)
-        more_ids = len(metadata.positions) - len(ids)
-        padding = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
-        inputs, shapes = pack(
-            (
-                *metadata.tensors,
-                torch.tensor(ids + [0] * more_ids, device="cpu"),
-                torch.tensor(source + [0] * padding, dtype=torch.int64, device="cpu"),
-                torch.tensor(keys + [(0, 0, 0)] * padding, dtype=torch.int64, device="cpu").view(-1, 3),
-                torch.tensor(group + [0] * padding, dtype=torch.int64, device="cpu"),
-            )
-        )
-        device = self.model.device
-        if device.type == "cuda":
-            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
-        key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, head, tuple(groups.values()))
-        compute = functools.partial(self._compute, key)
-        few = shapes[0][0] <= self._recorded_rows
-        result = run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
+        packing = Packing()
+        tokens, max_q_len, max_kv_len = self._kv_cache.put(packing, spans, self._pad_to)
+        packing.padded(ids, 0, tokens)
+        read = self._put_sources(packing, source)
+        packing.padded(keys, 0, read, 3)
+        packing.padded(group, 0, read)
+        inputs, shapes = packing.pack()
+        result = self._run_pass(_Key(shapes, max_q_len, max_kv_len, head, tuple(groups.values())), inputs)
         guesses = iter(result.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 

@@ -22,7 +22,6 @@ context is made of the token's embedding (tap -1) and the last layer's stream.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,15 +33,13 @@ from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.graphs import run_pass
-from ..decoding.padding import recorded_rows, row_padding
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write, row_topk
-from ..packed import Shapes, pack, unpack
+from ..packed import Packing, Shapes, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import Lane, RecordedSession
@@ -281,11 +278,8 @@ class _Session(RecordedSession):
             (s.layers, 2, pages, s.kv_heads, size, s.head_dim), dtype=model.dtype, device=model.device
         )
         table = rope.table(kv_cache.length, s.head_dim, s.rope_theta, s.rope_scaling, model.device)
-        self._pages = kv_cache
-        """The target's: it knows when pages are assigned, and so what of the metadata it may keep."""
         self.kv_cache = KVCache(slots, table, kv_cache.block_table)
         self.size = slots.nbytes
-        self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
 
     def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
         feature = self._layers.feature(taps)
@@ -326,24 +320,13 @@ class _Session(RecordedSession):
                 suppressed.setdefault(id(lane.suppress), lane.suppress)
             index = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
             group += [index] * counts[-1]
-        metadata = self._pages.metadata(spans, self._pad_to, causal=causal)
-        more_ids = len(metadata.positions) - len(ids)
-        padding = 0 if self._pad_to is None else self._pad_to(len(source)) - len(source)
-        inputs, shapes = pack(
-            (
-                *metadata.tensors,
-                torch.tensor(ids + [mask_id] * more_ids, device="cpu"),
-                torch.tensor(source + [0] * padding, dtype=torch.int64, device="cpu"),
-                torch.tensor(group + [-1] * padding, dtype=torch.int64, device="cpu"),
-            )
-        )
-        device = self.model.device
-        if device.type == "cuda":
-            inputs = inputs.pin_memory()
-        key = _Key(shapes, metadata.max_q_len, metadata.max_kv_len, tuple(suppressed.values()))
-        compute = functools.partial(self._compute, key)
-        few = shapes[0][0] <= self._recorded_rows
-        best = run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
+        packing = Packing()
+        rows, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, self._pad_to)
+        packing.padded(ids, mask_id, rows)
+        read = self._put_sources(packing, source)
+        packing.padded(group, -1, read)
+        inputs, shapes = packing.pack()
+        best = self._run_pass(_Key(shapes, max_q_len, max_kv_len, tuple(suppressed.values())), inputs)
         tokens, bits = best[:, : len(source)].flatten(1).cpu()
         guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
         trees = draft_trees(scores, self._drafter.width, counts, list(sizes))

@@ -6,15 +6,19 @@ choices are emitted. So a drafter may be approximate, and has no temperature.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..cache import AttentionMetadata, KVCache
+from ..decoding.graphs import run_pass
+from ..decoding.padding import recorded_rows, row_padding
 from ..decoding.workspace import graphs_on
 from ..models import Model, Stream
+from ..packed import Packing, Shapes
 from .draft import Draft
 from .sequence import SamplingGroup
 
@@ -122,6 +126,17 @@ class DraftSession:
         raise NotImplementedError
 
 
+class DraftKey(Protocol):
+    """All that the launches of a drafter's pass depend on, beside the values of its inputs."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the inputs; the first has a number for each row."""
+
+    @property
+    def key(self) -> tuple[Any, ...]: ...
+
+
 class RecordedSession(DraftSession):
     """A session with passes of its own, recorded if the batch's are; it does not keep the model alive.
 
@@ -131,6 +146,7 @@ class RecordedSession(DraftSession):
     def __init__(self, weights: nn.Module, model: Model, graphs: bool) -> None:
         self.weights, self._target = weights, weakref.ref(model)
         self.graphs = graphs_on(model.device) if graphs else None
+        self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
 
     @property
     def model(self) -> Model:
@@ -151,6 +167,25 @@ class RecordedSession(DraftSession):
         if self.graphs is not None:
             of_model = self.model.addresses()
             self.graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
+
+    def _put_sources(self, packing: Packing, source: Sequence[int]) -> int:
+        """Pack the rows whose logits a pass needs; return their number, padding included."""
+        count = len(source) if self._pad_to is None else self._pad_to(len(source))
+        packing.padded(source, 0, count)
+        return count
+
+    def _run_pass(self, key: DraftKey, inputs: Tensor) -> Tensor:
+        """The result of a pass; inputs: (n,) int64 on the CPU, as `_compute` reads them."""
+        device = self.model.device
+        if device.type == "cuda":
+            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
+        compute = functools.partial(self._compute, key)
+        few = key.shapes[0][0] <= self._recorded_rows
+        return run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
+
+    def _compute(self, key: Any, inputs: Tensor) -> Tensor:
+        """The work of a pass on the device, which may be recorded."""
+        raise NotImplementedError
 
 
 @runtime_checkable
