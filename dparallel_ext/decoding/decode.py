@@ -239,23 +239,25 @@ def masks(prompt: Tensor, mask_id: int) -> list[int]:
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     """Run passes until every sequence is complete."""
     x = batch.tokens[:1]  # a streamer's batch has one sequence
-    sent = batch.rows[0].ahead if streamer is not None else 0
+    sent = end = decoded = 0
     if streamer is not None:
+        sent = batch.rows[0].ahead
         streamer.put(x[:, :sent].to("cpu", copy=True))  # it may keep and change what it gets
     drafts = hasattr(streamer, "put_draft")
-    while live := batch.live:
-        blocks = {b: batch.rows[b].block for b in live}
-        decoded = sum(row.decoded for row in batch.rows)
+    while batch.live:
+        if streamer is not None:
+            _, end = batch.rows[0].block
         finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
-            bar.update(sum(row.decoded for row in batch.rows) - decoded)
+            before, decoded = decoded, sum(row.decoded for row in batch.rows)
+            bar.update(decoded - before)
         if drafts:
             streamer.put_draft(x[:, sent:].to("cpu", copy=True))
-        for b in finished if streamer is not None else ():
+        if streamer is not None and finished:
             # The block, then the given tokens or padding between it and the next mask.
-            for last in (blocks[b][1], batch.rows[b].ahead):
+            for last in (end, batch.rows[0].ahead):
                 if sent < last:
-                    streamer.put(x[b, sent:last].to("cpu", copy=True))
+                    streamer.put(x[0, sent:last].to("cpu", copy=True))
                     sent = last
         batch.enter(finished)
     if bar is not None:
