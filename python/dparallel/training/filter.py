@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, number, whole
+from dparallel_ext.decoding.decode import progress_bar
 from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
 from .. import files, registry
-from . import loop
 from .trajectories import SETTINGS, Trajectories
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
@@ -134,7 +134,7 @@ def record(
                     f"answers: expected a multiple of block_length {block_length} tokens, prompts included, "
                     f"since the model is block-causal, got {len(ids)} in answer {number}"
                 )
-    bar = loop.progress_bar(progress, len(answers), "oracle", "prompt")
+    bar = progress_bar(progress, len(answers), "oracle", "prompt")
     notes, passes = [], 0
     for first in range(0, len(answers), batch):
         part = answers[first : first + batch]
@@ -190,7 +190,7 @@ def train(
         hidden = settings.hidden or size
         net = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size))
     optimizer = torch.optim.AdamW(net.parameters(), settings.lr)
-    bar = loop.progress_bar(progress, settings.steps, "filter", "step")
+    bar = progress_bar(progress, settings.steps, "filter", "step")
     for step in range(settings.steps):
         loss = _loss(net, learned)
         optimizer.zero_grad()

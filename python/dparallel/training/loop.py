@@ -57,15 +57,6 @@ def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / fall)
 
 
-def progress_bar(progress: bool, total: int, name: str, unit: str) -> Any:
-    """A tqdm bar, if `progress`; else None."""
-    if not progress:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit=unit)
-
-
 def run(
     directory: Path,
     model: nn.Module,

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, token_ids, whole
+from dparallel_ext.decoding.decode import progress_bar
 
 from .. import files, registry
 from ..checkers import Checker, checker_of
@@ -167,13 +168,9 @@ def _generate(
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
     encode = registry.encoder_of(settings.model, model, tokenizer, template, settings.gen_length)
-    bar = None
-    if progress:
-        from tqdm import tqdm
-
-        total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
-        name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
-        bar = tqdm(total=total, initial=total - left, desc=name, unit="prompt", position=rank)
+    total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
+    name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
+    bar = progress_bar(progress, total, name, "prompt", initial=total - left, position=rank)
     kept = seen = 0
     for number in missing:
         first, part = number * settings.shard, shards[number]

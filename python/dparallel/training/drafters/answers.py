@@ -17,12 +17,12 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.decoding.decode import progress_bar
 
 from ... import files
 from ...problems import Prompt, read_prompts
 from ...text import Encoder
 from ...toy import tasks
-from .. import loop
 from ..filter import hold_out
 from .common import Answer, Settings
 
@@ -72,7 +72,7 @@ def answers_of(
     if settings.dtype != "auto":
         identity |= {"dtype": settings.dtype}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
-    bar = loop.progress_bar(progress, len(prompts), "answers", "prompt")
+    bar = progress_bar(progress, len(prompts), "answers", "prompt")
     long_enough: list[Answer] = []
     for number, part in enumerate(parts):
         file = directory / f"answers-{number:05d}.safetensors"
