@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -160,17 +159,17 @@ class HeadNorms(NamedTuple):
     k: nn.Module
 
 
-class CachedAttend(ABC):
+class CachedAttend:  # no ABC: each layer of each pass asks `isinstance`, which is slow for these
     """An `Attend` over a cache, which can do some of what comes before it."""
 
-    @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None = None) -> Tensor:
         """norms: of q and k, still to be computed."""
+        raise NotImplementedError
 
-    @abstractmethod
     def of_product(self, x: Tensor, weights: fused_weights.Joined) -> Tensor | None:
         """Of x (N, width), by which q, k and v are a product: (N, heads, D); None if they are needed
         themselves."""
+        raise NotImplementedError
 
 
 DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
