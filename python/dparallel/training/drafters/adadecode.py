@@ -20,7 +20,7 @@ from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout, check_layers
 
-from .common import Answer, Settings, Target, Trainee
+from .common import Answer, Settings, Target, Trainee, drawn
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ class Exits(Trainee):
         return ExitHeads(self.layout)
 
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
-        settings, device = self._settings, self._target.device
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
-        ids, places = places_of([answers[i] for i in some], settings.anchors, generator)
+        some, generator = drawn(answers, self._settings, step)
+        ids, places = places_of(some, self._settings.anchors, generator)
+        device = self._target.device
         return loss_of(self.module, self._target, ids.to(device), places.to(device))
 
     def drafter(self, source: str, measured: Sequence[Answer]) -> AdaDecode:

@@ -24,7 +24,7 @@ from dparallel_ext.speculation import BlockDrafter, DraftModel
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, EMBEDDING, Layout, check_taps, default_taps
 
-from .common import Answer, Settings, Target, Trainee
+from .common import Answer, Settings, Target, Trainee, drawn
 
 KINDS = {"dflash": {"layers": 3, "block": 16}, "parallelspec": {"layers": 1, "block": 7}}
 """Default layers, and rows of a block, the root included."""
@@ -199,11 +199,10 @@ def pack_blocks(
 def loss_of(
     model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
-    """The loss of a step. It depends only on the seed and the step, so that a resumed run gets the same."""
+    """The loss of a step."""
     layout, device = model.layout, target.device
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
-    batch = pack_blocks([answers[i] for i in some], layout, settings.anchors, generator)
+    some, generator = drawn(answers, settings, step)
+    batch = pack_blocks(some, layout, settings.anchors, generator)
     taps = models.Taps(layout.taps)
     labels = batch.labels.to(device)
     asked = labels >= 0

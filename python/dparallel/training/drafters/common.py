@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dparallel_ext import models
@@ -71,6 +72,14 @@ class Settings:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
         if self.temperature > 100:
             raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
+
+
+def drawn(answers: Sequence[Answer], settings: Settings, step: int) -> tuple[list[Answer], torch.Generator]:
+    """A step's answers, and the generator of its other random numbers. They depend only on the seed and the
+    step, so that a resumed run gets the same."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
+    return [answers[i] for i in some], generator
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
-        """The loss of a step. It depends only on the seed and the step, so that a resumed run gets the
-        same."""
+        """The loss of a step, which depends only on the seed and the step, see `drawn`."""
 
     @abstractmethod
     def drafter(self, source: str, measured: Sequence[Answer]) -> Saved:

@@ -31,7 +31,7 @@ from dparallel_ext.models.modules import rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
 from dparallel_ext.speculation.riders import GUESSES, Birth, config_of
 
-from .common import Answer, Settings, Target, Trainee
+from .common import Answer, Settings, Target, Trainee, drawn
 
 DECAY = 0.8
 """The weight of a rider relative to the one before it."""
@@ -84,9 +84,8 @@ class _Riders(Trainee):
         self.config = config_of(target.model, settings.riders, target.origin(settings.kind))
 
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + step)
-        some = torch.randint(len(answers), (self._settings.batch,), generator=generator).tolist()
-        placed = place([answers[i] for i in some], self._settings.riders, self._settings.anchors, generator)
+        some, generator = drawn(answers, self._settings, step)
+        placed = place(some, self._settings.riders, self._settings.anchors, generator)
         student, teacher, _ = logits_of(self.module, self._target, placed)
         student = student / self._settings.soften
         kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
@@ -124,10 +123,6 @@ class Transfers(_Riders):
         if not layer < layers:
             raise ValueError(f"layer: expected one of [1, {layers}), got {layer}")
         self.config["layer"] = layer
-
-    @property
-    def matrices(self) -> list[torch.nn.Parameter]:
-        return []
 
     def build(self) -> HiddenTransfer:
         """Maps, initialised to the identity: a rider's stream is its node's."""
