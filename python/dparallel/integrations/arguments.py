@@ -60,11 +60,6 @@ def device_of(asked: str | None, local_rank: str | None) -> str:
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
 
 
-def positions_of(config: dict[str, Any]) -> int:
-    limits = [config.get(key) for key in ("max_sequence_length", "max_position_embeddings")]
-    return min((int(limit) for limit in limits if limit), default=MAX_LENGTH)
-
-
 def bos_token_of(directory: Path) -> str | None:
     file = directory / "tokenizer_config.json"
     token = json.loads(file.read_text()).get("bos_token") if file.is_file() else None

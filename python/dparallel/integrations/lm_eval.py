@@ -36,20 +36,20 @@ from tqdm import tqdm
 
 from dparallel_ext import Completion, DecodeConfig, Engine
 from dparallel_ext.decoding import OF_ENGINE
-from dparallel_ext.models import check_diffusion, traits
+from dparallel_ext.models import check_diffusion, max_positions, traits
 
 from .. import registry, text
 from ..configs import parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
 from .arguments import (
     LENGTH_NAMES,
+    MAX_LENGTH,
     NEUTRAL,
     OF_SAMPLING,
     Generation,
     batch_size_of,
     bos_token_of,
     device_of,
-    positions_of,
     temperature_of,
     windows_of,
 )
@@ -151,7 +151,7 @@ class DParallelLM(TemplateLM):
             "mask_id": mask_id,
         }
         self.default_gen_length = registry.gen_length(pretrained)
-        self.max_length = max_length or positions_of(self.model.config)
+        self.max_length = max_length or max_positions(self.model) or MAX_LENGTH
         self.end_ids = text.end_tokens(self.directory, self.tokenizer)
         self.bos_token = bos_token_of(self.directory)
         mask = traits(self.model).mask_id if mask_id is None else mask_id
