@@ -232,8 +232,7 @@ def start(
 
 def masks(prompt: Tensor, mask_id: int) -> list[int]:
     """The columns of `prompt` (P,) that hold the mask token, ascending."""
-    columns: list[int] = (prompt == mask_id).nonzero()[:, 0].tolist()
-    return columns
+    return (prompt == mask_id).nonzero()[:, 0].tolist()
 
 
 def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:

@@ -94,8 +94,7 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
 def apply(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer's output of x, by `linear` where the layer is torch's and does nothing else."""
     if torch.is_grad_enabled() or not is_unmodified(layer, nn.Linear):
-        out: Tensor = layer(x)
-        return out
+        return layer(x)
     return linear(x, layer.weight, layer.bias, constant=True)
 
 

@@ -36,8 +36,7 @@ class RopeScaling(Protocol):
 
 def _powers(head_dim: int, theta: float) -> Tensor:
     """theta^(2 i / head_dim), (head_dim / 2,) float32: the inverse of the frequencies before scaling."""
-    powers: Tensor = theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    return powers
+    return theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
 
 
 @dataclass(frozen=True)

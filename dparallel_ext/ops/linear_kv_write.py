@@ -74,10 +74,9 @@ def linear_kv_write(
         shape = (x.shape[0], heads, dim)
         check_caches(shape, k_cache, v_cache)
         check_places(shape, positions, slot_mapping, cos, sin)
-        out: Tensor = torch.ops.dparallel.linear_kv_write(
+        return torch.ops.dparallel.linear_kv_write(
             x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant
         )
-        return out
     if scale is not None:
         product = fp8_linear(x, weight, scale, bias, constant=constant)
     else:

@@ -50,7 +50,6 @@ def varlen_attention(
     Returns:
         (N, H, D), dtype of q.
     """
-    out: Tensor = torch.ops.aten._flash_attention_forward(
+    return torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal, False, seqused_k=seqused_k
     )[0]
-    return out

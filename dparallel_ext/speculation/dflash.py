@@ -134,8 +134,7 @@ class DraftModel(nn.Module):
 
     def feature(self, taps: Sequence[Tensor]) -> Tensor:
         """(..., width) of the target's streams (..., width), one behind each tapped layer."""
-        feature: Tensor = self.hidden_norm(self.fc(torch.cat(tuple(taps), -1)))
-        return feature
+        return self.hidden_norm(self.fc(torch.cat(tuple(taps), -1)))
 
     def context(self, layer: int, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values (..., kv_heads, head_dim) of features (..., width)."""
@@ -181,8 +180,7 @@ class DraftModel(nn.Module):
                 return y.transpose(1, 2)
 
             x = block(x, attend)
-        y: Tensor = self.norm(x)
-        return y
+        return self.norm(x)
 
 
 class BlockDrafter:

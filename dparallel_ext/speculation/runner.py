@@ -78,8 +78,7 @@ class Issued(NamedTuple):
         """The result; waits for the device."""
         if self.there is not None:
             self.there.synchronize()
-        numbers: list[int] = self.result.tolist()
-        return numbers
+        return self.result.tolist()
 
 
 class PassRows:

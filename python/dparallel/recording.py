@@ -113,8 +113,7 @@ def _in_place(
 
 
 def _listed(values: Tensor) -> list[float]:
-    numbers: list[float] = values.tolist()
-    return numbers
+    return values.tolist()
 
 
 def how_of(config: DecodeConfig, **fields: Any) -> str:

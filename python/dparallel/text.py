@@ -125,8 +125,7 @@ class TokenTexts:
         return self._known[token]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _overlap(text: str, stop: str) -> int:

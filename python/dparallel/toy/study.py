@@ -134,8 +134,7 @@ class Stages:
     def judged(self, file: Path, name: str, policies: list[str], last: bool = False) -> list[Row]:
         """Results on the validation problems, or, with `last`, on the problems of the curves."""
         count, seed = (self.problems, 0) if last else (self.validation, VALIDATION)
-        rows: list[Row] = once(file, lambda: measured(name, policies, count, seed))
-        return rows
+        return once(file, lambda: measured(name, policies, count, seed))
 
     def tried(self, bar: float, ratio: Any, beta: float, steps: int) -> dict[str, Any]:
         """Do a short run of the sweep; return its settings, passes and results."""
