@@ -135,10 +135,10 @@ def held_out(count: int = 500, seed: int = 0) -> Problems:
     stream = itertools.islice(tasks.problems("held_out", seed), count)
     prompts = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
     description = {"problems": len(prompts), "seed": seed}
-    return Problems(prompts, _is_number, tasks.GEN_LENGTH, description, beyond_end=True)
+    return Problems(prompts, _is_right, tasks.GEN_LENGTH, description, beyond_end=True)
 
 
-def _is_number(answer: str, response: str) -> bool:
+def _is_right(answer: str, response: str) -> bool:
     return tasks.extract_answer(response) == int(answer)
 
 
