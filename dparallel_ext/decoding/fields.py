@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,10 +37,6 @@ def _switch(name: str, value: Any) -> bool:
 
 def _whole_of(least: int) -> Callable[[str, Any], int | None]:
     return lambda name, value: None if value is None else whole(name, value, least)
-
-
-def _several(name: str, value: Any) -> int:
-    return whole(name, value, 1)
 
 
 def _share(name: str, value: Any) -> float:
@@ -120,7 +117,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_commit": _plain,
     "score": _plain,
     "refresh": _whole_of(1),
-    "active_blocks": _several,
+    "active_blocks": functools.partial(whole, least=1),
     "open_at": _share,
     "activate_at": _share,
     "batch_invariant": _switch,

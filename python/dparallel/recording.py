@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from dparallel_ext import DecodeConfig, DecodeOutput
 from dparallel_ext.speculation import SpeculateOutput
 
@@ -58,13 +56,12 @@ def answer_of(
     assert out.trajectory is not None
     ids = out.responses[i][:length].tolist()
     steps: list[int] = out.trajectory.step[i, :length].tolist()
-    logprobs = [None if math.isnan(value) else value for value in _listed(out.trajectory.logprob[i, :length])]
+    logprobs = [None if math.isnan(value) else value for value in out.trajectory.logprob[i, :length].tolist()]
     passes = int(out.nfe[i])
-    causal = isinstance(out, SpeculateOutput)
+    kind = "autoregressive" if isinstance(out, SpeculateOutput) else "diffusion"
     fields = {"model": model, "how": how, "note": note, "passes": passes, "seconds": seconds}
-    fields |= {"kind": "autoregressive" if causal else "diffusion", "kept": kept, "length": length}
-    if causal:
-        assert isinstance(out, SpeculateOutput)
+    fields |= {"kind": kind, "kept": kept, "length": length}
+    if isinstance(out, SpeculateOutput):
         assert out.passes is not None
         events = []
         for number, verified in enumerate(out.passes[i], 1):
@@ -110,10 +107,6 @@ def _in_place(
         },
     ]
     return {"events": events, "kept": None, "length": len(sequence)}
-
-
-def _listed(values: Tensor) -> list[float]:
-    return values.tolist()
 
 
 def how_of(config: DecodeConfig, **fields: Any) -> str:
