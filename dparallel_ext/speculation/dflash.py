@@ -208,14 +208,8 @@ class BlockDrafter:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
         layout, s = self.layout, self.layout.shape
         origin = Origin(layout.kind, layout.target, layout.template)
-        check_target(
-            self.source,
-            origin,
-            model,
-            vocabulary=s.embedding_size,
-            width=s.width,
-            layers=layout.target_layers,
-        )
+        sizes = {"vocabulary": s.embedding_size, "width": s.width, "layers": layout.target_layers}
+        check_target(self.source, origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
         return _Session(self, model, kv_cache, graphs)

@@ -104,10 +104,8 @@ class RiderDrafter:
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
         birth = self.birth
-        check_target(
-            self.source, birth.origin, model,
-            vocabulary=birth.vocabulary, width=birth.width, layers=birth.target_layers,
-        )  # fmt: skip
+        sizes = {"vocabulary": birth.vocabulary, "width": birth.width, "layers": birth.target_layers}
+        check_target(self.source, birth.origin, model, **sizes)
 
     def expected(self, size: int) -> float:
         """The tokens that a pass emits on average if its draft has `size` rows, by the ranks."""
