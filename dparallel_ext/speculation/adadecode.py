@@ -24,7 +24,6 @@ noise at the same position, so where the two distributions are close, the choice
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only
 from ..ops import row_stats
 from ..packed import Packing, Shapes, unpack
-from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
+from .checkpoint import DraftCheckpoint, Origin, check_layers, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import Lane, RecordedSession
 from .sequence import SamplingGroup
@@ -69,7 +68,7 @@ class Layout(NamedTuple):
         sizes = read(config, {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_target_layers": LAYERS})
         inner = read(read(config, {_KEY: Field(dict)})[_KEY], {"gamma": _GAMMA, "most": _MOST}, _KEY)
         layers = config[_KEY].get("exit_layers")
-        check_layers(f"config: {_KEY}: exit_layers", layers, sizes["num_target_layers"])
+        check_layers(f"config: {_KEY}: exit_layers", layers, 1, sizes["num_target_layers"])
         return cls(
             width=sizes["hidden_size"],
             vocabulary=sizes["vocab_size"],
@@ -91,21 +90,6 @@ class Layout(NamedTuple):
             _KEY: {"exit_layers": list(self.layers), "gamma": self.gamma, "most": self.most},
             **self.origin.ours,
         }
-
-
-def check_layers(name: str, layers: Any, target_layers: int) -> None:
-    """Raise ValueError unless `layers` are ascending numbers of layers of the target, after which heads
-    fit."""
-    whole_numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
-    if (
-        not whole_numbers
-        or not layers
-        or not (layers[0] >= 1 and layers[-1] < target_layers)
-        or any(a >= b for a, b in itertools.pairwise(layers))
-    ):
-        raise ValueError(
-            f"{name}: expected ascending numbers of layers of [1, {target_layers}), got {shown(layers)}"
-        )
 
 
 class ExitHeads(nn.Module):

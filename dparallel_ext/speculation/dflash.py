@@ -22,7 +22,6 @@ context is made of the token's embedding (tap -1) and the last layer's stream.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write, row_topk
 from ..packed import Packing, Shapes, unpack
-from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
+from .checkpoint import DraftCheckpoint, Origin, check_layers, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import Lane, RecordedSession
 
@@ -95,7 +94,7 @@ class Layout(NamedTuple):
             raise ValueError("config: dflash_config: 'mask_token_id' is missing")
         taps = inner.get("target_layer_ids")
         taps = list(default_taps(layers, shape.layers)) if taps is None else taps
-        check_taps("config: dflash_config: target_layer_ids", taps, layers)
+        check_layers("config: dflash_config: target_layer_ids", taps, EMBEDDING, layers)
         return cls(shape, kind, tuple(taps), block, masks[0], layers, origin.target, origin.template)
 
 
@@ -104,16 +103,6 @@ def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
     if count == 1:
         return (target_layers // 2,)
     return tuple(round(1 + i * (target_layers - 4) / (count - 1)) for i in range(count))
-
-
-def check_taps(name: str, taps: Any, target_layers: int) -> None:
-    """Raise ValueError for taps that are not ascending layers of the target."""
-    whole = isinstance(taps, (list, tuple)) and all(type(tap) is int for tap in taps) and len(taps) > 0
-    inside = whole and taps[0] >= EMBEDDING and taps[-1] < target_layers
-    if not inside or any(a >= b for a, b in itertools.pairwise(taps)):
-        raise ValueError(
-            f"{name}: expected ascending layers of [{EMBEDDING}, {target_layers}), got {taps!r:.80}"
-        )
 
 
 class DraftModel(nn.Module):

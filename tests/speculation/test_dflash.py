@@ -351,10 +351,10 @@ def test_published_taps() -> None:
         ({"dflash_config": {"target_layer_ids": [0]}}, "'mask_token_id' is missing"),
         (
             {"dflash_config": {"mask_token_id": 60, "target_layer_ids": [0, 2]}},
-            r"target_layer_ids: expected ascending layers of \[-1, 2\), got \[0, 2\]",
+            r"target_layer_ids: expected ascending numbers of layers of \[-1, 2\), got \[0, 2\]",
         ),
-        ({"dflash_config": {"mask_token_id": 60, "target_layer_ids": [1, 0]}}, "expected ascending layers"),
-        ({"dflash_config": {"mask_token_id": 60, "target_layer_ids": []}}, "expected ascending layers"),
+        ({"dflash_config": {"mask_token_id": 60, "target_layer_ids": [1, 0]}}, "expected ascending numbers"),
+        ({"dflash_config": {"mask_token_id": 60, "target_layer_ids": []}}, "expected ascending numbers"),
         ({"dparallel": {"kind": "medusa"}}, r"kind='medusa', expected one of \['dflash', 'parallelspec'"),
         ({"dparallel": {"kind": ["dflash"]}}, r"kind=\['dflash'\], expected text or null"),
         ({"dparallel": {"target": 3}}, "target=3, expected text or null"),

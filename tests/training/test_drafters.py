@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
             for value in ("a", None, math.nan, [1], -1)
         ),
         ({"ema": 1.0}, {}, "ema: expected a number between 0 and 1"),
-        ({"taps": (0, 2)}, {}, r"taps: expected ascending layers of \[-1, 2\), got \(0, 2\)"),
+        ({"taps": (0, 2)}, {}, r"taps: expected ascending numbers of layers of \[-1, 2\), got \(0, 2\)"),
         ({"mask_id": 999}, {}, "mask_id: expected one of the model's 202 token ids, got 999"),
         ({"steps": 0}, {}, "steps: expected a whole number >= 1, got 0"),
         ({}, {"evaluate": -1}, "evaluate: expected a whole number >= 0"),

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
-from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout, check_layers
+from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout
+from dparallel_ext.speculation.checkpoint import check_layers
 
 from .common import Answer, Settings, Target, Trainee, drawn
 
@@ -54,7 +55,7 @@ class Exits(Trainee):
         s, exits = target.model.shape, settings.exits
         if exits is None:
             exits = tuple(sorted({s.layers * part // 4 for part in (1, 2, 3)} - {0}))
-        check_layers("exits", exits, s.layers)
+        check_layers("exits", exits, 1, s.layers)
         origin = target.origin(settings.kind)
         self.layout = Layout(
             s.width, s.embedding_size, s.layers, tuple(exits), settings.gamma, settings.most, origin

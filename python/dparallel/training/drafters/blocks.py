@@ -21,8 +21,8 @@ from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
-from dparallel_ext.speculation.checkpoint import Origin
-from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, EMBEDDING, Layout, check_taps, default_taps
+from dparallel_ext.speculation.checkpoint import Origin, check_layers
+from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, EMBEDDING, Layout, default_taps
 
 from .common import Answer, Settings, Target, Trainee, drawn
 
@@ -111,7 +111,7 @@ def config_of(model: models.Model, settings: BlockSettings, mask_id: int, origin
         taps = (EMBEDDING, s.layers - 1)
     elif taps is None:
         taps = tuple(range(s.layers)) if s.layers <= 5 else default_taps(s.layers, 5)
-    check_taps("taps", taps, s.layers)
+    check_layers("taps", taps, EMBEDDING, s.layers)
     keys = ("rope_scaling", "rope_parameters") if s.rope_scaling is not None else ()
     scaling = {key: model.config[key] for key in keys if key in model.config}
     return {
