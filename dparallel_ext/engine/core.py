@@ -33,7 +33,8 @@ class Request:
     on_draft: Callable[[Draft], None] | None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float | None = None
-    lane: int | None = None
+    lane: int = -1
+    """-1: none yet."""
     reused: int = 0
     shared: int = 0
     """Positions whose pages were published to the scheduler as final."""
@@ -229,7 +230,6 @@ class EngineCore:
 
         opened: the request's regions that were open before the pass. finished: whether it completed a block.
         """
-        assert request.lane is not None
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, opened))
@@ -251,7 +251,6 @@ class EngineCore:
 
     def publish(self, request: Request, stored: int) -> None:
         """Let other requests share the pages of the first `stored` positions, which are final."""
-        assert request.lane is not None
         size = self._kv_cache.page_size
         if stored // size <= request.shared // size:
             return
@@ -263,7 +262,6 @@ class EngineCore:
         request.shared = stored
 
     def _draft(self, request: Request, opened: Sequence[Region]) -> Draft:
-        assert request.lane is not None
         row = self.batch.rows[request.lane]
         start, end = self._kind.draft_columns(row, opened)
         first, last = row.index(start), min(row.index(end), request.plan.asked)
@@ -285,7 +283,6 @@ class EngineCore:
 
     def _response(self, request: Request, first: int = 0) -> list[int]:
         """Final response tokens from number `first` on, without EOS or stop sequence."""
-        assert request.lane is not None
         row = self.batch.rows[request.lane]
         final = len(row.columns) if row.done else row.index(row.block[0])
         return _at(
@@ -294,11 +291,9 @@ class EngineCore:
 
     def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
         """Log-probabilities of tokens [first, last) of the response."""
-        assert request.lane is not None
         return _at(self.batch.logprobs[request.lane], self.batch.rows[request.lane].columns[first:last])
 
     def _stream(self, request: Request) -> None:
-        assert request.lane is not None
         fresh = self._response(request, request.sent)
         # Hold back the last tokens if they may begin a stop sequence. Tokens sent earlier do not begin one.
         held = 0
@@ -333,11 +328,11 @@ class EngineCore:
         except Exception as error:
             event = error
         kind = event.finish_reason if isinstance(event, Completion) else "failed"
-        if request.lane is not None:
+        if request.lane >= 0:
             self.batch.release(request.lane)
         with self.lock:
             self.scheduler.release(request.id)
-            if request.lane is not None:
+            if request.lane >= 0:
                 del self.running[request.lane]
             self.counts[kind if kind in self.counts else "completed"] += 1
             request.events.add(event)
@@ -345,7 +340,7 @@ class EngineCore:
         self._tell(request)
 
     def _completion(self, request: Request, reason: str) -> Completion:
-        now, row = time.monotonic(), None if request.lane is None else self.batch.rows[request.lane]
+        now, row = time.monotonic(), None if request.lane < 0 else self.batch.rows[request.lane]
         admitted = now if request.admitted is None else request.admitted
         tokens = [] if row is None else self._response(request)
         logprobs: list[float] | None = None
