@@ -26,21 +26,21 @@ atexit.register(_of_model.clear)  # while the device still answers
 def take(model: Any, key: Hashable) -> Any | None:
     """Take out the object that was given last under `key`; None if there is none."""
     with _lock:
-        things = _of_model.get(model, [])
-        for at in reversed(range(len(things))):
-            if things[at][0] == key:
-                return things.pop(at)[1]
+        entries = _of_model.get(model, [])
+        for index in reversed(range(len(entries))):
+            if entries[index][0] == key:
+                return entries.pop(index)[1]
     return None
 
 
-def give(model: Any, key: Hashable, thing: Any, size: int) -> None:
-    """Keep `thing`, of `size` bytes, until somebody takes it."""
+def give(model: Any, key: Hashable, kept: Any, size: int) -> None:
+    """Keep an object of `size` bytes, until somebody takes it."""
     dropped = []  # freed after the lock is released
     with _lock:
-        things = _of_model.setdefault(model, [])
-        things.append((key, thing, size))
-        while len(things) > LIMIT or sum(size for *_, size in things) > BYTES:
-            dropped.append(things.pop(0))
+        entries = _of_model.setdefault(model, [])
+        entries.append((key, kept, size))
+        while len(entries) > LIMIT or sum(size for *_, size in entries) > BYTES:
+            dropped.append(entries.pop(0))
 
 
 def drop(model: Any) -> None:

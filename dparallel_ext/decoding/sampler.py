@@ -173,7 +173,7 @@ def _by_rule(
     )
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
     # Before the rule is called, which may change what it is given.
-    best = select(by_cell, where.masked, _one(policy), check=False)
+    best = select(by_cell, where.masked, _most_confident(policy), check=False)
     commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, best, group, mask_id)
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
@@ -236,7 +236,7 @@ def _windows_of(column: Tensor, lane: Tensor, first: Tensor, last: Tensor, lanes
     return windows.gather(1, inside.to(torch.int8).argmax(1, keepdim=True))[:, 0]
 
 
-def _one(policy: Tensor) -> Tensor:
+def _most_confident(policy: Tensor) -> Tensor:
     """Policy rows (W, 5) that commit the most confident position; made on the device, as recording needs."""
     row = torch.ones_like(policy)
     row[:, 0].fill_(policies.SELECTORS["quota"])

@@ -34,7 +34,7 @@ class Trajectory:
 
     @classmethod
     def blank(cls, tokens: Tensor) -> Trajectory:
-        """An empty one, for every position of tokens (B, L)."""
+        """An empty trajectory, for every position of tokens (B, L)."""
         none = torch.full(tokens.shape, math.nan, device=tokens.device)
         return cls(torch.zeros_like(tokens, dtype=torch.int64), none, none.clone())
 
@@ -94,7 +94,7 @@ class Workspace:
 
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
-        """A fresh one. graphs: record passes, if the device can."""
+        """A fresh workspace. graphs: record passes, if the device can."""
         recorder = graphs_on(tokens.device) if graphs else None
         return cls(
             tokens,

@@ -27,8 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     """x weight^T + bias, as `torch.nn.functional.linear`, by a kernel of ours where that is faster.
 
     That is: up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10, and bfloat16 on a
-    CPU without instructions for it. The kernel sums in float32 and rounds once; a row is to the bit what it
-    is alone. All else is torch's product, and so is what has a gradient, `torch.autocast` or `torch.compile`.
+    CPU without instructions for it. The kernel sums in float32 and rounds once; a row has the same bits as
+    alone. All else is torch's product, also with a gradient, `torch.autocast` or `torch.compile`.
 
     Args:
         x: (..., in), any strides (rows are made contiguous).
@@ -123,7 +123,7 @@ def _is_faster_on_gpu(x: Tensor) -> bool:
 
 @functools.cache
 def _has_clusters(device: int) -> bool:
-    """And the shared memory that the kernel is made for."""
+    """Whether the GPU has clusters, and the shared memory that the kernel is made for."""
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 

@@ -30,8 +30,8 @@ def _mean_gap(stats: RowStats, cells: Tensor) -> Tensor:
     """(W,) float64: the mean gap between the two largest logits over the cells (W, C) of each window, +inf
     counting as the largest float32; NaN where there is no cell."""
     gaps = stats.top1.clamp(max=LARGEST) - stats.top2.clamp(max=LARGEST)
-    whole = (gaps.double().clamp(max=2.0**20) / _STEP).round() * _STEP
-    return torch.where(cells, whole, 0.0).sum(1) / cells.sum(1)
+    rounded = (gaps.double().clamp(max=2.0**20) / _STEP).round() * _STEP
+    return torch.where(cells, rounded, 0.0).sum(1) / cells.sum(1)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 
 NODES = 64
-"""The most of a draft."""
+"""The most nodes of a draft."""
 WIDTH = 8
-"""Guesses of a row, unless something else is asked for."""
+"""The default number of guesses of a row."""
 
 
 class TreeDrafter(BlockDrafter):

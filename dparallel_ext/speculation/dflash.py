@@ -74,7 +74,7 @@ class Layout(NamedTuple):
     def of(cls, config: Mapping[str, Any]) -> Layout:
         """Read the content of a config.json, ours or one of the published (z-lab's DFlash).
 
-        Raises ValueError naming the key that is missing or asks for what is not there.
+        Raises ValueError naming the key that is missing, or whose value is not supported.
         """
         shape = Qwen3.shape_of(config)
         check_supported(config, {"fc_layernorm": False})
@@ -108,7 +108,7 @@ def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
 class DraftModel(nn.Module):
     """The weights, named as in the published checkpoints; embedding and head are the target's.
 
-    Raises ValueError naming the config key that is missing or asks for what is not implemented.
+    Raises ValueError naming the config key that is missing, or whose value is not supported.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class DraftModel(nn.Module):
             x: (B, M, width), embedded rows of any blocks.
             positions: (B, M) int64, theirs.
             feature: (B, L, width), the sequences' features; positions are counted from 0.
-            visible: (B, M, L + M) bool, what of the context and then of the rows a row sees.
+            visible: (B, M, L + M) bool, the columns of the context, and then the rows, that each row sees.
             cos, sin: (at least the positions, head_dim / 2), see `rope_table`.
         """
         length = feature.shape[1]
@@ -177,7 +177,7 @@ class BlockDrafter:
 
     Args:
         model: in evaluation mode and without gradients from now on.
-        source: what errors call it.
+        source: names the drafter in errors.
     """
 
     width = 1
@@ -204,9 +204,9 @@ class BlockDrafter:
         return _Session(self, model, kv_cache, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
-        """The weights there; if they are elsewhere, a copy, which is kept for the next batch."""
+        """The weights on `device` in `dtype`; a copy, unless they are there, is kept for the next batch."""
         if self._placed is None or self._placed[0] != (device, dtype):
-            # Made outside inference mode, so that they may serve anywhere.
+            # Tensors made outside inference mode can be used anywhere.
             with torch.inference_mode(False), torch.no_grad():
                 there = (self.model.fc.weight.device, self.model.fc.weight.dtype) == (device, dtype)
                 placed = self.model if there else copy.deepcopy(self.model).to(device, dtype)

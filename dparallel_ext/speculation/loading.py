@@ -46,7 +46,7 @@ def load(path: str | Path) -> Drafter:
     Layers that see a window of the text alone, and what DFlash2 adds, are not supported.
 
     Raises:
-        FileNotFoundError: naming what is not there.
+        FileNotFoundError: naming the missing file or directory.
         ValueError: naming the config key, or the missing, extra, misshapen or unreadable tensors.
     """
     checkpoint = read_checkpoint(path)

@@ -27,7 +27,7 @@ from .._C import draft_trees
 Ranks = tuple[tuple[float, ...], ...]
 """a[d][r]"""
 ROUNDS, CLOSE = 200, 1e-7
-"""Of the iteration, at most; and the change at which it ends."""
+"""The most rounds of the iteration, and the change at which it ends."""
 SETTLED = 20
 """The logarithm to base 2 of the passes after which a chain of states is in its steady state."""
 

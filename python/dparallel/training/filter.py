@@ -138,8 +138,8 @@ def record(
     notes, passes = [], 0
     for first in range(0, len(answers), batch):
         part = answers[first : first + batch]
-        whole_ones = nn.utils.rnn.pad_sequence([ids for ids, _ in part], batch_first=True)
-        oracle = Oracle(whole_ones, block_length)
+        padded = nn.utils.rnn.pad_sequence([ids for ids, _ in part], batch_first=True)
+        oracle = Oracle(padded, block_length)
         out = dx.decode(
             model,
             [ids[:length] for ids, length in part],
