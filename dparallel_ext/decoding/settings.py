@@ -64,9 +64,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         )
     if refresh is not None and cache != "dual":
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
-    mask = model_traits.mask_id if config.mask_id is None else config.mask_id
-    if mask is None:
-        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+    mask_id = mask_of(model, config.mask_id)
     active = {name: getattr(config, name) for name in ACTIVE}
     if config.active_blocks > 1 and (part < block_length or (model_traits.shift and causal)):
         by_parts, handed = f"these are filled {part} by {part}", "here the block before begins each block"
@@ -76,7 +74,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
             f"a whole, and {how}"
         )
     schedule = make(cache, model_traits, block_length, part, refresh, **active)
-    return OfModel(cache, schedule, check_mask(model, mask))
+    return OfModel(cache, schedule, mask_id)
 
 
 def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: int) -> list[Settings]:
@@ -184,6 +182,14 @@ def vocabulary(model: Any) -> int | None:
     except (AttributeError, NotImplementedError):
         return None
     return size if isinstance(size, int) else None
+
+
+def mask_of(model: Any, mask_id: int | None) -> int:
+    """`mask_id`, by default the model's own. Raises ValueError if there is none, or as `check_mask`."""
+    mask = traits(model).mask_id if mask_id is None else mask_id
+    if mask is None:
+        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+    return check_mask(model, mask)
 
 
 def check_mask(model: Any, mask_id: int, name: str = "mask_id") -> int:

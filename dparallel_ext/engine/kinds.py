@@ -20,7 +20,7 @@ from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
 from ..decoding.self_speculation import check_draft
 from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
-from ..decoding.settings import check_model, check_settings, make_settings
+from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
 from ..speculation.sequence import CausalSequence
@@ -313,7 +313,7 @@ class Adaptive(LeftToRight):
         adaptive.check_fields(vars(config))
         self._numbers = adaptive.checked_numbers(**numbers)
         self._model, self.config = adaptive.diffusion_model(model), config
-        self._mask_id = adaptive.mask_of(self._model, config)
+        self._mask_id = mask_of(self._model, config.mask_id)
         self._verifier = adaptive.verifier_of(verifier, self._model)
         self.models = (self._model, self._verifier)
 

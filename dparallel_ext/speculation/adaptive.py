@@ -33,7 +33,7 @@ from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
-from ..decoding.settings import check_mask, make_settings
+from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import NO_ERROR, Cell, explain
@@ -116,7 +116,7 @@ def adaptive_decode(
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
         model = diffusion_model(model)
-        mask = mask_of(model, config)
+        mask = mask_of(model, config.mask_id)
         check_prompts(model, prompts, config)
         eos_ids = end_ids(model, config, mask)
         verifier = verifier_of(verifier, model)
@@ -188,14 +188,6 @@ def diffusion_model(model: Any) -> Model:
             f"for a loaded Hugging Face model), got {type(inner).__name__}"
         )
     return inner
-
-
-def mask_of(model: Model, config: DecodeConfig) -> int:
-    """The mask token. Raises ValueError if there is none, or for an id that the model does not have."""
-    mask = model.mask_id if config.mask_id is None else config.mask_id
-    if mask is None:
-        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
-    return check_mask(model, mask)
 
 
 def verifier_of(value: Any, model: Model) -> Model:
