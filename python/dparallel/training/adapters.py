@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import dparallel_ext as dx
 from dparallel_ext.models import Model
 
@@ -15,6 +17,8 @@ from .. import files, registry
 
 LORA_TARGETS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 """The layers with adapters as published, by our names of modules; a family has some of them."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of weights."""
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
@@ -63,64 +67,17 @@ def merge(
     Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
     another run is writing to `out`; OSError if the disk is full.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    directory = files.possible("out", out)
-    adapter = Path(adapter)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            complete = (adapter / "config.json").is_file()
-            hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
-            raise FileNotFoundError(f"adapter: no {file} in {adapter}{hint}")
-    try:
-        config = LoraConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
-    if parameters := getattr(config, "target_parameters", None):
-        raise ValueError(
-            f"adapter: it changes parameters (target_parameters={list(parameters)!r:.200}), such as experts, "
-            "which are not merged here. PEFT's merge_and_unload merges them in the model of models.load, and "
-            "models.save writes it"
-        )
-    try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(
-            f"adapter: {adapter / 'adapter_model.safetensors'} is not a readable safetensors file: {error}"
-        ) from error
+    directory, adapter = files.possible("out", out), Path(adapter)
+    config, tensors = _read(adapter)
     name = model or config.base_model_name_or_path
     if not name:
         raise ValueError("model: the adapter does not name its base, so give one")
     source = registry.directory_of(str(name))
     base = dx.models.load(source, mask_id=mask_id)
-    parameters = dict(base.named_parameters())
-    known = {name.rpartition(".")[0]: None for name in parameters}
-    ends = {base.checkpoint_name(name) for name in ("embed", "lm_head")}
-    prefix, weights = "base_model.model.", {}
-    for key, tensor in tensors.items():
-        module, lora, rest = _parts(key.removeprefix(prefix))
-        if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
-            module = base.checkpoint_name(module)
-        name = module.replace(".base_layer.", ".")
-        if base.shape.tied and ends & {module, name.rpartition(".")[0]}:
-            raise ValueError(
-                f"adapter: {key} changes one of the embedding and the head, and {source} has one weight for "
-                "both"
-            )
-        if not lora and name in parameters:  # of `modules_to_save`, `bias` or `save_embedding_layers`
-            shape = parameters[name].shape
-            if tensor.shape != shape:
-                raise ValueError(f"adapter: {key} is {tuple(tensor.shape)}, and {source} has {tuple(shape)}")
-            parameters[name].data.copy_(tensor)
-        elif lora and module in known:
-            weights[prefix + module + lora + rest] = tensor
-        else:
-            raise ValueError(
-                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
-            )
-    targets = {_parts(key.removeprefix(prefix)) for key in weights}
+    weights = _put(tensors, base, source)
+    targets = {_parts(key.removeprefix(PREFIX)) for key in weights}
     config.target_modules = sorted({module for module, part, _ in targets if part == ".lora_"})
     if not config.target_modules:
         raise ValueError(f"adapter: {adapter / 'adapter_model.safetensors'} has no weights of LoRA")
@@ -138,6 +95,65 @@ def merge(
         files.Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory
+
+
+def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The `LoraConfig` and the tensors in an adapter's directory. Raises as `merge`."""
+    from peft import LoraConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / file).is_file():
+            complete = (adapter / "config.json").is_file()
+            hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
+            raise FileNotFoundError(f"adapter: no {file} in {adapter}{hint}")
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"adapter: {adapter / 'adapter_config.json'} is not LoRA's: {error}") from error
+    if parameters := getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"adapter: it changes parameters (target_parameters={list(parameters)!r:.200}), such as experts, "
+            "which are not merged here. PEFT's merge_and_unload merges them in the model of models.load, and "
+            "models.save writes it"
+        )
+    weights = adapter / "adapter_model.safetensors"
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"adapter: {weights} is not a readable safetensors file: {error}") from error
+
+
+def _put(tensors: Mapping[str, Tensor], base: Model, source: Path) -> dict[str, Tensor]:
+    """Copy the weights that an adapter holds whole into its base, which was read from `source`; return the
+    others by PEFT's names. Raises ValueError for a weight that the base has no place for."""
+    parameters = dict(base.named_parameters())
+    known = {name.rpartition(".")[0]: None for name in parameters}
+    ends = {base.checkpoint_name(name) for name in ("embed", "lm_head")}
+    weights = {}
+    for key, tensor in tensors.items():
+        module, lora, rest = _parts(key.removeprefix(PREFIX))
+        if module.startswith("blocks."):  # by our names, as earlier versions wrote adapters
+            module = base.checkpoint_name(module)
+        name = module.replace(".base_layer.", ".")
+        if base.shape.tied and ends & {module, name.rpartition(".")[0]}:
+            raise ValueError(
+                f"adapter: {key} changes one of the embedding and the head, and {source} has one weight for "
+                "both"
+            )
+        if not lora and name in parameters:  # of `modules_to_save`, `bias` or `save_embedding_layers`
+            shape = parameters[name].shape
+            if tensor.shape != shape:
+                raise ValueError(f"adapter: {key} is {tuple(tensor.shape)}, and {source} has {tuple(shape)}")
+            parameters[name].data.copy_(tensor)
+        elif lora and module in known:
+            weights[PREFIX + module + lora + rest] = tensor
+        else:
+            raise ValueError(
+                f"adapter: {key} is for no module of {source}, which has {', '.join(list(known)[1:3])}, ..."
+            )
+    return weights
 
 
 def _parts(key: str) -> tuple[str, str, str]:
