@@ -79,24 +79,16 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
             record=True,
         )
     ids = answer.sequences[0, prompt.shape[1] :].tolist()
-    text = tokenizer.decode(ids)
-    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
     kept = evaluate.kept_of(ids, model.eos_ids)
     console.print(
-        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens in {answer.forwards} passes, "
+        f"\n{_judged(problem, tokenizer.decode(ids))}: {kept} tokens in {answer.forwards} passes, "
         f"{kept / answer.forwards:.1f} tokens a pass (all {tasks.GEN_LENGTH} "
         f"positions, the padding after the end too: {answer.padded_tokens_per_forward:.1f} a pass)\n",
         highlight=False,
     )
     assert answer.trajectory is not None
-    words = [tokenizer.id_to_token(t) for t in ids]
-    plots.response_by_pass(
-        ["·" if word == tasks.EOS else word for word in words],
-        answer.trajectory.step[0].tolist(),
-        picture,
-        title=f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)",
-    )
-    return picture
+    title = f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)"
+    return _draw(picture, tokenizer, ids, answer.trajectory.step[0].tolist(), title)
 
 
 def _show_drafted(
@@ -116,20 +108,27 @@ def _show_drafted(
             model, prompt, gen_length=tasks.GEN_LENGTH, drafter=drafter, draft_size=15, streamer=streamer
         )
     kept = int(answer.kept[0])
-    text = tokenizer.decode(answer.responses[0][:kept].tolist())
-    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    ids = answer.responses[0][: kept + 1].tolist()
     console.print(
-        f"\nanswer {tasks.extract_answer(text)} ({verdict}): {kept} tokens and the end in {answer.forwards} "
+        f"\n{_judged(problem, tokenizer.decode(ids[:kept]))}: {kept} tokens and the end in {answer.forwards} "
         f"passes, drafted by {drafter}; without a draft {kept + 1} passes give the same text\n",
         highlight=False,
     )
-    words = [tokenizer.id_to_token(token) for token in answer.responses[0][: kept + 1].tolist()]
-    plots.response_by_pass(
-        ["·" if word == tasks.EOS else word for word in words],
-        streamer.of_token,
-        picture,
-        title=f"{problem.prompt}   ({name}: {answer.forwards} passes, {drafter})",
-    )
+    title = f"{problem.prompt}   ({name}: {answer.forwards} passes, {drafter})"
+    return _draw(picture, tokenizer, ids, streamer.of_token, title)
+
+
+def _judged(problem: tasks.Problem, text: str) -> str:
+    """The answer in a text, and whether it is right."""
+    verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
+    return f"answer {tasks.extract_answer(text)} ({verdict})"
+
+
+def _draw(picture: Path, tokenizer: Any, ids: list[int], steps: list[int], title: str) -> Path:
+    """Draw a response with the pass of each token; return the file."""
+    words = [tokenizer.id_to_token(token) for token in ids]
+    shown = ["·" if word == tasks.EOS else word for word in words]
+    plots.response_by_pass(shown, steps, picture, title=title)
     return picture
 
 
