@@ -113,6 +113,7 @@ class KVCache:
 
     def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], block_table: Tensor | None = None) -> None:
         self.slots, self.rope = slots, rope
+        self._layers: list[Any] = [layer.unbind(0) for layer in slots.unbind(0)]
         self.block_table = (
             torch.arange(slots.shape[2], device="cpu")[:, None] if block_table is None else block_table
         )
@@ -139,8 +140,7 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, kv_heads, page_size, head_dim) of a layer."""
-        keys, values = self.slots[index % self.slots.shape[0]].unbind(0)
-        return keys, values
+        return self._layers[index % len(self._layers)]
 
     def assign(self, row: int, pages: Sequence[int], first: int = 0) -> None:
         """Set the pages of sequence `row`, from its page number `first` on."""
