@@ -95,13 +95,14 @@ class InputPacker:
             metadata = self.kv_cache.metadata(spans, self._pad_to)
             longest = metadata.max_q_len, metadata.max_kv_len
             packing.tensors(metadata.tensors)
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
         for b in work:
-            groups.setdefault(SamplingGroup.of(rows[b]).key, []).append(b)
+            group = SamplingGroup.of(rows[b])
+            groups.setdefault(group.key, (group, []))[1].append(b)
         cells = self._cells(rows, work, reach)
         self._put_rows(packing, rows, work, lanes, reach)
-        for group in groups.values():
-            packing.add(_by_field(self._edges(len(rows), work, group)))
+        for _, members in groups.values():
+            packing.add(_by_field(self._edges(len(rows), work, members)))
         packing.close(len(groups), 4, len(rows) * self.blocks)
         counted = self._counted(rows, work)
         packing.add(_by_field(counted))
@@ -115,7 +116,7 @@ class InputPacker:
         if self.tokens.device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
         record = any(rows[b].settings.record for b in work)
-        sampling = tuple(SamplingGroup.of(rows[group[0]]) for group in groups.values())
+        sampling = tuple(group for group, _ in groups.values())
         return inputs, GraphKey(shapes, *longest, record, cells, eos, sampling)
 
     def _put_rows(
