@@ -154,7 +154,7 @@ def serving(
             defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
         made = dx.Engine(model, max_length=settings["max_length"], **{**defaults, **engine})
         running.append(made)
-        service.add(name, made, model.shape.embedding_size, tokenizer, place, engine.get("drafter"), named)
+        service.add(name, made, tokenizer, place, engine.get("drafter"), named)
 
     add(name, model, tokenizer, directory or registry.directory_of(MODEL), engine or {})
     for other, own in (others or {}).items():

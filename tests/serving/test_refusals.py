@@ -517,7 +517,7 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
         model, tokenizer = student
         engine = dx.Engine(model, lanes=1, max_length=64)
         service = Service(Settings())
-        service.add("x", engine, model.shape.embedding_size, tokenizer, registry.directory_of(MODEL))
+        service.add("x", engine, tokenizer, registry.directory_of(MODEL))
         application = make_app(service)
         async with application.router.lifespan_context(application):
             assert await ask(application, "GET", "/health", b"") == (200, {"status": "ok"})

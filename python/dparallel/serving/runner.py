@@ -189,9 +189,8 @@ def run(
         service = Service(replace(asked, max_connections=most))
         opened.callback(service.close)
         for model, (engine, tokenizer) in zip(models, engines, strict=True):
-            vocabulary = engine.model.shape.embedding_size
             place = directories[model.model]
-            service.add(model.name, engine, vocabulary, tokenizer, place, model.drafter, model.verifier)
+            service.add(model.name, engine, tokenizer, place, model.drafter, model.verifier)
         gc.collect()
         gc.freeze()  # objects made so far stay, and collections need not scan them while requests wait
         try:

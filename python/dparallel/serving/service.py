@@ -62,17 +62,13 @@ class Service:
         self,
         name: str,
         engine: Engine,
-        vocabulary: int,
         tokenizer: Any,
         directory: Path,
         drafter: str | None = None,
         verifier: str | None = None,
-    ) -> ModelService:
+    ) -> None:
         """Serve one more model. `drafter`, `verifier`: the names of the engine's."""
-        self.models[name] = service = ModelService(
-            self, name, engine, vocabulary, tokenizer, directory, drafter, verifier
-        )
-        return service
+        self.models[name] = ModelService(self, name, engine, tokenizer, directory, drafter, verifier)
 
     def model(self, name: str) -> ModelService:
         """The model of this name. Raises ApiError."""
@@ -124,7 +120,6 @@ class ModelService:
         service: Service,
         name: str,
         engine: Engine,
-        vocabulary: int,
         tokenizer: Any,
         directory: Path,
         drafter: str | None,
@@ -132,7 +127,7 @@ class ModelService:
     ) -> None:
         self.service, self.name, self.engine = service, name, engine
         self.drafter, self.verifier = drafter, verifier
-        self.vocabulary, self.tokenizer = vocabulary, tokenizer
+        self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.renderer)
         self.builtin = directory.is_relative_to(registry.BUILTIN)
