@@ -157,7 +157,6 @@ def check_inplace(logits: Tensor) -> None:
 def check_loss_inputs(
     like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str
 ) -> None:
-    rows = like.shape[:-1]
     wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
         ("labels", labels, (torch.int64, torch.int32)),
         ("active", active, (torch.bool,)),
@@ -170,14 +169,23 @@ def check_loss_inputs(
         raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {shown(gate)}")
     for name, value, allowed in wanted:
         if isinstance(value, Tensor):
-            check_tensor(name, value)
             refuse_transform(name, value)
-        if not isinstance(value, Tensor) or value.dtype not in allowed or value.shape != rows:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            kinds = "floating point" if name == "weight" else str(allowed[0]).removeprefix("torch.")
-            raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {got}")
-        if value.device != like.device:
-            raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")
+        check_of_rows(name, value, allowed, like, name_of)
+
+
+def check_of_rows(
+    name: str, value: Any, allowed: tuple[torch.dtype, ...], like: Tensor, name_of: str
+) -> None:
+    """Raise unless `value` has an entry of an allowed dtype for each row of `like` (..., width)."""
+    rows, is_tensor = like.shape[:-1], isinstance(value, Tensor)
+    if is_tensor:
+        check_tensor(name, value)
+    if not is_tensor or value.dtype not in allowed or value.shape != rows:
+        got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
+        kinds = "floating point" if allowed == WIDE_DTYPES else str(allowed[0]).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {got}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")
 
 
 # --- fake kernels and the gradient --------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from ..arguments import check_tensor, number, one_of
-from .certainty_forcing_loss import check_inplace, check_temperature, real_dtype
+from ..arguments import number, one_of
+from .certainty_forcing_loss import check_inplace, check_of_rows, check_temperature, real_dtype
 from .errors import report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, rows_view
@@ -131,19 +131,8 @@ def check_divergence(
     """Temperature, kl_weight and l1_weight as floats. Raises ValueError naming the argument that does not
     fit.
     """
-    rows = like.shape[:-1]
     if weight is not None:
-        if isinstance(weight, Tensor):
-            check_tensor("weight", weight)
-        if not isinstance(weight, Tensor) or weight.dtype not in WIDE_DTYPES or weight.shape != rows:
-            got = (
-                f"{weight.dtype} {tuple(weight.shape)}"
-                if isinstance(weight, Tensor)
-                else type(weight).__name__
-            )
-            raise ValueError(f"weight: expected floating point {tuple(rows)} matching {name_of}, got {got}")
-        if weight.device != like.device:
-            raise ValueError(f"weight: expected on {like.device} as {name_of}, got {weight.device}")
+        check_of_rows("weight", weight, WIDE_DTYPES, like, name_of)
     check_temperature("temperature", temperature)
     one_of("reduction", reduction, ("sum", "none"))
     return float(temperature), number("kl_weight", kl_weight), number("l1_weight", l1_weight)
