@@ -68,7 +68,8 @@ def inputs(
     if pad_to is not None:
         for numbers, size in ((order, len(order)), (first, wanted), (node, len(node)), (number, len(node))):
             numbers += [0] * (pad_to(size) - size)
-    return (*tensors, *map(torch.tensor, (node, number, order, first))), tokens
+    of_riders = (torch.tensor(numbers, device="cpu") for numbers in (node, number, order, first))
+    return (*tensors, *of_riders), tokens
 
 
 def step(
