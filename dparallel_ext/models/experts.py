@@ -13,6 +13,7 @@ product serves them, and under the names that transformers gives them in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Router(nn.Module):
         return share.to(logits.dtype), chosen
 
     def _by_groups(self, x: Tensor, routing: GroupRouting) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
         by_group = (scores + self.expert_bias).unflatten(-1, (routing.groups, -1))
         best = by_group.topk(2).values.sum(-1).topk(routing.per_token).indices  # (N, groups for a token)
@@ -118,8 +119,9 @@ class Experts(nn.Module):
         """Expert by expert, as published: the order of the sums, and their roundings, are the same."""
         dtype, tokens, first = torch.promote_types(x.dtype, share.dtype), order // self.sizes.per_token, 0
         mixed = torch.zeros_like(x, dtype=dtype)
-        for expert, end in enumerate(ends.tolist()):
-            if first < end:
+        # On the meta device there are no numbers, so the first expert stands for all.
+        for expert, end in enumerate([len(order)] if ends.is_meta else ends.tolist()):
+            if first < end or not len(order):  # without a token, gradients are zeros, as of dense layers
                 token = tokens[first:end]
                 hidden = _activated(linear(x[token], self.gate_up_proj[expert]))
                 parts = linear(hidden, self.down_proj[expert]) * share[first:end]

@@ -37,6 +37,11 @@ LLADA_CONFIG = {
     **{"qk_layernorm": True, "shared_expert_intermediate_size": None, "rope_theta": 50000},
     **{"tie_word_embeddings": False, "partial_rotary_factor": 1, "mask_token_id": MASK},
 }
+FAMILIES: list[tuple[type[models.Model], dict[str, Any]]] = [
+    (Qwen3MoE, {**SIZES, "model_type": "qwen3_moe"}),
+    (SDARMoE, SDAR_CONFIG),
+    (LLaDAMoE, LLADA_CONFIG),
+]
 
 
 def theirs_of(**changes: Any) -> Any:
@@ -201,6 +206,16 @@ def test_gradients_are_those_of_transformers() -> None:
         torch.testing.assert_close(found[name].grad, p.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    """As torch's linear layers and embeddings have them; processes that train together wait for each one."""
+    for family, config in FAMILIES:
+        model = family(config)
+        model(ids(0, 9)).logits.sum().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None, name
+            assert not p.grad.any(), name
+
+
 def test_training_under_autocast() -> None:
     """In bfloat16, with weights in float32."""
     model, x = models.wrap(theirs_of()).train(), ids(2, 9)
@@ -299,6 +314,14 @@ def test_a_model_without_memory_takes_the_tensors_of_a_file(tmp_path: Path) -> N
         model = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"})
     model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
     torch.testing.assert_close(model(x).logits, theirs(x).logits, rtol=0, atol=1e-4)
+
+
+def test_shapes_of_logits_without_numbers() -> None:
+    """On the meta device, where no token can be sent to its experts."""
+    for family, config in FAMILIES:
+        with torch.device("meta"):
+            model, x = family(config), torch.zeros(2, 9, dtype=torch.int64)
+        assert model(x).logits.shape == (2, 9, VOCABULARY)
 
 
 def test_names_of_parts() -> None:

@@ -228,6 +228,7 @@ def test_the_router_s_bias_moves_with_the_model() -> None:
     model, x = model_of(), ids(1, 9)
     with torch.device("meta"):
         empty = LLaDA2(CONFIG).half()
+    assert empty(x.to("meta")).logits.shape == (1, 9, 97)
     empty.to_empty(device="cpu").float().load_state_dict(model.state_dict())
     assert torch.equal(empty(x).logits, model(x).logits)
     assert all(tensor.is_shared() for tensor in empty.share_memory().state_dict().values())
@@ -257,6 +258,8 @@ def test_wrap_takes_experts_one_by_one(gradient: bool, tmp_path: Path) -> None:
 
 def test_it_trains_and_a_state_dict_resumes() -> None:
     model = model_of().train()
+    model(ids(0, 9)).logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     model(ids(2, 9)).logits.logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     fresh = LLaDA2(CONFIG)
