@@ -176,8 +176,8 @@ def wrap(hf_model: nn.Module) -> Model:
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the
-            weights do not all lie on one device, as after offloading, or an adapter is on a router or an
-            expert.
+            weights do not all lie on one device, as after offloading, an adapter is on a router or an
+            expert, or experts of a layer that are held one by one have several types.
     """
     for_decoding(hf_model)  # raises if weights are sharded or not loaded
     hf_model = unwrap(hf_model)
@@ -351,7 +351,8 @@ def _assemble(
     stacks: bool = True,
 ) -> Model:
     """The model of `config`, with `tensors` in `dtype`; without `dtype` they must have one type, or be
-    `mixed`. Without `stacks`, parameters that are stored in parts stay on "meta".
+    `mixed`, but for the parts of a parameter. Without `stacks`, parameters that are stored in parts stay on
+    "meta".
 
     No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
@@ -378,14 +379,16 @@ def _assemble(
             faults.append(f"{name} is {shape}, expected {expected}")
         elif kind not in DTYPES:
             faults.append(f"{name} is {kind}, expected a floating-point type of 16 bits or more")
-    kinds = {
-        offer.dtype: offer.name
-        for offer in reversed(fitting)
-        if offer.dtype in DTYPES and offer.name not in buffers
-    }
-    if dtype is None and not mixed and len(kinds) > 1:
-        both = " and ".join(f"{name} {kind}" for kind, name in sorted(kinds.items())[:2])
-        faults.append(f"{both}, expected tensors of one type; the argument dtype makes them so")
+    kinds: dict[str, dict[str, str]] = {}
+    """Type -> a tensor of it, among all tensors; where types may be mixed, among the parts of a parameter."""
+    for offer in reversed(fitting):
+        if offer.dtype in DTYPES and offer.name not in buffers:
+            kinds.setdefault(owner[offer.name] if mixed else "", {})[offer.dtype] = offer.name
+    for found in kinds.values():
+        if dtype is None and stacks and len(found) > 1:
+            both = " and ".join(f"{name} {kind}" for kind, name in sorted(found.items())[:2])
+            advice = "hf_model.to(dtype)" if mixed else "the argument dtype"
+            faults.append(f"{both}, expected tensors of one type; {advice} makes them so")
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - offers.keys())]
     extra = {name for name in offers.keys() - known if not name.endswith(TABLES)}
     faults += [f"{name:.200} is unexpected" for name in sorted(extra)]

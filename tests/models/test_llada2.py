@@ -254,6 +254,12 @@ def test_wrap_takes_experts_one_by_one(gradient: bool, tmp_path: Path) -> None:
     assert torch.equal(ours(x).logits, model(x).logits)
     shared, theirs = dict(ours.named_parameters()), dict(root.named_parameters())
     assert all(shared[name] is theirs[name] for name in shared if ".experts." not in name)
+    root.get_submodule("model.norm").double()  # types may be mixed
+    assert models.wrap(root).norm.weight.dtype == torch.float64
+    name = "model.layers.1.mlp.experts.5.up_proj"  # but not in one tensor, where they were rounded
+    root.get_submodule(name).bfloat16()
+    with pytest.raises(ValueError, match=rf"{name}\.weight BF16 and .* F32, expected tensors of one type"):
+        models.wrap(root)
 
 
 def test_it_trains_and_a_state_dict_resumes() -> None:
