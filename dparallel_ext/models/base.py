@@ -356,8 +356,6 @@ class Model(Named):
         Raises ValueError, with the model unchanged, if a layer has an adapter, a hook or a mixture of
         experts, or a weight is not finite.
         """
-        if self.shape.experts is not None:
-            raise ValueError("model: expected one without mixtures of experts, which are not quantised")
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         for block in blocks:
             block.check_quantizable()

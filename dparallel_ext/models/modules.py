@@ -174,8 +174,8 @@ class CachedAttend:  # no ABC: each layer of each pass asks `isinstance`, which 
 
 DROPOUT = ("attention_dropout", "embedding_dropout", "residual_dropout")
 """Keys of a config.json that only matter in training; LLaDA's published class has 0.1 for each."""
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers of a block."""
+LINEAR = ("qkv", "q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers that a block may have."""
 
 
 class Block(Named):
@@ -258,9 +258,14 @@ class Block(Named):
         attention: list[list[nn.Module]] = [] if self.shape.fused_qkv else [[self.q, self.k, self.v]]
         return attention if self.sparse else [*attention, [self.gate, self.up]]
 
+    def _linear(self) -> list[str]:
+        return [name for name in LINEAR if hasattr(self, name)]
+
     def check_quantizable(self) -> None:
         """Raise ValueError as `Model.quantize` does."""
-        for name in LINEAR:
+        if self.sparse:
+            raise ValueError("model: expected one without mixtures of experts, which are not quantised")
+        for name in self._linear():
             layer = getattr(self, name)
             if not fused_weights.is_unmodified(layer, nn.Linear):
                 raise ValueError(f"model: expected a plain nn.Linear layer {name} to quantise, got {layer}")
@@ -268,7 +273,7 @@ class Block(Named):
 
     def quantize(self) -> None:
         """See `Model.quantize`."""
-        for name in LINEAR:
+        for name in self._linear():
             setattr(self, name, Fp8Linear(getattr(self, name)))
         self._join_quantised()
 

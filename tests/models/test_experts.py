@@ -385,3 +385,13 @@ def test_experts_are_not_quantised() -> None:
         model.quantize()
     assert not model.quantized
     assert model.addresses() is None  # so no pass is recorded
+
+
+@torch.no_grad()
+def test_a_model_of_experts_that_has_none_is_quantised() -> None:
+    """Its config names experts, and no layer has them."""
+    torch.manual_seed(0)
+    model, x = SDARMoE({**SDAR_CONFIG, "mlp_only_layers": [0, 1, 2]}).eval(), ids(2, 9)
+    expected = model(x).logits
+    assert model.quantize().quantized
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=0.2 * float(expected.std()))

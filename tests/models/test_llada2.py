@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import LLaDA2
+from dparallel_ext.models.fp8 import Fp8Linear
 
 MASK, EOS, BLOCK = 96, 2, 8
 CONFIG: dict[str, Any] = {
@@ -260,6 +262,21 @@ def test_wrap_takes_experts_one_by_one(gradient: bool, tmp_path: Path) -> None:
     root.get_submodule(name).bfloat16()
     with pytest.raises(ValueError, match=rf"{name}\.weight BF16 and .* F32, expected tensors of one type"):
         models.wrap(root)
+
+
+@torch.no_grad()
+def test_it_is_quantised_without_experts() -> None:
+    """Queries, keys and values are one layer."""
+    model, x = model_of(first_k_dense_replace=3), ids(1, 19)
+    full = copy.deepcopy(model)
+    layers = [layer for layer in full.blocks.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        weight, scale = dx.quantize_fp8(layer.weight)
+        layer.weight.copy_(weight.float() * scale[:, None])
+    assert sum(isinstance(part, Fp8Linear) for part in model.quantize().modules()) == len(layers) == 15
+    torch.testing.assert_close(model(x).logits, full(x).logits, rtol=1e-4, atol=1e-4)
+    a, b = (dx.decode(each, x, gen_length=16, cache="block").sequences for each in (model, full))
+    assert torch.equal(a, b)
 
 
 def test_it_trains_and_a_state_dict_resumes() -> None:
