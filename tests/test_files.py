@@ -6,16 +6,21 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 from conftest import full_disk, golden
 from dparallel import files
 from dparallel.toy import train
 from dparallel.training import distill
 from drafters import exits
+from tokenizers import Tokenizer
 
 import dparallel_ext as dx
 
@@ -113,26 +118,47 @@ def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: 
 
 
 def test_a_full_disk_is_said(tmp_path: Path):
-    """By torch, by safetensors and by Python; what was there is as it was, and nothing half-written stays."""
-    model = golden.model("llada_tiny_a")
+    """By every writer, with the file's name; what was there is as it was, and nothing half-written stays."""
+    model, drafter = golden.model("llada_tiny_a"), exits()
     dx.models.save(model, tmp_path)
+    drafter.save(tmp_path / "drafter")
     state = tmp_path / "state.pt"
     torch.save({"step": 3}, state)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with full_disk(20_000):
-        with pytest.raises(OSError, match="is the disk full"), files.full_disk_named(tmp_path):
-            dx.models.save(model, tmp_path)
-        with (
-            pytest.raises(OSError, match="is the disk full"),
-            files.full_disk_named(tmp_path),
-            files.replacing(state) as partial,
-        ):
-            torch.save({"step": torch.zeros(100_000)}, partial)
-        with pytest.raises(OSError, match=r"too large: .*config\.json'$"), files.full_disk_named(tmp_path):
-            files.write_text(tmp_path / "config.json", "x" * 100_000)
-        with pytest.raises(KeyError), files.full_disk_named(tmp_path):
-            raise KeyError("another error stays what it is")
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "tokenizer.json").write_text("x" * 100_000)
+    tokenizer = Tokenizer(tokenizers.models.WordLevel({f"word {i}": i for i in range(9999)}))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def saved(write: Callable[[Path], Any]) -> Callable[[Path], None]:
+        def write_whole(file: Path) -> None:
+            with files.replacing(file) as partial:
+                write(partial)
+
+        return write_whole
+
+    table = pyarrow.table({"prompt": [os.urandom(50_000).hex()]})
+    writers: list[tuple[Path, str, Callable[[Path], Any]]] = [
+        (tmp_path / "model.safetensors", "is the disk full", lambda _: dx.models.save(model, tmp_path)),
+        (tmp_path / "drafter/model.safetensors", "too large", lambda file: drafter.save(file.parent)),
+        (state, "is the disk full", saved(lambda file: torch.save(torch.zeros(100_000), file))),
+        (state, "is the disk full", saved(lambda file: tokenizer.save(str(file)))),
+        (state, "too large", saved(lambda file: pyarrow.parquet.write_table(table, file))),
+        (tmp_path / "config.json", "too large", lambda file: files.write_text(file, "x" * 100_000)),
+        (
+            tmp_path / "tokenizer.json",
+            "too large",
+            lambda file: files.Companions(theirs).save_pretrained(file.parent),
+        ),
+    ]
+    for file, said, write in writers:
+        with full_disk(1_500), pytest.raises(OSError, match=said) as raised:
+            write(file)
+        assert str(raised.value.filename) == str(file)
+        assert raised.value.errno
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    with pytest.raises(KeyError), files.full_disk_named(tmp_path):
+        raise KeyError("another error stays what it is")
 
 
 def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

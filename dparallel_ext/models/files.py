@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -338,17 +339,39 @@ def writable(argument: str, file: str | Path) -> Path:
     return file
 
 
+WRITE_FAILED = (
+    *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
+    *("os error 28", "os error 27", "os error 122"),
+)
+"""Parts of torch's and safetensors' errors when the disk (or a quota) is full."""
+
+
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """A context that turns torch's and safetensors' errors of a full disk into an OSError that says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            errno.ENOSPC, f"a file could not be written; is the disk full? ({reason})", str(path)
+        ) from error
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """A context with a path to write to, which then replaces `file`, or is removed if the block raises.
 
-    The path is this process's own, and its content is on the disk before it gets the name of `file`. An
-    OSError without a file's name, as of a full disk, gets that of `file`.
+    The path is this process's own, and its content is on the disk before it gets the name of `file`. Errors
+    of a full disk are OSErrors with the name of `file`.
     """
     file = Path(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with full_disk_named(file):
+            yield partial
         flush(partial)
         os.replace(partial, file)
     except BaseException as error:

@@ -3,11 +3,9 @@ all."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -16,6 +14,7 @@ from typing import Any
 
 from dparallel_ext.models.files import check_text, replacing
 from dparallel_ext.models.files import directory as directory
+from dparallel_ext.models.files import full_disk_named as full_disk_named
 from dparallel_ext.models.files import possible as possible
 from dparallel_ext.models.files import writable as writable
 
@@ -154,27 +153,6 @@ def locked(argument: str, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-WRITE_FAILED = (
-    *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
-    *("os error 28", "os error 27", "os error 122"),
-)
-"""Parts of torch's and safetensors' errors when the disk (or a quota) is full."""
-
-
-@contextmanager
-def full_disk_named(path: str | Path) -> Iterator[None]:
-    """A context that turns torch's and safetensors' errors of a full disk into an OSError that says so."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
-            raise
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            errno.ENOSPC, f"a file could not be written; is the disk full? ({reason})", str(path)
-        ) from error
-
-
 # --- what goes with a checkpoint ---------------------------------------------------------------
 
 COMPANIONS = (
@@ -209,4 +187,4 @@ class Companions:
                 copy = Path(directory) / file.relative_to(self.source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(copy) as partial:
-                    shutil.copyfile(file, partial)
+                    partial.write_bytes(file.read_bytes())

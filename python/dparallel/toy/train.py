@@ -217,7 +217,7 @@ def train(
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
         whole(name, value, least)
     directory = files.directory("out", out)
-    with files.locked("out", directory), files.full_disk_named(directory):
+    with files.locked("out", directory):
         return _train(directory, settings, device, save_every, evaluate, progress)
 
 

@@ -91,7 +91,7 @@ def merge(
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     merged = adapted.merge_and_unload()
     files.directory("out", directory)
-    with files.locked("out", directory), files.full_disk_named(directory):
+    with files.locked("out", directory):
         files.Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory

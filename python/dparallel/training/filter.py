@@ -311,7 +311,7 @@ def save(
     }
     file = files.writable("file", file)
     files.directory("file", file.parent)
-    with files.full_disk_named(file), files.replacing(file) as partial:
+    with files.replacing(file) as partial:
         partial.write_bytes(safetensors.torch.save(net.state_dict(), metadata))
 
 

@@ -100,7 +100,7 @@ def run(
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
-    with files.locked("out", directory), files.full_disk_named(directory):
+    with files.locked("out", directory):
         answers = trainee.learnable(answers_of(directory, model, learned, settings, answer_batch, progress))
         with _frozen(model):
             drafter, report = _train(
