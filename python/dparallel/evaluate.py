@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,30 +70,25 @@ def evaluate(
     if cache is not None:
         config = config.replace(cache=cache)
     changed = changed_fields(config) | drafted_by(draft_size)
-    asked = _problems(problems, seed)
-    length = asked.length(model_name)
-    config = config.replace(gen_length=length, record=True)
-    whole("batch", batch, 1)
-    template = registry.template_of(model_name, chat) if chat or loaded is None else None
-    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
-    model = dx.models.for_decoding(model)
+    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    model, tokenizer, length, beyond = asked.model, asked.tokenizer, asked.length, asked.problems.beyond_end
     dx.models.check_diffusion(model)
-    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
+    config = config.replace(gen_length=length, record=True)
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
     found: dict[int, Answer] = {}
     began = time.perf_counter()
-    for part in _batches(asked, encode, batch):
+    for part in _batches(asked, batch):
         out = dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
         responses = [response.tolist() for response in out.responses]
         kept = [
             kept_of(response[: min(length, end)], model.eos_ids)
             for response, end in zip(responses, out.kept.tolist(), strict=True)
         ]
-        shown = responses if asked.beyond_end else [r[:n] for r, n in zip(responses, kept, strict=True)]
+        shown = responses if beyond else [r[:n] for r, n in zip(responses, kept, strict=True)]
         texts = tokenizer.decode_batch(shown)
-        correct += _count_right(asked, part, texts)
+        correct += _count_right(asked.problems, part, texts)
         found |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
         passes += int(out.nfe.sum())
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
@@ -107,14 +101,14 @@ def evaluate(
             to_eos += int(passes_to_eos(steps[None], out.nfe[i : i + 1], ends[None], block, start))
         padded += int(out.generated.sum())
         if recording is not None:
-            label_of = {"model": model_name, "how": label({"policy": policy, "config": changed})}
-            _record(recording, asked, part, texts, out, kept, tokenizer, length=length, **label_of)
+            how = label({"policy": policy, "config": changed})
+            _record(recording, asked, how, part, texts, out, kept)
     if answers is not None:
-        answers += [found[number] for number in range(len(asked.prompts))]
-    count = len(asked.prompts)
+        answers += [found[number] for number in range(len(asked.problems.prompts))]
+    count = len(asked.problems.prompts)
     of_drafts = {"canvases_mean": canvases / count if count else 0.0} if draft_size else {}
     return {
-        **_judged(model_name, policy, changed, asked, correct, threshold),
+        **_judged(asked, policy, changed, correct, threshold),
         "nfe_mean": passes / count if count else 0.0,
         "nfe_to_eos": to_eos / count if count else 0.0,
         "tokens_per_forward": tokens / passes if passes else 0.0,
@@ -123,14 +117,45 @@ def evaluate(
         "gen_length": length,
         "block_length": block,
         "cache": config.cache or "none",
-        "chat": template is not None,
+        "chat": asked.chat,
         **registry.conditions_of(model),
         **of_drafts,
     }
 
 
-def _problems(problems: int | Problems, seed: int) -> Problems:
-    return problems if isinstance(problems, Problems) else held_out(problems, seed)
+class Asked(NamedTuple):
+    """Problems and the model that answers them."""
+
+    problems: Problems
+    name: str
+    model: Any
+    tokenizer: Any
+    encode: Encoder
+    chat: bool
+    """Whether `encode` puts prompts into a chat template."""
+    length: int
+    """Tokens of a response."""
+
+
+def _asked(
+    name: str,
+    problems: int | Problems,
+    seed: int,
+    batch: int,
+    chat: bool | None,
+    loading: registry.Loading | None,
+    loaded: tuple[Any, Any] | None,
+) -> Asked:
+    """What `evaluate` and its like begin with; for the arguments see there."""
+    if not isinstance(problems, Problems):
+        problems = held_out(problems, seed)
+    length = problems.length(name)
+    whole("batch", batch, 1)
+    template = registry.template_of(name, chat) if chat or loaded is None else None
+    model, tokenizer = loaded or (loading or registry.Loading()).load(name)
+    model = dx.models.for_decoding(model)
+    encode = registry.encoder_of(name, model, tokenizer, template, length)
+    return Asked(problems, name, model, tokenizer, encode, template is not None, length)
 
 
 def _count_right(problems: Problems, part: Sequence[Encoded], texts: Sequence[str]) -> int:
@@ -138,21 +163,16 @@ def _count_right(problems: Problems, part: Sequence[Encoded], texts: Sequence[st
 
 
 def _judged(
-    model_name: str,
-    policy: str,
-    config: Fields,
-    problems: Problems,
-    correct: int,
-    threshold: float | None = None,
+    asked: Asked, policy: str, config: Fields, correct: int, threshold: float | None = None
 ) -> dict[str, Any]:
     """The fields that all results have: model, policy, settings, and the share of right answers."""
-    count = len(problems.prompts)
+    count = len(asked.problems.prompts)
     return {
-        "model": model_name,
+        "model": asked.name,
         "policy": policy,
         "config": config,
         "threshold": threshold,
-        **problems.description,
+        **asked.problems.description,
         "accuracy": correct / count if count else 0.0,
         "accuracy_interval": wilson(correct, count),
     }
@@ -200,12 +220,8 @@ def evaluate_drafter(
     token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
-    asked = _problems(problems, seed)
-    length = asked.length(model_name)
-    whole("batch", batch, 1)
-    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
-    template = registry.template_of(model_name, chat)
-    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
+    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    model = asked.model
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
     loaded_drafter = dx.speculation.drafter_of(drafter, model.device, model.dtype)
@@ -213,15 +229,13 @@ def evaluate_drafter(
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
     began = time.perf_counter()
-    settings: Fields = {"gen_length": length, "draft_size": size, "record": recording is not None}
+    settings: Fields = {"gen_length": asked.length, "draft_size": size, "record": recording is not None}
 
     def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
         return dx.speculate(model, _ids(part), drafter=loaded_drafter, **settings)
 
     how = f"{drafter} guesses ahead" if drafter else "a token a pass"
-    of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
-    noted = functools.partial(_record, recording, asked, **of_all)
-    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, answers, noted):
+    for out, right in _to_the_end(decode, asked, batch, how, recording, answers):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -230,10 +244,10 @@ def evaluate_drafter(
             for old, new in ((drafted, out.drafted), (accepted, out.accepted))
         )
     seconds = time.perf_counter() - began
-    count = len(asked.prompts)
+    count = len(asked.problems.prompts)
     changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
-        **_judged(model_name, drafter or PLAIN, changed, asked, correct),
+        **_judged(asked, drafter or PLAIN, changed, correct),
         "nfe_mean": passes / count if count else 0.0,
         "nfe_to_eos": passes / count if count else 0.0,
         "draft_mean": drafts / count if count else 0.0,
@@ -244,35 +258,35 @@ def evaluate_drafter(
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
         "layers": layers / (tokens * model.shape.layers) if tokens else 0.0,
         "seconds": round(seconds, 3),
-        "gen_length": length,
+        "gen_length": asked.length,
         "batch": batch,
-        "chat": template is not None,
+        "chat": asked.chat,
         **registry.conditions_of(model),
     }
 
 
 def _to_the_end(
     decode: Callable[[Sequence[Encoded]], Output],
-    problems: Problems,
-    encode: Encoder,
+    asked: Asked,
     batch: int,
-    tokenizer: Any,
-    answers: list[Answer] | None,
-    noted: Callable[..., None],
+    how: str,
+    recording: Recording | None,
+    answers: list[Answer] | None = None,
 ) -> Iterator[tuple[Output, int]]:
     """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
 
-    answers: receives the answers at the end, in the order of the problems. noted: `_record` with all
-    arguments but those about the batch.
+    how: what the recording says of the decoding. answers: receives the answers at the end, in the order of
+    the problems.
     """
     found: dict[int, Answer] = {}
-    for part in _batches(problems, encode, batch):
+    for part in _batches(asked, batch):
         out = decode(part)
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
-        texts = tokenizer.decode_batch(kept)
+        texts = asked.tokenizer.decode_batch(kept)
         found |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
-        noted(part=part, answers=texts, out=out, kept=out.kept.tolist())
-        yield out, _count_right(problems, part, texts)
+        if recording is not None:
+            _record(recording, asked, how, part, texts, out, out.kept.tolist())
+        yield out, _count_right(asked.problems, part, texts)
     if answers is not None:
         answers += [found[number] for number in range(len(found))]
 
@@ -301,38 +315,32 @@ def evaluate_adaptive(
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
-    asked = _problems(problems, seed)
-    length = asked.length(model_name)
-    whole("batch", batch, 1)
-    model, tokenizer = loaded or (loading or registry.Loading()).load(model_name)
-    judge = registry.load_verifier(verifier, model, tokenizer)
-    template = registry.template_of(model_name, chat)
-    config = config.replace(gen_length=length, record=recording is not None)
+    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    model = asked.model
+    judge = registry.load_verifier(verifier, model, asked.tokenizer)
+    config = config.replace(gen_length=asked.length, record=recording is not None)
 
     def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
         return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
 
     how = label({"policy": verifier, "config": changed})
-    of_all: Fields = {"tokenizer": tokenizer, "length": length, "model": model_name, "how": how}
-    noted = functools.partial(_record, recording, asked, **of_all)
-    encode = registry.encoder_of(model_name, model, tokenizer, template, length)
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
-    for out, right in _to_the_end(decode, asked, encode, batch, tokenizer, None, noted):
+    for out, right in _to_the_end(decode, asked, batch, how, recording):
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
-    count = len(asked.prompts)
+    count = len(asked.problems.prompts)
     return {
-        **_judged(model_name, verifier, changed, asked, correct),
+        **_judged(asked, verifier, changed, correct),
         "nfe_mean": passes / count if count else 0.0,
         "nfe_to_eos": passes / count if count else 0.0,
         "verifier_mean": verified / count if count else 0.0,
         "tokens_per_forward": kept / passes if passes else 0.0,
         "padded_tokens_per_forward": tokens / passes if passes else 0.0,
         "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": length,
-        "chat": template is not None,
+        "gen_length": asked.length,
+        "chat": asked.chat,
         **registry.conditions_of(model),
     }
 
@@ -342,24 +350,22 @@ RECORDED = 3
 
 
 def _record(
-    recording: Recording | None,
-    problems: Problems,
+    recording: Recording,
+    asked: Asked,
+    how: str,
     part: Sequence[Encoded],
     answers: Sequence[str],
     out: dx.DecodeOutput,
     kept: Sequence[int],
-    tokenizer: Any,
-    **arguments: Any,
 ) -> None:
-    """Add a batch's answers to the first problems to the recording; `arguments`: of `answer_of`."""
-    if recording is None:
-        return
-    texts = TokenTexts(tokenizer)
+    """Add a batch's answers to the first problems to the recording."""
+    texts = TokenTexts(asked.tokenizer)
     for i, (each, answer) in enumerate(zip(part, answers, strict=True)):
         if each.number < RECORDED:
             expected = each.prompt.answer
-            note = "right" if problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
-            recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], note=note, **arguments))
+            note = "right" if asked.problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
+            shown: Fields = {"model": asked.name, "how": how, "length": asked.length, "note": note}
+            recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], **shown))
 
 
 def _ids(part: Sequence[Encoded]) -> list[list[int]]:
@@ -373,12 +379,13 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
     return config.replace(seed=[config.seed + each.number for each in part])
 
 
-def _batches(problems: Problems, encode: Encoder, batch: int) -> Iterator[Sequence[Encoded]]:
+def _batches(asked: Asked, batch: int) -> Iterator[Sequence[Encoded]]:
     """At most `batch` problems at a time, those of like lengths together."""
-    asked = [Encoded(number, prompt, encode(prompt.text)) for number, prompt in enumerate(problems.prompts)]
-    asked.sort(key=lambda each: len(each.ids))
-    for first in range(0, len(asked), batch):
-        yield asked[first : first + batch]
+    prompts = enumerate(asked.problems.prompts)
+    encoded = [Encoded(number, prompt, asked.encode(prompt.text)) for number, prompt in prompts]
+    encoded.sort(key=lambda each: len(each.ids))
+    for first in range(0, len(encoded), batch):
+        yield encoded[first : first + batch]
 
 
 def kept_of(response: Sequence[int], eos_ids: Sequence[int]) -> int:

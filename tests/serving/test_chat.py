@@ -178,3 +178,9 @@ def test_what_is_loaded_is_asked_as_it_is(instruct: Path) -> None:
         row = evaluate.evaluate(str(instruct), "quota:32", problems=1, loaded=loaded, chat=chat)
         assert row["chat"] is used
     assert evaluate.evaluate("no checkpoint", "quota:32", problems=1, loaded=loaded)["chat"] is False
+    student, causal = (registry.load(f"builtin:{name}") for name in ("student", "causal"))
+    rows = (
+        evaluate.evaluate_adaptive("no checkpoint", registry.VERIFIER, problems=1, loaded=student),
+        evaluate.evaluate_drafter("no checkpoint", None, problems=1, loaded=causal),
+    )
+    assert [row["chat"] for row in rows] == [False, False]
