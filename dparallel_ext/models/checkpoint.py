@@ -195,7 +195,13 @@ def wrap(hf_model: nn.Module) -> Model:
         if not any(name.startswith(f"{layer}.") for layer in adapted)
     }
     for name, module in adapted.items():
-        weights |= {f"{name}.{leaf}": p for leaf, p in _base_of(module).named_parameters(recurse=False)}
+        base = _base_of(module)
+        if within := {p.rsplit(".", 2)[-2] for p, _ in base.named_parameters() if "." in p}:
+            raise ValueError(
+                f"hf_model: PEFT has a copy of {name} as a whole, expected one of each layer: in place of "
+                f"{name.rpartition('.')[2]!r} modules_to_save may name {', '.join(sorted(within))}"
+            )
+        weights |= {f"{name}.{leaf}": p for leaf, p in base.named_parameters(recurse=False)}
     devices = {str(p.device) for p in weights.values()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")

@@ -255,6 +255,10 @@ def test_wrap_shares_the_layers_of_an_adapted_model(
     with theirs.disable_adapter():
         assert torch.equal(tokens(model, cache="dual"), expected("dual"))
     theirs.set_adapter("default")
+    several = peft.get_peft_model(hugging_face(), lora(peft, modules_to_save=["self_attn"]))
+    said = r"PEFT has a copy of model\.layers\.0\.self_attn as a whole.* may name k_proj, o_proj, q_"
+    with pytest.raises(ValueError, match=said):
+        models.wrap(several)
     merged = models.wrap(theirs.merge_and_unload())
     assert merged.addresses() is not None
     assert torch.equal(tokens(merged), first)
