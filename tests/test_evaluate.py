@@ -576,7 +576,7 @@ def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(model: str
 
 def test_what_does_not_fit_a_file_of_problems_is_named(own: Path):
     for arguments, message in (
-        ({"data": None}, "data: expected a JSONL or Parquet file, or builtin:N, got None"),
+        ({"data": None}, "data: expected a file or builtin:N, got None"),
         ({"data": ""}, "data: expected .*, got ''"),
         ({"checker": 3}, "checker: expected one of .*, got 3"),
         ({"count": -1}, "count: expected a whole number >= 1, got -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -30,8 +31,7 @@ def test_a_newline_alone_ends_a_line(tmp_path: Path):
     rows = [{"a": "one\u2028two"}, {"a": "three\x85four\x0c"}]
     content = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows) + "\n \n"
     file.write_bytes(content.encode())
-    assert [files.json_object("data", file, n, line) for n, line in files.lines("data", file)] == rows
-    assert [n for n, _ in files.lines("data", file)] == [1, 2]
+    assert list(files.rows("data", file)) == [(1, rows[0]), (2, rows[1])]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path):
@@ -42,9 +42,11 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
         files.read_text("data", tmp_path)
     with pytest.raises(FileNotFoundError, match="data: no file"):
         files.read_text("data", tmp_path / "nowhere")
-    (tmp_path / "list").write_text('[{"prompt": "a"}, {"prompt": "b"}]')
-    with pytest.raises(ValueError, match=r"data: .*list:1 holds a list, expected an object"):
-        files.prompts("data", tmp_path / "list")
+    (tmp_path / "broken.gz").write_bytes(gzip.compress(b"{}" * 99)[:-9])
+    (tmp_path / "none.gz").write_bytes(b"{}")
+    for name in ("broken.gz", "none.gz"):
+        with pytest.raises(ValueError, match=rf"data: .*{name} is not a readable gzip file: "):
+            files.read_text("data", tmp_path / name)
 
 
 def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path):

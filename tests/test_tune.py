@@ -315,7 +315,7 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
         ((*DRAFTED[:3], "medusa"), "drafter: expected a Drafter, a name"),
         (("--model", "nowhere"), "model: 'nowhere'"),
         (("--prompts", "nowhere"), "prompts: no file nowhere"),
-        (("--prompts", "/dev/null"), "prompts: /dev/null has none"),
+        (("--prompts", "/dev/null"), "prompts: /dev/null holds no prompts"),
         (("--policy", "x"), "policy: expected"),
         (("--tolerance", "nan"), "tolerance: expected a finite number >= 0, got nan"),
         (("--gen-length", 1), "gen_length: expected a whole number >= 2, got 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import dparallel_ext as dx
@@ -23,7 +23,7 @@ def complete(
     name: str,
     model: Model,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
     *,
     template: text.Template | None = None,
@@ -66,7 +66,8 @@ def complete(
         if recording is not None:
             how, took = how_of(config, guesses=draft_size), alone(seconds, prompts, live)
             shown: dict[str, Any] = {"model": name, "how": how, "seconds": took, "infill": infill}
-            recording.add(prompt, answer_of(out, i, texts, kept=kept, length=gaps[i] + count, **shown))
+            answer = answer_of(out, i, texts, kept=kept, length=gaps[i] + count, **shown)
+            recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": response, "tokens": kept, "forwards": passes}
         yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
 
@@ -75,7 +76,7 @@ def complete_causal(
     name: str,
     model: Model,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
     *,
     drafter: str | None = None,
@@ -99,7 +100,7 @@ def complete_adaptive(
     name: str,
     model: Model,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
     *,
     verifier: str,
@@ -125,7 +126,7 @@ def _left_to_right(
     name: str,
     model: Model,
     tokenizer: Any,
-    prompts: list[str],
+    prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
     decode: Callable[..., Output],
     how: str,
@@ -149,12 +150,13 @@ def _left_to_right(
         kept = int(out.kept[i])
         if recording is not None:
             shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
-            recording.add(prompt, answer_of(out, i, texts, model=name, how=how, kept=kept, **shared))
+            answer = answer_of(out, i, texts, model=name, how=how, kept=kept, **shared)
+            recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
         yield {**row, "forwards": int(out.nfe[i])}, out, i
 
 
-def alone(seconds: float, prompts: list[str], live: LiveText | None) -> float | None:
+def alone(seconds: float, prompts: Sequence[object], live: LiveText | None) -> float | None:
     """The seconds of a call if it had one prompt and did not show its passes meanwhile; else None."""
     return seconds if len(prompts) == 1 and live is None else None
 

@@ -1,11 +1,14 @@
-"""Reads text and JSON lines with errors that name the line, and writes files that appear whole or not at
+"""Reads text, JSON and tables with errors that name the line, and writes files that appear whole or not at
 all."""
 
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -22,89 +25,106 @@ from dparallel_ext.models.files import writable as writable
 
 
 def read_text(argument: str, file: str | Path) -> str:
-    """The text of a UTF-8 file, its newlines as they are, without a byte order mark.
+    """The text of a UTF-8 file, its newlines as they are, without a byte order mark; of *.gz unpacked.
 
     Raises FileNotFoundError, or ValueError naming the argument and what is wrong with the file.
     """
     try:
-        return Path(file).read_bytes().decode("utf-8-sig")
+        content = Path(file).read_bytes()
+        if Path(file).suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{argument}: no file {file}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{argument}: {file} is not UTF-8 text: byte {error.start}, {error.reason}"
         ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{argument}: {file} is not a readable gzip file: {error}") from error
     except OSError as error:
         raise ValueError(f"{argument}: {file}: {error.strerror}") from error
 
 
-def lines(argument: str, file: str | Path) -> Iterator[tuple[int, str]]:
+def lines(text: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of each line that is not blank. Only a newline ends a line: strings of JSON may
     hold U+2028 and other characters at which `str.splitlines` cuts."""
-    for number, line in enumerate(read_text(argument, file).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.removesuffix("\r")
 
 
 def json_object(argument: str, file: str | Path, number: int, line: str) -> dict[str, Any]:
     """The JSON object in a line. Raises ValueError naming the line."""
-    try:
-        content = json.loads(line)
-        check_text(line, content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument}: {file}:{number} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{argument}: {file}:{number} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def rows(
-    argument: str, file: str | Path, columns: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or row from 1, its content) of a JSONL or Parquet file. Raises ValueError naming the argument.
-
-    `columns`: the columns to read of Parquet; default: all.
-    """
-    if Path(file).suffix.lower() != ".parquet":
-        try:
-            of_lines = [(n, json_object(argument, file, n, line)) for n, line in lines(argument, file)]
-        except ValueError as error:
-            raise ValueError(f"{error}; expected JSON Lines (an object a line) or *.parquet") from error
-        yield from of_lines
-        return
-    import pyarrow.parquet
-
-    try:
-        content = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{argument}: {file} is not a readable Parquet file: {error}") from error
-    yield from enumerate(content, 1)
-
-
-def prompts(argument: str, file: str | Path) -> list[str]:
-    """The prompts in a file, one a line; of a line that is a JSON object, its "prompt". Raises ValueError,
-    also for a list of objects."""
-    texts = []
-    for number, line in lines(argument, file):
-        if line.lstrip().startswith(("{", "[{")):
-            row = json_object(argument, file, number, line)
-            if not isinstance(row.get("prompt"), str):
-                raise ValueError(f'{argument}: {file}:{number} has no text "prompt", only {sorted(row)}')
-            line = row["prompt"]
-        texts.append(line)
-    return texts
+    place = f"{argument}: {file}:{number}"
+    return _object(place, _json(place, line))
 
 
 def json_list(argument: str, file: str | Path) -> list[Any]:
     """The list in a JSON file. Raises ValueError naming the argument."""
-    text = read_text(argument, file)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument}: {file} is not JSON: {error}") from error
+    content = _json(f"{argument}: {file}", read_text(argument, file))
     if not isinstance(content, list):
         raise ValueError(f"{argument}: {file} holds a {type(content).__name__}, expected a list")
     return content
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        content = json.loads(text)
+        check_text(text, content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    return content
+
+
+def _object(place: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+ROWS = "JSON Lines (an object a line) or a JSON list of objects, also as *.gz, or *.parquet"
+
+
+def rows(
+    argument: str, file: str | Path, columns: list[str] | None = None, *, text_field: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or row from 1, its content) of a file of `ROWS`. Raises FileNotFoundError, and ValueError naming
+    the argument.
+
+    `columns`: the columns to read of Parquet; default: all. `text_field`: a line that does not begin with {
+    is the text of this field; default: it is an error.
+    """
+    if Path(file).suffix.lower() == ".parquet":
+        yield from enumerate(_table(argument, file, columns), 1)
+        return
+    content = read_text(argument, file)
+    try:
+        if re.match(r"\s*\[\s*[{\]]", content):
+            listed = enumerate(_json(f"{argument}: {file}", content), 1)
+            found = [(n, _object(f"{argument}: {file}:{n}", each)) for n, each in listed]
+        else:
+            found = [
+                (n, {text_field: line})
+                if text_field is not None and not line.lstrip().startswith("{")
+                else (n, json_object(argument, file, n, line))
+                for n, line in lines(content)
+            ]
+    except ValueError as error:
+        raise ValueError(f"{error}; expected {ROWS}") from error
+    yield from found
+
+
+def _table(argument: str, file: str | Path, columns: list[str] | None) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        table: list[dict[str, Any]] = pyarrow.parquet.read_table(file, columns=columns).to_pylist()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{argument}: no file {file}") from error
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{argument}: {file} is not a readable Parquet file: {error}") from error
+    return table
 
 
 # --- writing ------------------------------------------------------------------------------------

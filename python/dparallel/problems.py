@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from dparallel_ext.models.files import as_path
 
 from . import files, registry
 from .checkers import Checker, checker_of
-from .text import Message
+from .text import Message, shown
 from .toy import tasks
 
 
@@ -31,20 +30,25 @@ class Prompt:
     @property
     def shown(self) -> str:
         """The prompt as text: of messages their JSON."""
-        return self.text if isinstance(self.text, str) else json.dumps(self.text, ensure_ascii=False)
+        return shown(self.text)
 
 
 def read_prompts(
-    source: str | Path, prompt_field: str = "prompt", answer_field: str | None = "answer"
+    source: str | Path,
+    prompt_field: str = "prompt",
+    answer_field: str | None = "answer",
+    *,
+    argument: str = "data",
 ) -> list[Prompt]:
-    """Prompts of a JSONL or Parquet file, or of "builtin:N[:SEED]", N training problems of `tasks`.
+    """Prompts of a file (`files.ROWS`), or of "builtin:N[:SEED]", N training problems of `tasks`.
 
     A prompt is a text, or a list of chat messages, {"role": ..., "content": ...}: those in front of the
     assistant's last are the prompt. An answer is a text or a number, or a list of messages whose last is the
-    assistant's. `answer_field` None: there are no answers. Raises FileNotFoundError, or ValueError naming the
-    line and the field that is missing or of another type, or a file without prompts.
+    assistant's. `answer_field` None: there are no answers, and a line that is no JSON is a prompt, too.
+    Raises FileNotFoundError, or ValueError naming the argument, the line and the field that is missing or of
+    another type, or a file without prompts.
     """
-    source = str(as_path("data", source, "a JSONL or Parquet file, or builtin:N"))
+    source = str(as_path(argument, source, "a file or builtin:N"))
     if source.startswith("builtin:"):
         try:
             seeded = source if source.count(":") > 1 else f"{source}:77"
@@ -52,26 +56,21 @@ def read_prompts(
             if not 1 <= count <= sys.maxsize:
                 raise ValueError("no number of problems")
         except ValueError as error:
-            raise ValueError(f"data: expected builtin:N or builtin:N:SEED, got {source!r}") from error
+            raise ValueError(f"{argument}: expected builtin:N or builtin:N:SEED, got {source!r}") from error
         stream = itertools.islice(tasks.problems("train", seed=seed), count)
         return [Prompt(p.prompt, str(p.answer)) for p in stream]
-    file = Path(source)
-    if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
-        there = f"{file} is no file" if os.path.exists(file) else f"no file {source:.200}"
-        raise FileNotFoundError(f"data: {there}")
     prompts = []
-    for number, row in files.rows("data", file):
-        place = f"data: {file}:{number}"
-        for name in (prompt_field, answer_field):
+    for number, row in files.rows(argument, source, text_field=None if answer_field else prompt_field):
+        place = f"{argument}: {source}:{number}"
+        for option, name in (("prompt", prompt_field), ("answer", answer_field)):
             if name is not None and name not in row:
                 raise ValueError(
-                    f"{place} has no field {name!r}, only {sorted(row)}; --prompt-field and --answer-field "
-                    "name others"
+                    f"{place} has no field {name!r}, only {sorted(row)}; --{option}-field names another"
                 )
         answer = "" if answer_field is None else _answer(place, answer_field, row[answer_field])
         prompts.append(Prompt(_prompt(place, prompt_field, row[prompt_field]), answer))
     if not prompts:
-        raise ValueError(f"data: {file} holds no prompts")
+        raise ValueError(f"{argument}: {source} holds no prompts")
     return prompts
 
 

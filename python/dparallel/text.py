@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def unicode(value: str) -> str:
 
 Message = dict[str, Any]
 """{"role": "system", "user" or "assistant", "content": text}"""
+
+
+def shown(prompt: str | list[Message]) -> str:
+    """A prompt as text: of messages their JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 class TextStream:

@@ -30,9 +30,10 @@ from dparallel_ext.models import Model
 from dparallel_ext.speculation.drafter import Expecting
 from dparallel_ext.speculation.speculate import causal_model, check_prompts, end_ids
 
-from . import files, registry, text
+from . import registry, text
 from .complete import complete
 from .configs import TUNED, check_row, parse_policy, with_ends
+from .problems import read_prompts
 from .toy import tasks
 
 SIZES = (0, 1, 3, 7, 15, 23, 31, 47, 63)
@@ -60,7 +61,7 @@ class Settings:
 
     model: str
     prompts: Path | None = None
-    """A prompt a line, see `files.prompts`; None: held-out problems of the built-in task."""
+    """A prompt a line, or see `problems.read_prompts`; None: held-out problems of the built-in task."""
     problems: int = 16
     """The most prompts."""
     gen_length: int | None = None
@@ -74,6 +75,7 @@ class Settings:
     """For a diffusion model: percentage points that the choice may lose against the best row."""
     loading: registry.Loading = field(default_factory=registry.Loading)
     chat: bool | None = None
+    prompt_field: str = "prompt"
 
     def __post_init__(self) -> None:
         check_fields(self, ("problems", "batch", "repeats"), whole, 1)
@@ -89,7 +91,7 @@ class Work(NamedTuple):
     model: Model
     tokenizer: Any
     template: text.Template | None
-    texts: list[str]
+    texts: list[str | list[text.Message]]
     problems: list[tasks.Problem] | None
     """The problems of `texts`, if they are the built-in task's."""
     config: dx.DecodeConfig
@@ -100,11 +102,10 @@ def load(settings: Settings) -> Work:
     problems = None
     if settings.prompts is None:
         problems = [*itertools.islice(tasks.problems("held_out"), settings.problems)]
-        texts = [problem.prompt for problem in problems]
+        texts: list[str | list[text.Message]] = [problem.prompt for problem in problems]
     else:
-        texts = files.prompts("prompts", settings.prompts)[: settings.problems]
-        if not texts:
-            raise ValueError(f"prompts: {settings.prompts} has none")
+        read = read_prompts(settings.prompts, settings.prompt_field, None, argument="prompts")
+        texts = [prompt.text for prompt in read[: settings.problems]]
     name, length = settings.model, settings.gen_length
     template = registry.template_of(name, settings.chat)
     model, tokenizer = settings.loading.load(name)

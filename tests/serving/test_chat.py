@@ -98,6 +98,26 @@ def test_every_command_goes_by_the_template(
     assert json.loads((tmp_path / "rows.json").read_text())[0]["chat"] is chat
 
 
+def test_chats_of_a_file_are_decoded_and_tuned_with(
+    instruct: Path, tmp_path: Path, prompts: list[Any]
+) -> None:
+    asked = [{"role": "user", "content": "What's 2 + 2?"}]
+    file, own = tmp_path / "chats.json", ("--prompt-field", "messages", "--model", instruct)
+    file.write_text(json.dumps([{"messages": [*asked, {"role": "assistant", "content": "4"}]}], indent=1))
+    expected = [ids_of(instruct, "What's 2 + 2?", True), MASK]
+    sizes = ("--gen-length", 8, "--block-length", 8)
+    page = tmp_path / "page.html"
+    row = json.loads(run("decode", "--file", file, *own, *sizes, "--json", "--html", page))
+    assert row["prompt"] == asked
+    assert prompts == [expected]
+    assert "What's 2 + 2?" in page.read_text()
+    once = ("--repeats", 1, "--policy", "one", "--active-blocks", 1)
+    run("tune", tmp_path / "tuned.json", "--prompts", file, *own, *sizes, *once)
+    assert prompts == [expected] * 3
+    said = run("decode", "--file", file, *own, "--no-chat", code=2)
+    assert "prompt: expected a text, since no chat template is used" in said
+
+
 def test_the_models_that_ship_have_no_template(tmp_path: Path) -> None:
     assert registry.template_of("builtin:student") is None
     for command in (

@@ -366,19 +366,32 @@ def test_prompts_of_odd_files(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [["a"]], "answer": [1]}), tmp_path / "l.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": [], "answer": []}), tmp_path / "none.parquet")
     (tmp_path / "none.jsonl").write_text("\n")
-    (tmp_path / "list.json").write_text(json.dumps([{"prompt": "a", "answer": 1}], indent=1))
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    listed = json.dumps([{"prompt": "a", "answer": 1}] * 2, indent=1).encode()
+    (tmp_path / "list.json").write_bytes(listed)
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(listed))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for name in ("list.json", "list.json.gz"):
+        assert read_prompts(tmp_path / name) == [Prompt("a", "1")] * 2
+    assert read_prompts(tmp_path / "lines.jsonl.gz") == read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "texts.json").write_text('[{"prompt": "a", "answer": 1}, "b"]')
+    (tmp_path / "half.json").write_bytes(listed[:-1])
     for name, said in (
+        ("empty.json", "holds no prompts"),
+        ("texts.json:2", "holds a str, expected an object; expected JSON Lines"),
+        ("half.json", "is not JSON: .*; expected JSON Lines"),
         ("l.parquet", "expected str or a list of messages in 'prompt', got \\['a'\\]"),
         ("none.parquet", "holds no prompts"),
         ("none.jsonl", "holds no prompts"),
-        ("list.json", "is not JSON: .*; expected JSON Lines"),
-        ("p.jsonl.gz", "is not UTF-8 text: .*; expected JSON Lines"),
     ):
         with pytest.raises(ValueError, match=f"data: .*{name}.* {said}"):
-            read_prompts(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match=r"data: .* is no file"):
-        read_prompts(str(tmp_path))
+            read_prompts(str(tmp_path / name.partition(":")[0]))
+    for path, reason in ((tmp_path, "Is a directory"), ("a" * 300, "File name too long")):
+        with pytest.raises(ValueError, match=f"data: .*: {reason}"):
+            read_prompts(path)
+    for name in ("nowhere.jsonl", "nowhere.parquet"):
+        with pytest.raises(FileNotFoundError, match=f"data: no file {name}"):
+            read_prompts(name)
     with pytest.raises(ValueError, match="data: expected builtin:N or builtin:N:SEED, got 'builtin:1:2:3'"):
         read_prompts("builtin:1:2:3")
 
@@ -404,7 +417,7 @@ def test_prompts_that_are_chats(form: str, tmp_path: Path):
     assert read_prompts(str(file), "messages", None) == [Prompt(chat, "") for chat in asked]
     with pytest.raises(ValueError, match=rf"{file.name}:3: expected a text of the assistant at the end"):
         read_prompts(str(file), "messages", "messages")
-    with pytest.raises(ValueError, match=r":1 has no field 'prompt', only .*--prompt-field and"):
+    with pytest.raises(ValueError, match=r":1 has no field 'prompt', only .*--prompt-field names"):
         read_prompts(str(file))
     write(chats[:2])
     expected = [Prompt(chat, "7") for chat in asked[:2]]
@@ -480,8 +493,6 @@ def test_prompts_of_files(tmp_path: Path):
     for bad in ("builtin:", "builtin:x"):
         with pytest.raises(ValueError, match="builtin:N"):
             read_prompts(bad)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_prompts("nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no settings.json"):
         Trajectories(tmp_path)
     for name, bad_settings in (("shard", replace(SMALL, shard=0)), ("format", replace(SMALL, format="csv"))):

@@ -39,7 +39,10 @@ CheckerOption = Annotated[
     str | None,
     typer.Option(help=f"hashes, last_number, boxed, none or package.module:function; default: {CHECKER}"),
 ]
-PromptFieldOption = Annotated[str, typer.Option(help="the field of --data that holds the prompt")]
+DATA = "JSON Lines, JSON or Parquet"
+PromptFieldOption = Annotated[
+    str, typer.Option(help="the field of the file that holds the prompt, a text or the messages of a chat")
+]
 AnswerFieldOption = Annotated[str, typer.Option(help="the field that holds the right answer")]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
 POLICIES = rules.describe()

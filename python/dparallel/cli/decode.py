@@ -15,7 +15,10 @@ from dparallel_ext.arguments import whole
 
 from .. import files, registry
 from ..configs import causal_config_of, config_of, with_ends
+from ..problems import read_prompts
+from ..text import Message
 from .common import (
+    DATA,
     GEN_LENGTH,
     ChatOption,
     ConfigOption,
@@ -29,6 +32,7 @@ from .common import (
     MixtureOption,
     ModelOption,
     PolicyOption,
+    PromptFieldOption,
     VerifierOption,
     WindowOption,
     adaptive_numbers,
@@ -42,9 +46,8 @@ from .common import (
 
 def decode(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="a text file of a prompt a line, or JSONL with 'prompt'")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help=f"a text file of a prompt a line, or {DATA}")] = None,
+    prompt_field: PromptFieldOption = "prompt",
     batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
     model: ModelOption = registry.DEFAULT,
     config: ConfigOption = None,
@@ -103,7 +106,7 @@ def decode(
             files.writable("html", html)
         check_text(suffix=suffix)
         whole("batch", batch, 1)
-        calls = prompts_of(prompt or [], file, batch, stream)
+        calls = prompts_of(prompt or [], file, prompt_field, batch, stream)
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafters, draft_size = read_config(
             config, [model], loading, None if drafter is None else [drafter], draft_size
@@ -149,13 +152,16 @@ def decode(
             else:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
             for row in rows:
-                warn_of_unknown_words(model, tokenizer, prompt=row["prompt"], suffix=suffix or "")
+                asked_text = row["prompt"] if isinstance(row["prompt"], str) else ""
+                warn_of_unknown_words(model, tokenizer, prompt=asked_text, suffix=suffix or "")
                 show_response(row, as_json)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
 
 
-def prompts_of(prompts: list[str], file: Path | None, batch: int, stream: bool) -> list[list[str]]:
+def prompts_of(
+    prompts: list[str], file: Path | None, prompt_field: str, batch: int, stream: bool
+) -> list[list[str | list[Message]]]:
     """The prompts of each call of `decode`, at most `batch`: the given ones, then those of the file."""
     for text in prompts:
         check_text(prompt=text)
@@ -164,7 +170,9 @@ def prompts_of(prompts: list[str], file: Path | None, batch: int, stream: bool) 
                 typer.echo(f"warning: prompt: {text!r} names a file; --file decodes its prompts", err=True)
     if stream and batch > 1:
         raise ValueError(f"stream: shows one prompt at a time, so not together with --batch {batch}")
-    texts = prompts if file is None else [*prompts, *files.prompts("file", file)]
+    texts: list[str | list[Message]] = [*prompts]
+    if file is not None:
+        texts += [prompt.text for prompt in read_prompts(file, prompt_field, None, argument="file")]
     if not texts:
         raise ValueError("prompt: expected one, as an argument or with --file")
     return [texts[first : first + batch] for first in range(0, len(texts), batch)]

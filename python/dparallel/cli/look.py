@@ -22,6 +22,7 @@ from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
 from .common import (
     CHECKER,
+    DATA,
     GEN_LENGTH,
     POLICIES,
     AnswerFieldOption,
@@ -114,7 +115,7 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="JSONL or Parquet with prompt and answer; default: held-out built-in problems"),
+        typer.Option(help=f"{DATA} with prompt and answer; default: held-out built-in problems"),
     ] = None,
     checker: CheckerOption = None,
     prompt_field: PromptFieldOption = "prompt",
@@ -276,10 +277,9 @@ def tune(
     ] = 1.0,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="a text file of a prompt a line, or JSONL with 'prompt'; default: held-out built-in problems"
-        ),
+        typer.Option(help=f"a text file of a prompt a line, or {DATA}; default: held-out built-in problems"),
     ] = None,
+    prompt_field: PromptFieldOption = "prompt",
     problems: Annotated[int, typer.Option(help="the most prompts to decode")] = 16,
     gen_length: GenLengthOption = None,
     context: Annotated[
@@ -312,6 +312,7 @@ def tune(
         settings = tuning.Settings(
             *(model, prompts, problems, gen_length, batch, repeats, context),
             *(tolerance, registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id), chat),
+            prompt_field=prompt_field,
         )
 
         if prompts is None:

@@ -18,6 +18,7 @@ from ..configs import POLICY
 from ..problems import read_prompts
 from .common import (
     CHECKER,
+    DATA,
     POLICIES,
     AnswerFieldOption,
     ChatOption,
@@ -65,7 +66,7 @@ def train(
 
 def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; an interrupted run in it is resumed")],
-    data: Annotated[str, typer.Option(help="builtin:N[:SEED], or JSONL or Parquet with prompt and answer")],
+    data: Annotated[str, typer.Option(help=f"builtin:N[:SEED], or {DATA} with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
     policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
     gen_length: GenLengthOption = None,
@@ -153,8 +154,7 @@ def drafter(
     data: Annotated[
         str | None,
         typer.Option(
-            help="builtin:N[:SEED], or a JSONL or Parquet file with prompts; default for models that ship: "
-            "builtin:4000"
+            help=f"builtin:N[:SEED], or {DATA} with prompts; default for models that ship: builtin:4000"
         ),
     ] = None,
     steps: Annotated[
