@@ -62,7 +62,10 @@ class Named(nn.Module):
             for part in path:
                 module = module._modules[part]
         except (KeyError, AttributeError):
-            raise AttributeError(f"{type(self).__name__} has no {name}") from None
+            # PEFT's module around several layers passes the name on to the copy that is active.
+            module = None if module is self else getattr(module, path[-1], None)
+            if module is None:
+                raise AttributeError(f"{type(self).__name__} has no {name}") from None
         return module
 
     def __setattr__(self, name: str, value: Any) -> None:

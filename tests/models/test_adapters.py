@@ -44,6 +44,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "all-linear": lambda peft: lora(peft, target_modules="all-linear"),
     "embedding and head": lambda peft: lora(peft, target_modules=["embed_tokens", "lm_head"]),
     "whole modules": lambda peft: lora(peft, modules_to_save=["norm", "lm_head", "embed_tokens"]),
+    "several layers as a whole": lambda peft: lora(
+        peft, target_modules=["embed_tokens"], modules_to_save=["mlp", "self_attn"]
+    ),
     "tokens": lambda peft: lora(peft, trainable_token_indices={"embed_tokens": [4, 17]}),
     "ia3": lambda peft: peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
