@@ -307,7 +307,7 @@ def headlines(
             f"{slowest['nfe_mean']:.0f} and {student['nfe_mean']:.2f}, "
             f"{slowest['accuracy']:.1%} and {student['accuracy']:.1%} of {student['problems']:,} right",
             "models that ship",
-            "[rules](docs/rules.md)",
+            "[rules, measured](docs/rules_measured.md)",
         ),
         (
             "passes for a text of an autoregressive model, alone and with a drafter",

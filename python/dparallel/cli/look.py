@@ -158,7 +158,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, passes, tokens per pass and time on problems: of the built-in task, or of a file.
 
-    lm-evaluation-harness measures its tasks with its model `dparallel` (see docs/decoding.md).
+    lm-evaluation-harness measures its tasks with its model `dparallel` (see docs/command_line.md).
     """
     from .. import plots
     from .. import results as reporting
