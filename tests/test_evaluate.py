@@ -398,6 +398,19 @@ def test_no_two_labels_of_the_curves_overlap():
     assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
 
 
+def test_the_legend_hides_no_point_and_drafters_are_points_with_names():
+    docs = Path(__file__).parents[1] / "docs"
+    for name in ("rules", "speculation"):
+        figure = plots.draw_accuracy(json.loads((docs / f"{name}.json").read_text()))
+        for axes in figure.axes:
+            legend = axes.get_legend().get_window_extent()
+            points = [p for each in axes.containers for p in each[0].get_xydata()]
+            assert not any(legend.contains(*axes.transData.transform(point)) for point in points)
+    (drafters,) = [each for each in axes.containers if each.get_label() == "builtin:causal, by drafter"]
+    assert drafters[0].get_linestyle() == "None"
+    assert {"plain", "ngram", "dflash", "student"} <= {text.get_text() for text in axes.texts}
+
+
 def test_several_answers_in_small():
     model, tokenizer = registry.load("builtin:student", dtype=torch.float32)
     before = model.lm_head.weight.clone()

@@ -69,6 +69,8 @@ def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple
         # A share of 0 or 1 lies at an end of its interval, up to rounding.
         below = [max(0.0, at - 100 * low) for at, (low, _) in zip(y, ends, strict=True)]
         above = [max(0.0, 100 * high - at) for at, (_, high) in zip(y, ends, strict=True)]
+        if rule.startswith(DRAFTERS):
+            style["linestyle"] = ""  # points that have nothing in common are no curve
         axes.errorbar(x, y, yerr=[below, above], markersize=4, capsize=2, label=f"{model}, {rule}", **style)
     problems = sorted({row["problems"] for row in rows}) or [0]
     axes.set(
@@ -82,7 +84,7 @@ def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(bottom=max(0.0, min((100 * row["accuracy"] for row in rows), default=0) - 3), top=101)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     named = [(row, text) for row in rows if (text := _threshold(row))]
     colours = [styles[row["model"], _rule(row)]["color"] for row, _ in named]
     places = [(row["nfe_mean"], 100 * row["accuracy"]) for row, _ in named]
@@ -145,16 +147,21 @@ def text_box(annotation: Any) -> Any:
 
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "v")
+DRAFTERS = "by drafter"
+"""What rows of an autoregressive model have in place of a rule."""
 
 
 def _rule(row: dict[str, Any]) -> str:
     """A row's rule without its numbers, and the row's other settings."""
     names = "+".join(part.partition(":")[0] for part in str(row["policy"]).split("+"))
+    names = DRAFTERS if "draft_mean" in row else names
     return ", ".join([names, *(f"{name} {value}" for name, value in row.get("config", {}).items())])
 
 
 def _threshold(row: dict[str, Any]) -> str:
-    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is not one."""
+    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is not one. Of a drafter its name."""
+    if "draft_mean" in row:
+        return str(row["policy"]).removeprefix("builtin:")
     parts = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]
     return "+".join(filter(None, (",".join(n for n in numbers if ":" not in n) for numbers in parts)))
 
