@@ -328,19 +328,19 @@ def headlines(
             "[speculation](docs/speculation.md)",
         ),
         (
-            "decoding in as many passes, the published code's time in ours",
+            "decoding in as many passes: times as long as ours that the published code takes",
             f"{published['median'] / ours['median']:.1f}, every token the same",
             "CPU",
             "`make bench`",
         ),
         (
-            "decoding in LLaDA-8B's shapes, likewise",
+            "the same in LLaDA-8B's shapes",
             f"{on_gpu.times(batch, 'warm'):.2f}, {on_gpu.rate(batch):,.0f} tokens a second (weights random)",
             "H200",
             "`make gpu`",
         ),
         (
-            "`certainty_forcing_loss` and its gradient, the published code's time in ours",
+            "`certainty_forcing_loss` and its gradient: times as long that the published code takes",
             f"{on_gpu.times(loss, 'cold'):.0f}, {on_gpu.share(loss, 'graph', 'cold'):.0%} of copy bandwidth",
             "H200",
             "`make gpu`",
