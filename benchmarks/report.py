@@ -328,7 +328,7 @@ def headlines(
             "[speculation](docs/speculation.md)",
         ),
         (
-            "decoding in as many passes: times as long as ours that the published code takes",
+            "speed-up over the published code, decoding in as many passes",
             f"{published['median'] / ours['median']:.1f}, every token the same",
             "CPU",
             "`make bench`",
@@ -340,7 +340,7 @@ def headlines(
             "`make gpu`",
         ),
         (
-            "`certainty_forcing_loss` and its gradient: times as long that the published code takes",
+            "speed-up over the published code, `certainty_forcing_loss` and its gradient",
             f"{on_gpu.times(loss, 'cold'):.0f}, {on_gpu.share(loss, 'graph', 'cold'):.0%} of copy bandwidth",
             "H200",
             "`make gpu`",
