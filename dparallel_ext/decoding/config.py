@@ -16,7 +16,8 @@ from .. import policies
 from ..arguments import one_of, shown, temperature_in_force
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
-from ..rules.spec import text_of
+from ..rules.protocol import check_rule
+from ..rules.spec import row_of, text_of
 from .fields import CHECKS
 from .schedule import CACHES
 
@@ -386,8 +387,8 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
             raise ValueError(f"rule: names a policy row, so give it without {named[0]}")
         row = {**row, **of_text}
     elif isinstance(rule, Rule):
-        if rule.row is not None and not _non_default(row):
-            row = {**row, **parse(rule.row)[1]}
+        if not _non_default(row):
+            row = {**row, **row_of(rule)}
     elif callable(rule) and not isinstance(rule, type):
         if names := _non_default(row):
             raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
@@ -395,7 +396,7 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
     elif rule is not None:
         raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")
     if rule is not None:
-        one_of(f"{type(rule).__name__}: reads", rule.reads, ("masked", "block", "response"))
+        check_rule(rule)
     if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:
         raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
     return rule, row

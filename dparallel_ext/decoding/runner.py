@@ -19,6 +19,7 @@ from ..ops import commit_
 from ..ops.errors import Cell, explain
 from ..packed import unpack
 from ..rules import Rule
+from ..rules.protocol import state_of
 from ..types import CommitOutput
 from . import padding
 from .graphs import run_pass
@@ -97,7 +98,7 @@ class Runner:
                     self.graphs.recordings.clear()  # recordings may write to the dropped state
             lanes, length = self.tokens.shape
             # The window of the last column may have cells beyond it.
-            self.states[rule] = rule.new_state(lanes, 2 * length, self.tokens.device)
+            self.states[rule] = state_of(rule, lanes, 2 * length, self.tokens.device)
         rule.reset(self.states[rule], lane)
         if rule.edits:
             self.given[lane] = True

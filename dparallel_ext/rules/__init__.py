@@ -6,9 +6,10 @@ from .edit import Edit
 from .end_of_text import EndOfText
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
-from .spec import ONE, describe, file_of, menu, parse
+from .spec import KINDS, ONE, Kind, describe, file_of, menu, parse
 
 __all__ = [
+    "KINDS",
     "ONE",
     "Credit",
     "Decision",
@@ -16,6 +17,7 @@ __all__ = [
     "EndOfText",
     "Function",
     "FunctionRule",
+    "Kind",
     "Learned",
     "Prophet",
     "Rule",

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor
+from ..arguments import check_tensor, one_of, shown, whole
 from ..ops.row_stats import LARGEST
 from ..ops.select import select
 from ..types import RowStats
@@ -127,7 +127,7 @@ class Decision(NamedTuple):
     commits."""
     token: Tensor | None = None
     """(W, C) int64: the tokens to write. None: `RowStats.sample`. Not written are the mask token,
-    suppressed ids, and ids whose logit is -inf."""
+    suppressed ids, ids that the model does not have, and ids whose logit is -inf."""
     edit: Tensor | None = None
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens are replaced by `token`."""
 
@@ -166,9 +166,10 @@ class Rule:
         """Raise ValueError, or warn, if the rule does not go with this model and block length."""
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The state: tensors (lanes, ...), most often (lanes, columns, ...) for `Where.recall`.
+        """The state: tensors (lanes, ...) on the device, most often (lanes, columns, ...) for `Where.recall`.
 
-        It is made once for all passes over these lanes; `decide` and `reset` change it in place.
+        It is made once for all passes over these lanes; `decide` and `reset` change it in place. A rule with
+        a `reset` of its own may have tensors of any shapes.
         """
         return ()
 
@@ -194,6 +195,35 @@ class FunctionRule(Rule):
         commit = self.function(stats, where.masked.clone(), where.step)  # which it may change in place
         expect("rule or policy", commit, where.masked)  # a function must not return None
         return Decision(commit)
+
+
+def check_rule(rule: Rule) -> None:
+    """Raise ValueError naming the rule's class and its field that does not fit."""
+    name = type(rule).__name__
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: expected a rule that can be hashed, such as a frozen dataclass of numbers: {error}"
+        ) from error
+    one_of(f"{name}: reads", rule.reads, ("masked", "block", "response"))
+    if whole(f"{name}: edits", rule.edits, 0) and rule.reads != "block":
+        raise ValueError(f"{name}: reads: expected 'block' of a rule that edits, got {rule.reads!r}")
+
+
+def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+    """`rule.new_state`. Raises ValueError naming the rule's class unless it is a tuple of tensors on the
+    device, each with the lanes that the default `reset` resets."""
+    state = rule.new_state(lanes, columns, device)
+    name = f"{type(rule).__name__}: new_state"
+    if not isinstance(state, tuple) or not all(isinstance(values, Tensor) for values in state):
+        raise ValueError(f"{name}: expected a tuple of Tensors, got {shown(state)}")
+    for values in state:
+        if values.device != device:
+            raise ValueError(f"{name}: expected Tensors on {device}, got one on {values.device}")
+        if type(rule).reset is Rule.reset and values.shape[:1] != (lanes,):
+            raise ValueError(f"{name}: expected Tensors ({lanes}, ...), got one {tuple(values.shape)}")
+    return state
 
 
 def expect(name: str, value: Any, like: Tensor) -> None:

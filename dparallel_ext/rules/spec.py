@@ -42,7 +42,7 @@ class Kind(NamedTuple):
         return [path, last] if path and _is_number(last) else [text] if text else []
 
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     "credit": Kind(
         Credit,
         (("scale", float), ("decay", float), ("power", float)),
@@ -81,6 +81,7 @@ KINDS = {
         path=True,
     ),
 }
+"""Name -> rule; a rule of your own has the name that you give it here."""
 
 
 def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, Any]]:
@@ -105,8 +106,9 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
         rule = kind.make(**{key: _value(key, of, value) for (key, of), value in given})
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)} ({error})") from error
-    row = beside if beside is not None else rule.row if default else None
-    return rule, {} if row is None else _row(row)
+    if beside is not None:
+        return rule, _row(beside)
+    return rule, row_of(rule) if default else {}
 
 
 def file_of(text: str) -> str | None:
@@ -124,6 +126,8 @@ def _parts(text: str, kind: Kind) -> tuple[list[str], str | None]:
 
 
 def _name(text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"rule: expected a text, got {shown(text)}")
     return re.split(r"[:+]", text, maxsplit=1)[0]
 
 
@@ -142,11 +146,23 @@ def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
     raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {got}")
 
 
+def row_of(rule: Rule) -> dict[str, Any]:
+    """The arguments of `decode` for a rule's own policy row; none where it has no row. Raises ValueError
+    naming the rule's class for a row that is none."""
+    try:
+        return {} if rule.row is None else _row(rule.row)
+    except ValueError as error:
+        name = type(rule).__name__
+        raise ValueError(
+            f"{name}: row: expected a policy row, as 'quota:1', got {shown(rule.row)}"
+        ) from error
+
+
 def _row(text: str) -> dict[str, Any]:
     """The arguments of `decode` for a policy row, or for the fixed schedule."""
     if text == ONE:
         return {}
-    name, _, parameter = text.partition(":")
+    name, _, parameter = text.partition(":") if isinstance(text, str) else ("", "", "")
     if name not in ROWS or name == ONE:
         raise ValueError(
             f"rule: expected {ONE!r}, steps:N, SELECTOR:THRESHOLD with a selector of "

@@ -39,9 +39,9 @@ from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only
 from ..ops import row_stats
 from ..packed import Packing, Shapes, unpack
-from .checkpoint import DraftCheckpoint, Origin, check_layers, check_target, write_checkpoint
+from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import Lane, RecordedSession
+from .drafter import Lane, RecordedSession, check_layers
 from .sequence import SamplingGroup
 
 KIND = "adadecode"

@@ -195,7 +195,9 @@ def verifier_of(value: Any, model: Model) -> Model:
     in the dtype of `model`. Raises ValueError for anything else."""
     if isinstance(value, (str, Path)):
         try:
-            value = load_model(NAMED.get(str(value), value), device=model.device, dtype=model.dtype)
+            named = NAMED.get(str(value), value)
+            path = named if isinstance(named, Path) else value  # not a drafter
+            value = load_model(path, device=model.device, dtype=model.dtype)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"verifier: {str(error).removeprefix('path: ')}") from error
     verifier = for_decoding(value) if callable(value) else value

@@ -27,7 +27,7 @@ from ..decoding.sequence import Settings
 from ..decoding.workspace import Workspace
 from ..models import Model
 from .draft import Draft, check_drafts, depths
-from .drafter import Apart, Drafter, DraftSession, Lane
+from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane, check_session
 from .runner import CausalRunner, Emitted, Issued
 from .sequence import IDLE, UNKNOWN, CausalSequence, Verified
 from .sizing import Fixed, Sizer
@@ -123,10 +123,8 @@ class CausalBatch:
         self._session: DraftSession | None = space.session
         if drafter is not None and self._session is None:
             self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
-            if not isinstance(self._session, DraftSession):
-                raise ValueError(
-                    f"drafter: expected a DraftSession from session, got {type(self._session).__name__}"
-                )
+            check_session(drafter, self._session, model)
+        self._keeps_streams = isinstance(self._session, KeepsStreams)
         self._owned = self._session if owner is not None else None
         """The drafter's session, if recorded passes read its tensors."""
         self._riders = None if self._session is None else self._session.riders
@@ -268,7 +266,15 @@ class CausalBatch:
                 drafts += proposed
         prefilling = [b for b in sizes if self.rows[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
-        check_drafts(drafts, list(sizes), list(sizes.values()), self.model.shape, most_riders, prefilling)
+        check_drafts(
+            drafts,
+            list(sizes),
+            list(sizes.values()),
+            self.model.shape,
+            most_riders,
+            prefilling,
+            self._keeps_streams,
+        )
         drafting = len(sizes) - len(prefilling)
         self.draft_forwards += drafting if self.batch_invariant else drafting > 0
         return dict(zip(sizes, drafts, strict=True))

@@ -6,7 +6,6 @@ that it was trained for, and the chat template of its training.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..arguments import shown
 from ..models import Model, files, fingerprint
 from ..models.fields import Field, read
 from ..ops.inputs import DTYPES
@@ -151,16 +149,6 @@ def write_checkpoint(
             file = replaced.enter_context(files.replacing(path / "config.json"))
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
-
-
-def check_layers(name: str, layers: Any, least: int, target_layers: int) -> None:
-    """Raise ValueError unless `layers` are ascending numbers of layers of the target, from `least` on."""
-    whole = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
-    inside = whole and layers and least <= layers[0] and layers[-1] < target_layers
-    if not inside or any(a >= b for a, b in itertools.pairwise(layers)):
-        raise ValueError(
-            f"{name}: expected ascending numbers of layers of [{least}, {target_layers}), got {shown(layers)}"
-        )
 
 
 def check_target(source: str, origin: Origin, model: Model, **sizes: int) -> None:

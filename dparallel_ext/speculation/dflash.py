@@ -39,14 +39,12 @@ from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write, row_topk
 from ..packed import Packing, Shapes, unpack
-from .checkpoint import DraftCheckpoint, Origin, check_layers, check_target, write_checkpoint
+from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import Lane, RecordedSession
+from .drafter import EMBEDDING, Lane, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
-EMBEDDING = -1
-"""The tap in front of the first layer: the token's embedding."""
 _LAYER = "model.layers.{}."
 _NAMES = {
     ours: theirs.removeprefix(_LAYER) for ours, theirs in Qwen3.NAMES.items() if theirs.startswith(_LAYER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..arguments import shown
 from ..models.config import ModelConfig
@@ -80,10 +80,12 @@ def check_drafts(
     shape: ModelConfig,
     riders: int = 0,
     prefilling: Collection[int] = (),
+    keeps_streams: bool = False,
 ) -> None:
     """Raise ValueError unless a drafter's drafts are well-formed and of the requested sizes.
 
-    riders: the most riders of a node. prefilling: the lanes whose drafts must have no nodes.
+    riders: the most riders of a node. prefilling: the lanes whose drafts must have no nodes. keeps_streams:
+    whether a draft may begin at a layer behind the first.
     """
     vocabulary = shape.embedding_size
     if len(drafts) != len(lanes):
@@ -92,7 +94,7 @@ def check_drafts(
         if not isinstance(draft, Draft) or not isinstance(draft.tokens, Sequence):
             raise ValueError(f"drafter: expected a Draft of a tuple for lane {lane}, got {shown(draft)}")
         count = len(draft.tokens)
-        if any(kind is bool or not hasattr(kind, "__index__") for kind in {*map(type, draft.tokens)}):
+        if not _are_whole(draft.tokens):
             raise ValueError(f"drafter: expected token ids for lane {lane}, got {shown(draft.tokens)}")
         _check_riders(draft, lane, riders)
         if draft.size > most:
@@ -103,12 +105,11 @@ def check_drafts(
         if count and not (min(draft.tokens) >= 0 and max(draft.tokens) < vocabulary):
             bad = next(token for token in draft.tokens if not 0 <= token < vocabulary)
             raise ValueError(f"drafter: expected token ids in [0, {vocabulary}), got {shown(bad)}")
-        if not 0 <= draft.start < shape.layers:
-            raise ValueError(
-                f"drafter: expected a draft that begins at a layer of [0, {shape.layers}), got {draft.start}"
-            )
+        _check_layers(draft, shape.layers, keeps_streams)
         if draft.parents is None:
             continue
+        if not isinstance(draft.parents, Sequence) or not _are_whole(draft.parents):
+            raise ValueError(f"drafter: expected a tuple of nodes as parents, got {shown(draft.parents)}")
         if len(draft.parents) != count:
             raise ValueError(
                 f"drafter: expected a parent for each of {count} nodes of lane {lane}, "
@@ -122,8 +123,28 @@ def check_drafts(
                 )
 
 
+def _are_whole(values: Sequence[Any]) -> bool:
+    return not any(kind is bool or not hasattr(kind, "__index__") for kind in {*map(type, values)})
+
+
+def _check_layers(draft: Draft, layers: int, keeps_streams: bool) -> None:
+    if type(draft.start) is not int or not 0 <= draft.start < layers:
+        raise ValueError(
+            f"drafter: expected a draft that begins at a layer of [0, {layers}), got {shown(draft.start)}"
+        )
+    if draft.start and not keeps_streams:
+        raise ValueError(
+            f"drafter: expected a draft that begins at layer 0, since its session has no method streams, got "
+            f"{draft.start}"
+        )
+    if type(draft.layers) is not int or draft.layers < 0:
+        raise ValueError(f"drafter: expected layers >= 0 of a draft, got {shown(draft.layers)}")
+
+
 def _check_riders(draft: Draft, lane: int, most: int) -> None:
     """Check the riders first, since the draft's number of rows depends on them."""
+    if not isinstance(draft.riders, Sequence):
+        raise ValueError(f"drafter: expected a tuple of riders for lane {lane}, got {shown(draft.riders)}")
     if not draft.riders:
         return
     if len(draft.riders) != 1 + len(draft.tokens):

@@ -7,12 +7,14 @@ choices are emitted. So a drafter may be approximate, and has no temperature.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..cache import AttentionMetadata, KVCache
 from ..decoding.graphs import run_pass
 from ..decoding.padding import recorded_rows, row_padding
@@ -21,6 +23,9 @@ from ..models import Model, Stream
 from ..packed import Packing, Shapes
 from .draft import Draft
 from .sequence import SamplingGroup
+
+EMBEDDING = -1
+"""The tap in front of the first layer: the token's embedding."""
 
 
 class Lane(NamedTuple):
@@ -123,7 +128,7 @@ class DraftSession:
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         """A draft for each of `lanes`, of at most the given number of nodes and riders."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected a method propose(lanes, sizes)")
 
 
 class DraftKey(Protocol):
@@ -211,6 +216,30 @@ class Drafter(Protocol):
         """A session for a batch of `lanes` lanes; graphs: passes may be recorded. It keeps data about
         positions in pages like those of `kv_cache`, under its `block_table`, so that sequences with a common
         prefix share this data too."""
+
+
+def check_session(drafter: Drafter, session: Any, model: Model) -> None:
+    """Raise ValueError unless `session` is a DraftSession with layers of the model as its taps, without a
+    part in the model's passes if the drafter is `Apart`."""
+    if not isinstance(session, DraftSession):
+        raise ValueError(f"drafter: expected a DraftSession from session, got {type(session).__name__}")
+    if session.taps:
+        check_layers("drafter: taps", session.taps, EMBEDDING, model.shape.layers)
+    part = session.taps or session.riders is not None or isinstance(session, KeepsStreams)
+    if part and isinstance(drafter, Apart):
+        raise ValueError(
+            "drafter: apart: expected no such attribute of a drafter with taps, riders or streams"
+        )
+
+
+def check_layers(name: str, layers: Any, least: int, target_layers: int) -> None:
+    """Raise ValueError unless `layers` are ascending numbers of layers of the target, from `least` on."""
+    whole = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+    inside = whole and layers and least <= layers[0] and layers[-1] < target_layers
+    if not inside or any(a >= b for a, b in itertools.pairwise(layers)):
+        raise ValueError(
+            f"{name}: expected ascending numbers of layers of [{least}, {target_layers}), got {shown(layers)}"
+        )
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import shown
+from ..arguments import shown, whole
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import read_json
@@ -18,7 +18,7 @@ from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
-from .drafter import Drafter
+from .drafter import Apart, Drafter
 from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
 from .ppd import PromptTokens
@@ -34,8 +34,9 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
 PUBLISHED = "dflash"
 """The kind of a file that names none."""
 
-NAMED: dict[str, Path] = {}
-"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too."""
+NAMED: dict[str, Path | Drafter] = {}
+"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too; a
+drafter of your own has the name that you give it here."""
 
 
 def load(path: str | Path) -> Drafter:
@@ -71,8 +72,12 @@ def drafter_of(
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
-    if given is None or (isinstance(given, Drafter) and not isinstance(given, (str, Path, type))):
-        return given
+    if isinstance(given, str):
+        given = NAMED.get(given, given)
+    if given is None:
+        return None
+    if isinstance(given, Drafter) and not isinstance(given, (str, Path, type)):
+        return _checked(given)
     if isinstance(given, torch.nn.Module):
         return ModelDrafter(given)
     if isinstance(given, str):
@@ -88,18 +93,31 @@ def drafter_of(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
                 )
             return TreeDrafter(blocks.model, blocks.source)
-    path = NAMED.get(given, given) if isinstance(given, str) else given
-    if isinstance(path, Path) or (isinstance(path, str) and _is_path(path)):
+    if isinstance(given, Path) or (isinstance(given, str) and _is_path(given)):
         try:
-            if _is_model(Path(path)):
-                return ModelDrafter(load_model(path, device=device, dtype=dtype))
-            return load(path)
+            if _is_model(Path(given)):
+                return ModelDrafter(load_model(given, device=device, dtype=dtype))
+            return load(given)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(
         f"drafter: expected a Drafter, a name ({', '.join(['ngram', *NAMED])}), the path of one, a model, or "
-        f"None for plain decoding, got {shown(given)}"
+        f"None for plain decoding, got {shown(given)}{_lacks(given)}"
     )
+
+
+def _checked(drafter: Drafter) -> Drafter:
+    """The drafter. Raises ValueError naming an attribute that does not fit."""
+    whole("drafter: most", drafter.most, 0)
+    if isinstance(drafter, Apart) and drafter.apart is not True:
+        raise ValueError(f"drafter: apart: expected True or no such attribute, got {shown(drafter.apart)}")
+    return drafter
+
+
+def _lacks(given: Any) -> str:
+    """The members of a drafter that an object lacks, in words; "" for what is none at all."""
+    lacking = [name for name in ("most", "check", "session") if not hasattr(given, name)]
+    return f", which has no {' and no '.join(lacking)}" if 0 < len(lacking) < 3 else ""
 
 
 def _is_path(text: str) -> bool:

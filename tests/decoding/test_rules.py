@@ -532,11 +532,53 @@ class Masked(Rule):
         return where.masked
 
 
+@dataclass(eq=True)
+class Unfrozen(Rule):
+    bar: float = 0.5
+
+
+@dataclass(frozen=True)
+class Sure(Rule):
+    bar: float = 0.5
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        return Decision(where.masked & (stats.confidence >= self.bar))
+
+
+@dataclass(frozen=True)
+class Own(Rule):
+    """Decides nothing by itself, and has the fields and the state that it is given."""
+
+    row: Any = None
+    edits: Any = 0
+    reads: Any = "masked"
+    state: Any = ()
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> Any:
+        return self.state
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        return Decision()
+
+
 def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
     for rule, error, said in (
         (Rule(), NotImplementedError, r"Rule: expected a method decide\(stats, where, state\)"),
         (Reads(), ValueError, "Reads: reads: expected one of .*'block'.* got 'masks'"),
         (Masked(), ValueError, "Masked: decide: expected a Decision, got Tensor"),
+        (Unfrozen(), ValueError, "Unfrozen: expected a rule that can be hashed, such as a frozen dataclass"),
+        (Own(state=[1]), ValueError, "Own: expected a rule that can be hashed, .* 'list'"),
+        (Own(row="foo:3"), ValueError, "Own: row: expected a policy row, .*, got 'foo:3'"),
+        (Own(row="credit+one"), ValueError, "Own: row: expected a policy row, .*, got 'credit.one'"),
+        (Own(row=3), ValueError, "Own: row: expected a policy row, .*, got 3"),
+        (Own(edits=math.inf, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got inf"),
+        (Own(edits=-1, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got -1"),
+        (Own(edits=2), ValueError, "Own: reads: expected 'block' of a rule that edits, got 'masked'"),
+        (Own(state=None), ValueError, "Own: new_state: expected a tuple of Tensors, got None"),
+        (Own(state=(3,)), ValueError, r"Own: new_state: expected a tuple of Tensors, got \(3,\)"),
+        (Own(state=(torch.ones(3, 4, device="meta"),)), ValueError, "Own: new_state: .* on cpu, got .* meta"),
+        (Own(state=(torch.ones(()),)), ValueError, r"Own: new_state: .* \(3, ...\), got one \(\)"),
+        (Own(state=(torch.ones(2, 4),)), ValueError, r"Own: new_state: .* \(3, ...\), got one \(2, 4\)"),
     ):
         with pytest.raises(error, match=said):
             dx.decode(llada, PROMPTS, gen_length=8, block_length=8, rule=rule)
@@ -580,6 +622,18 @@ def test_names() -> None:
     assert rules.parse("credit+one") == (Credit(), {})
     assert rules.parse("one") == (None, {})
     assert rules.parse("entropy:0.5") == (None, {"selector": "entropy", "threshold": 0.5})
+
+
+def test_a_rule_of_a_users_own_has_a_name(llada: models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.KINDS, "sure", rules.Kind(Sure, (("bar", float),), 0, "commits what is sure"))
+    settings = {"gen_length": 8, "block_length": 8, "mask_id": MASK}
+    by_name = dx.decode(llada, PROMPTS, rule="sure:0.01", **settings)
+    by_object = dx.decode(llada, PROMPTS, rule=Sure(0.01), **settings)
+    assert torch.equal(by_name.sequences, by_object.sequences)
+    assert by_name.nfe.tolist() == by_object.nfe.tolist() != [8] * 3
+    assert dx.DecodeConfig(rule=Sure(0.01)).to_dict()["rule"] == "sure:0.01"
+    assert "sure[:BAR]" in rules.describe()
+    assert rules.menu()[-1]["name"] == "sure"
 
 
 def test_the_rule_of_the_example() -> None:

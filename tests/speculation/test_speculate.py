@@ -17,7 +17,7 @@ from drafters import MODEL, SIZES, Knowing, drafter_with, model_of, riding
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models
+from dparallel_ext import models, speculation
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
@@ -379,6 +379,17 @@ def test_a_drafter_of_ones_own_need_not_be_hashable() -> None:
         assert torch.equal(plain(drafter=drafter).sequences, plain().sequences)
 
 
+def test_a_drafter_of_ones_own_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = Knowing(list(plain().sequences))
+    monkeypatch.setitem(speculation.NAMED, "knowing", drafter)
+    assert speculation.drafter_of("knowing") is drafter
+    out = plain(drafter="knowing", draft_size=4)
+    assert torch.equal(out.sequences, plain().sequences)
+    assert out.nfe.sum() < plain().nfe.sum()
+    with pytest.raises(ValueError, match=r"drafter: expected a Drafter, a name .*knowing"):
+        plain(drafter="unknown")
+
+
 def test_no_call_keeps_its_models_alive() -> None:
     """Neither a drafter, while the model lives, nor a model that drafts for itself."""
     target = model_of("llama")
@@ -510,6 +521,18 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         def session(self, *given: Any, **more: Any) -> Any:
             pass
 
+    class Silent(Knowing):
+        def session(self, *given: Any, **more: Any) -> Any:
+            return DraftSession()
+
+    class Half:
+        most = 4
+
+    def own(**attributes: Any) -> Any:
+        drafter = Knowing([])
+        vars(drafter).update(attributes)
+        return drafter
+
     cases: list[tuple[dict[str, Any], str]] = [
         ({"threshold": 0.5}, "threshold: belongs to masked diffusion"),
         ({"block_length": 8}, "block_length: belongs to masked diffusion"),
@@ -526,6 +549,16 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
         ({"drafter": Knowing}, "drafter: expected a Drafter, .*got .*class"),
         ({"drafter": Forgetful([])}, "drafter: expected a DraftSession from session, got NoneType"),
+        ({"drafter": Half()}, "drafter: expected a Drafter, .*Half.*, which has no check and no session"),
+        ({"drafter": own(most=None)}, "drafter: most: expected a whole number >= 0, got None"),
+        ({"drafter": own(most=4.5)}, "drafter: most: expected a whole number >= 0, got 4.5"),
+        ({"drafter": own(apart=False)}, "drafter: apart: expected True or no such attribute, got False"),
+        (
+            {"drafter": own(taps=(99,))},
+            r"drafter: taps: expected ascending numbers of layers of .*, got \(99,\)",
+        ),
+        ({"drafter": own(taps=2)}, "drafter: taps: expected ascending numbers of layers of .*, got 2"),
+        ({"drafter": own(taps=(0,), apart=True)}, "drafter: apart: expected no such attribute .* taps"),
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),
@@ -533,6 +566,8 @@ def test_bad_input_is_named_before_anything_runs() -> None:
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             plain(**settings)
+    with pytest.raises(NotImplementedError, match=r"DraftSession: expected a method propose\(lanes, sizes\)"):
+        plain(drafter=Silent([]))
     with pytest.raises(ValueError, match="prompt: expected at least one token, got none in sequence 1"):
         plain(prompts=[PROMPTS[0], PROMPTS[0][:0]])
     with pytest.raises(ValueError, match=r"prompt: expected token ids in \[0, 61\), got 99"):
@@ -555,6 +590,13 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         (Draft((1.5,)), r"drafter: expected token ids for lane 0, got \(1\.5,\)"),  # type: ignore[arg-type]
         (Draft((True,)), r"drafter: expected token ids for lane 0, got \(True,\)"),
         (Draft(torch.tensor([1])), "drafter: expected a Draft of a tuple for lane 0"),  # type: ignore[arg-type]
+        (Draft((1,), (0.0,)), r"drafter: expected a tuple of nodes as parents, got \(0\.0,\)"),  # type: ignore[arg-type]
+        (Draft((1,), 0), "drafter: expected a tuple of nodes as parents, got 0"),  # type: ignore[arg-type]
+        (Draft((1,), ("a",)), "drafter: expected a tuple of nodes as parents"),  # type: ignore[arg-type]
+        (Draft((1,), start=1), "drafter: expected a draft that begins at layer 0, since .* got 1"),
+        (Draft((1,), start="a"), "drafter: expected a draft that begins at a layer of"),  # type: ignore[arg-type]
+        (Draft((1,), layers="a"), "drafter: expected layers >= 0 of a draft, got 'a'"),  # type: ignore[arg-type]
+        (Draft((1,), riders=2), "drafter: expected a tuple of riders for lane 0, got 2"),  # type: ignore[arg-type]
         ([1, 2], r"drafter: expected a Draft of a tuple for lane 0, got \[1, 2\]"),
         (None, "drafter: expected a list of drafts, got NoneType"),
     ],

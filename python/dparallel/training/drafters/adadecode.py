@@ -19,7 +19,7 @@ import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout
-from dparallel_ext.speculation.checkpoint import check_layers
+from dparallel_ext.speculation.drafter import check_layers
 
 from .common import Answer, Settings, Target, Trainee, drawn
 

@@ -21,8 +21,9 @@ from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
-from dparallel_ext.speculation.checkpoint import Origin, check_layers
-from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, EMBEDDING, Layout, default_taps
+from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, Layout, default_taps
+from dparallel_ext.speculation.drafter import EMBEDDING, check_layers
 
 from .common import Answer, Settings, Target, Trainee, drawn
 
