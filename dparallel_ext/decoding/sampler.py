@@ -78,6 +78,8 @@ class Decided(NamedTuple):
     """(N,) bool: rows whose `token` is still to be written; None: `unmask_` has written all."""
     token: Tensor | None = None
     """(N,) int64 tokens to write."""
+    remask: Tensor | None = None
+    """(N,) bool: rows whose tokens become masks again, none of `commit`; None: no rows."""
 
 
 def decide(
@@ -174,11 +176,14 @@ def _by_rule(
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
     # Before the rule is called, which may change what it is given.
     best = select(by_cell, where.masked, _most_confident(policy), check=False)
-    commit, token = _allowed(rule, rule.decide(by_cell, where, state), where, by_cell, best, group, mask_id)
+    commit, token, remask = _allowed(
+        rule, rule.decide(by_cell, where, state), where, by_cell, best, group, mask_id
+    )
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
         stats = _of_tokens(stats, chosen, logits, group.temperature)
-    return Decided(stats, errors, grid.gather(commit, False), chosen)
+    back = None if remask is None else grid.gather(remask, False)
+    return Decided(stats, errors, grid.gather(commit, False), chosen, back)
 
 
 def _allowed(
@@ -189,15 +194,16 @@ def _allowed(
     best: Tensor,
     group: SamplingGroup,
     mask_id: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The cells (W, C) that a rule's decision commits, as far as it may, and its tokens (W, C).
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The cells (W, C) that a rule's decision commits, as far as it may, its tokens (W, C), and the cells
+    (W, C) that become masks again.
 
     best: (W, C) bool: each window's most confident mask. A window that must move commits it where the rule
     commits none.
     """
     if not isinstance(decision, Decision):
         raise ValueError(f"{type(rule).__name__}: decide: expected a Decision, got {type(decision).__name__}")
-    commit, token, edit = decision
+    commit, token, edit, remask = decision
     if commit is None:
         commit = where.by_policy(stats)
     expect(f"{type(rule).__name__}: commit", commit, where.masked)
@@ -212,10 +218,19 @@ def _allowed(
     commit = commit & where.open & sound
     must_move = where.policy[:, 2:3] >= 1
     commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
-    if edit is not None and rule.edits:
-        expect(f"{type(rule).__name__}: edit", edit, where.masked)
-        commit |= edit & where.decoded & sound
-    return commit, token
+    for name, cells in (("edit", edit), ("remask", remask)):
+        if cells is not None:
+            expect(f"{type(rule).__name__}: {name}", cells, where.masked)
+            if not rule.edits:
+                raise ValueError(f"{type(rule).__name__}: {name}: expected None of a rule whose edits are 0")
+    if remask is not None:
+        remask = remask & where.decoded
+        fewer = remask.cumsum(1) < commit.sum(1, keepdim=True)  # so that every decode ends
+        remask &= fewer | ~where.open.any(1, keepdim=True)
+    if edit is not None:
+        edit = edit & where.decoded & sound
+        commit |= edit if remask is None else edit & ~remask
+    return commit, token, remask
 
 
 def _of_tokens(stats: RowStats, token: Tensor, logits: Tensor, temperature: float) -> RowStats:

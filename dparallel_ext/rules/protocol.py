@@ -130,13 +130,17 @@ class Decision(NamedTuple):
     suppressed ids, ids that the model does not have, and ids whose logit is -inf."""
     edit: Tensor | None = None
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens are replaced by `token`."""
+    remask: Tensor | None = None
+    """(W, C) bool, for a rule that `edits`: cells whose decoded tokens become masks again, from left to right
+    as long as they are fewer than the masks that the pass commits in the block, so that every pass leaves
+    fewer masks. A pass over a block without a mask may remask any of its cells."""
 
 
 class Rule:
     """Decides what a pass commits. A frozen dataclass: equal rules share their state.
 
     Whatever a rule decides, at least one mask of the front block's window is committed, and never the mask
-    token.
+    token; and fewer tokens become masks again.
     """
 
     reads: Literal["masked", "block", "response"] = "masked"
@@ -145,8 +149,9 @@ class Rule:
     shifted, a pass from the block on has none for the block's first column, and a pass that takes a block's
     first token from the block before (Fast-dLLM v2) reads this one column."""
     edits: int = 0
-    """0: committed tokens stay. N > 0: they may change while their block is open; a block without a mask is
-    complete once a pass changes nothing, or after N such passes. The rule then needs `reads` "block"."""
+    """0: committed tokens stay. N > 0: they may change, or become masks again, while their block is open; a
+    block without a mask is complete once a pass changes nothing, or after N such passes. The rule then needs
+    `reads` "block"."""
     recorded: bool = True
     """Whether its passes can be recorded as CUDA graphs: `decide` only launches work for the device, reads no
     number on the host, and keeps nothing outside the tensors of its state."""

@@ -18,6 +18,7 @@ import torch
 from conftest import golden
 from tape import PROMPTS, TINY, TapeGraph, kernels, prompt, recordings, tiny
 from test_infill import fast_dllm
+from test_rules import Backtrack
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -79,6 +80,8 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llada_tiny_a", {"cache": "prefix", "rule": "sched:0.4,0.1", "steps": 24}),
     ("llada_tiny_a", {"cache": "dual", "rule": "edit:0.03,0.05,4"}),
     ("sdar_tiny_a", {"cache": "block", "rule": "edit:0.03,0.03", "block_length": 8}),
+    ("llada_tiny_a", {"cache": "dual", "rule": Backtrack(0.03, 0.03, 2)}),
+    ("sdar_tiny_a", {"cache": "block", "rule": Backtrack(0.03, 0.03, 2), "block_length": 8}),
     ("dream_tiny_a", {"cache": "none", "rule": "prophet:6", "temperature": 0.7, "seed": 5}),
     ("sdar_tiny_a", {"cache": "block", "rule": "sched:0.4,0.1,cosine", "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "threshold": 2.0, "block_length": 8, "active_blocks": 3}),

@@ -238,6 +238,93 @@ def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
     assert edited
 
 
+@dataclass(frozen=True)
+class Backtrack(Rule):
+    """Commits what is likely, and takes back what is not likely any more, as WINO does (arXiv 2507.18578)."""
+
+    likely: float = 0.3
+    back: float = 0.3
+    edits: int = 1
+    reads = "block"
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        p = (where.logits(where.token[..., None])[..., 0] - stats.lse).exp()
+        return Decision(where.masked & (stats.confidence >= self.likely), remask=p < self.back)
+
+
+@pytest.mark.parametrize("edits", [1, 4])
+@pytest.mark.parametrize("by", [0.6, 1.0])
+def test_remasking_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
+    """With a given token in the midst of the response, which never becomes a mask."""
+    model, taken, most = Sharp(llada, by), 0, 0
+    for prompt in PROMPTS:
+        canvas = torch.cat((prompt, torch.full((32,), MASK)))
+        canvas[len(prompt) + 5] = 17
+        x, passes, given = canvas.clone(), 0, canvas != MASK
+        for start in range(len(prompt), len(x), 16):
+            inside = torch.zeros(len(x), dtype=torch.bool)
+            inside[start : start + 16] = True
+            more, before = 0, x.clone()
+            while bool((x[inside] == MASK).any()) or bool((x != before).any()):
+                if not bool((x[inside] == MASK).any()):
+                    if more == edits:
+                        break
+                    more += 1
+                passes, before = passes + 1, x.clone()
+                z = model(x[None]).logits[0].double()
+                token, masked, p = argmax(z), inside & (x == MASK), z.softmax(1)
+                sure = p.gather(1, token[:, None])[:, 0]
+                commit = masked & (sure >= 0.3)
+                if bool(masked.any()):
+                    commit |= best(sure, masked) & ~commit.any()
+                back = (inside & ~masked & ~given & (p.gather(1, x[:, None])[:, 0] < 0.3)).nonzero()[:, 0]
+                if bool(masked.any()):
+                    back = back[: int(commit.sum()) - 1]
+                taken, most = taken + len(back), max(most, len(back))
+                x = torch.where(commit, token, x)
+                x[back] = MASK
+        rule = Backtrack(edits=edits)
+        out = dx.decode(model, canvas, gen_length=0, infill=True, block_length=16, rule=rule, mask_id=MASK)
+        assert torch.equal(out.sequences[0], x)
+        assert int(out.nfe) == passes
+    assert taken
+    assert most > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llada_tiny_a", {}),
+        ("llada_tiny_a", {"cache": "prefix"}),
+        ("llada_tiny_a", {"cache": "dual", "refresh": 2}),
+        ("llada_tiny_a", {"sub_block_length": 2}),
+        ("llada_tiny_a", {"rule": Backtrack(0.3, 0.2), "temperature": 0.8, "seed": [1, 2, 3]}),
+        ("dream_tiny_a", {}),
+        ("dream_tiny_a", {"cache": "prefix"}),
+        ("dream_tiny_a", {"cache": "dual", "refresh": 2}),
+        ("sdar_tiny_a", {"block_length": 4}),
+    ],
+)
+def test_a_rule_that_always_remasks_ends(name: str, settings: dict[str, Any]) -> None:
+    """Each pass leaves fewer masks, but for `edits` passes over a block without one."""
+    model = golden.model(name, dtype=torch.float32)
+    prompts = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
+    settings = {"rule": Backtrack(0.0, 2.0, 2), "gen_length": 16, "block_length": 8, **settings}
+    out = dx.decode(model, prompts, **settings)
+    mask_id = models.traits(model).mask_id
+    assert not any(bool((response == mask_id).any()) for response in out.responses)
+    assert int(out.nfe.max()) <= 24 * (1 + 2)
+    if "seed" not in settings:
+        assert int(out.nfe.min()) > 4
+    if name == "dream_tiny_a" and "refresh" in settings:  # no pass is without a token to commit
+        assert out.nfe.tolist() == [12] * 3
+    seeds = settings.pop("seed", [None] * 3)
+    for i, prompt in enumerate(prompts):
+        alone = dx.decode(model, prompt, **settings, seed=seeds[i] if seeds[i] is None else [seeds[i]])
+        assert torch.equal(alone.responses[0], out.responses[i])
+        assert int(alone.nfe) == int(out.nfe[i])
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_edit_leaves_a_token_without_logits(cache: str) -> None:
     """Dream's logits of a block's first column are from the position before: passes from the block on have
@@ -532,6 +619,16 @@ class Masked(Rule):
         return where.masked
 
 
+@dataclass(frozen=True)
+class Remasks(Rule):
+    wide: bool = True
+    edits: int = 0
+    reads = "block"
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        return Decision(remask=where.decoded if self.wide else where.decoded[:, :2])
+
+
 @dataclass(eq=True)
 class Unfrozen(Rule):
     bar: float = 0.5
@@ -566,6 +663,8 @@ def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
         (Rule(), NotImplementedError, r"Rule: expected a method decide\(stats, where, state\)"),
         (Reads(), ValueError, "Reads: reads: expected one of .*'block'.* got 'masks'"),
         (Masked(), ValueError, "Masked: decide: expected a Decision, got Tensor"),
+        (Remasks(), ValueError, "Remasks: remask: expected None of a rule whose edits are 0"),
+        (Remasks(wide=False, edits=1), ValueError, r"Remasks: remask: .* \(3, 8\), got .*\(3, 2\)"),
         (Unfrozen(), ValueError, "Unfrozen: expected a rule that can be hashed, such as a frozen dataclass"),
         (Own(state=[1]), ValueError, "Own: expected a rule that can be hashed, .* 'list'"),
         (Own(row="foo:3"), ValueError, "Own: row: expected a policy row, .*, got 'foo:3'"),
