@@ -119,7 +119,8 @@ class Runner:
         compute = functools.partial(self._compute, key, work)
         may = key.rows <= self.recorded_rows and key.recorded
         device, graph_key = self.tokens.device, key.key if may else None
-        return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
+        held = key, self.lane  # recordings outlive this runner
+        return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=held)
 
     def look(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
         """For each pass and lane, the counts in what `run` returned; waits for the device.

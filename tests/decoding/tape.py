@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,6 +79,23 @@ class Tape(TorchDispatchMode):
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+    def read(self) -> list[tuple[StorageWeakRef, str]]:
+        """The memory from outside that a replay reads or changes, which a CUDA graph knows by its address and
+        does not keep, with the first operator that does."""
+        made: set[int] = set()
+        outside: dict[int, tuple[StorageWeakRef, str]] = {}
+        for func, args, kwargs, out in self.calls:
+            for tensors, into in (((args, kwargs), outside), (out, made)):
+                for tensor in tree_leaves(tensors):
+                    storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+                    if storage is None or storage._cdata in made or storage._cdata in outside:
+                        continue
+                    if into is made:
+                        made.add(storage._cdata)
+                    else:
+                        outside[storage._cdata] = StorageWeakRef(storage), str(func)
+        return list(outside.values())
 
 
 def looks() -> bool:

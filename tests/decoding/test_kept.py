@@ -295,6 +295,44 @@ def drafter_of(kind: str | None) -> tuple[models.Model, Any]:
 WITH_WEIGHTS = ["dflash", "parallelspec", "ppd", "hidden_transfer", "adadecode"]
 
 
+def lost(made: list[Graphs]) -> list[str]:
+    """The operators of recordings that read memory which nobody keeps, now that their tapes do not."""
+    read = []
+    for found in (found for graphs in made for found in graphs.recordings.values() if found is not None):
+        tape = found.replay.__self__.tape  # type: ignore[attr-defined]
+        read += tape.read()
+        tape.calls.clear()
+        tape.written.clear()
+    assert read
+    gc.collect()
+    return [operator for memory, operator in read if memory.expired()]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"threshold": 2.0, "active_blocks": 3},
+        {"rule": "credit+confidence:0.03", "active_blocks": 2},
+        {"rule": "edit:0.03,0.05,4"},
+        {"threshold": 0.1, "suppress": [3, 77], "eos_id": 5, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict[str, Any]) -> None:
+    settings = {"gen_length": 48, "block_length": 8, "cache": "dual", **way}
+    model = golden.model("llada_tiny_a")
+    dx.decode(model, PROMPTS, record=True, **settings)
+    assert not lost(taped)
+
+
+@pytest.mark.parametrize("kind", [None, *WITH_WEIGHTS])
+def test_what_recordings_read_outlives_the_speculation(taped: list[Graphs], kind: str | None) -> None:
+    model, drafter = drafter_of(kind)
+    for _ in range(2):
+        dx.speculate(model, PROMPTS, drafter=drafter, temperature=0.8, logprobs=True, **CAUSAL)
+    assert not lost(taped)
+
+
 @pytest.mark.parametrize("kind", [None, "ngram", "model", *WITH_WEIGHTS])
 def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> None:
     """Its drafter's passes, too; after another text and samples between them."""
