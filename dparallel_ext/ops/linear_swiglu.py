@@ -54,7 +54,7 @@ def linear_swiglu(
         check_product(x, weight, bias, scale)
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.dparallel.linear_swiglu(rows, weight, scale, bias, constant)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[1])
     if scale is not None:
         return swiglu(fp8_linear(x, weight, scale, bias, constant=constant))
     return swiglu(linear(x, weight, bias, constant=constant))

@@ -52,6 +52,21 @@ def test_it_is_its_steps(rows: int, width: int, out: int, bytewise: bool, dtype:
     torch.testing.assert_close(found, expected, rtol=0.04, atol=0.04)
 
 
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_shapes_where_the_product_ends_in_more(monkeypatch: pytest.MonkeyPatch, bytewise: bool) -> None:
+    """As on a GPU, which has weights of 8 bits for no rows, too."""
+    given = factors(6, 64, 32, torch.bfloat16, bytewise)
+    expected = in_steps(*(given[name] for name in ("x", "weight", "scale", "bias")))
+    module = importlib.import_module("dparallel_ext.ops.linear_swiglu")
+    monkeypatch.setattr(module, "ends_in_more", lambda *_: True)
+    for shape in ((6,), (2, 3)):
+        x = given["x"].view(*shape, 64)
+        assert torch.equal(dx.linear_swiglu(**{**given, "x": x}), expected.view(*shape, 32))
+    assert torch.equal(dx.linear_swiglu(**{**given, "x": given["x"][2]}), expected[2])
+    for shape in ((0,), (2, 0)):
+        assert dx.linear_swiglu(**{**given, "x": given["x"][:0].view(*shape, 64)}).shape == (*shape, 32)
+
+
 @everywhere
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_strides_and_shapes(bytewise: bool) -> None:
