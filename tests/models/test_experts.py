@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import everywhere
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,17 +153,18 @@ def test_drafts_are_verified_losslessly() -> None:
     assert fast.forwards <= plain.forwards
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_one_product_for_all_experts(dtype: torch.dtype) -> None:
+def test_one_product_for_all_experts(device: str, dtype: torch.dtype) -> None:
     """What a GPU computes is what is computed expert by expert, but for rounding; also of experts that no
     token takes, and of no token."""
-    model, changed = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"}).to(dtype), 0
+    model, changed = Qwen3MoE({**SIZES, "model_type": "qwen3_moe"}).to(device, dtype), 0
     experts, router = model.blocks[0].experts, model.blocks[0].router
     for rows in (0, 1, 2, 33):
         x = torch.randn(rows, 32, dtype=dtype)
-        one_by_one = experts(x, *router(x))
-        together = _by_product(experts, x, *router(x))
+        one_by_one = _by("one_by_one", experts, x, *router(x))
+        together = experts(x, *router(x)) if x.is_cuda else _by("grouped", experts, x, *router(x))
         assert together.dtype == dtype
         bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         torch.testing.assert_close(together, one_by_one, rtol=0, atol=bound)
@@ -169,12 +172,35 @@ def test_one_product_for_all_experts(dtype: torch.dtype) -> None:
     assert changed == 3
 
 
-def _by_product(experts: Any, *given: Tensor) -> Tensor:
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(type(experts), "one_by_one", type(experts).grouped)
+def _by(way: str, experts: Any, *given: Tensor) -> Tensor:
+    """The mixture by the method `way`, wherever it is computed."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("one_by_one", "grouped"):
+            patched.setattr(type(experts), name, getattr(type(experts), way))
         found: Tensor = experts(*given)
     return found
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [LLaDAMoE, SDARMoE])
+@torch.no_grad()
+def test_every_device_decodes(device: str, family: Any, dtype: torch.dtype) -> None:
+    """In every mode, a short sequence, and one so long that its packed keys are attended to."""
+    torch.manual_seed(0)
+    config = {**(LLADA_CONFIG if family is LLaDAMoE else SDAR_CONFIG), "max_position_embeddings": 512}
+    exact = family(config).eval()
+    model = copy.deepcopy(exact).to(device, dtype)
+    x = ids(2, 19)
+    expected, bound = exact(x).logits, 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(model(x.to(device)).logits.float().cpu(), expected, rtol=0, atol=bound)
+    prompts = [ids(9).to(device), ids(260, seed=3).to(device)]
+    for cache in ("none", "block") if family is SDARMoE else ("none", "prefix", "dual"):
+        settings: dict[str, Any] = {"gen_length": 8, "block_length": 4, "selector": "quota", "threshold": 2}
+        tokens = dx.decode(model, prompts, cache=cache, **settings).sequences
+        for text, prompt in zip(tokens, prompts, strict=True):
+            assert torch.equal(text[: len(prompt)], prompt)
+            assert not (text[: len(prompt) + 8] == MASK).any()
 
 
 class OnGpu(Tensor):
@@ -192,7 +218,7 @@ def test_a_gpu_s_product_is_not_asked_for_rows_that_it_does_not_read() -> None:
         x = torch.randn(9, model.shape.width, dtype=torch.bfloat16)
         chosen = router(x)
         with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
-            _by_product(experts, x, *chosen)
+            _by("grouped", experts, x, *chosen)
         assert torch.equal(experts(x.as_subclass(OnGpu), *chosen).as_subclass(Tensor), experts(x, *chosen))
 
 
