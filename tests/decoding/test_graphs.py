@@ -5,6 +5,7 @@ Without a GPU a `tape.Tape` stands in for CUDA graphs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import logging
@@ -62,6 +63,34 @@ def test_on_the_device(device: str, name: str, dtype: torch.dtype, monkeypatch: 
             assert found.recorder is not None, "a recording failed"
             assert found.replays > 0
             assert recordings(found) > 0
+
+
+@pytest.mark.parametrize("how", ["apart", "fused", "in 8 bits"])
+@torch.no_grad()
+def test_products_of_few_rows_on_the_device(device: str, how: str) -> None:
+    """Of widths that a GPU's own kernels take, which begin while the kernels before them run."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 192, "n_heads": 3, "mlp_hidden_size": 320, "n_layers": 3}
+    exact = models.LLaDA({**TINY["llada"], **sizes}).eval()
+    model = copy.deepcopy(exact).to(device, torch.bfloat16)
+    if how != "apart":
+        model.fuse()
+    if how == "in 8 bits":
+        model.quantize()
+    for rows in (1, 19, 33, 64):
+        ids, kv_cache = torch.randint(0, 59, (rows,)), model.new_cache(1, 64)
+        metadata = kv_cache.metadata([caches.Span(0, 0, rows, rows)], None).to(device)
+        found = model.head(model.step(ids, kv_cache, metadata)).float().cpu()
+        expected = exact(ids.cpu()[None]).logits[0]
+        assert (found - expected).norm() < (0.1 if how == "in 8 bits" else 0.03) * expected.norm()
+    prompts = [each.to(device) for each in PROMPTS[:2]]
+    for way in ({"cache": "dual"}, {"cache": "none", "active_blocks": 2}):
+        settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 2.0, **way}
+        plain = dx.decode(model, prompts, graphs=False, **settings)
+        for _ in range(3 if device == "cuda" else 1):  # the last replays what the others have recorded
+            replayed = dx.decode(model, prompts, **settings)
+            assert torch.equal(replayed.sequences, plain.sequences)
+            assert torch.equal(replayed.nfe, plain.nfe)
 
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
