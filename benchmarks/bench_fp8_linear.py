@@ -42,21 +42,21 @@ def error_of(result: Tensor, expected: Tensor) -> float:
     return float((gap / whole).sqrt())
 
 
-def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
-    """A product to three times the width, as gate or up is; several matrices, so that none is in a GPU's L2
-    cache.
+def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+    """A product to three times the inner dimension, as gate or up is; several matrices, so that none is in a
+    GPU's L2 cache.
     """
-    out = 3 * width
-    sets = sets_of(out * width, device, small)
-    weights = [Weights(out, width, device) for _ in range(sets)]
-    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    out = 3 * inner
+    sets = sets_of(out * inner, device, small)
+    weights = [Weights(out, inner, device) for _ in range(sets)]
+    x = torch.randn(tokens, inner, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
 
     def step(name: str) -> Callable[[int, int], Tensor]:
         return lambda turn, at: weights[at].contenders[name](x)
 
     return Work(
         {name: step(name) for name in weights[0].contenders},
-        [(out * width, 2 * tokens * out * width, 1)],
+        [(out * inner, 2 * tokens * out * inner, 1)],
         sets=sets,
         graphs=tuple(weights[0].contenders),
         under=torch.inference_mode,
@@ -66,7 +66,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
 
 def case(tokens: int) -> Case:
     name = f"fp8_linear, {tokens} rows of {WIDTH}"
-    return Case(name, "fp8_linear", work, {"tokens": tokens, "width": WIDTH})
+    return Case(name, "fp8_linear", work, {"tokens": tokens, "inner": WIDTH})
 
 
 @pytest.mark.parametrize("contender", ["bfloat16 weights", "widened", OURS])

@@ -26,19 +26,19 @@ EPS = 1e-5
 Product = Callable[[Tensor, int], Tensor]
 
 
-def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
-    """A step is a layer: width to 3 width, to width, to 6 width, and half of that to width."""
-    shapes = [(3 * width, width), (width, width), (6 * width, width), (width, 3 * width)]
+def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+    """A step is a layer: inner to 3 inner, to inner, to 6 inner, and half of that to inner."""
+    shapes = [(3 * inner, inner), (inner, inner), (6 * inner, inner), (inner, 3 * inner)]
     bytes_ = 2 * sum(out * into for out, into in shapes)
     sets = sets_of(bytes_, device, small)
     full = [[random(device, *shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(sets)]
     bytewise = [[dx.quantize_fp8(weight) for weight in layer] for layer in full]
-    scale = torch.ones(width, dtype=torch.bfloat16, device=device)
-    x = random(device, tokens, width)
+    scale = torch.ones(inner, dtype=torch.bfloat16, device=device)
+    x = random(device, tokens, inner)
 
     def layer(product: Product) -> Tensor:
         qkv = product(dx.rms_norm(x, scale, eps=EPS), 0)
-        y, stream = dx.rms_norm(x, scale, eps=EPS, delta=product(qkv[:, :width].contiguous(), 1))
+        y, stream = dx.rms_norm(x, scale, eps=EPS, delta=product(qkv[:, :inner].contiguous(), 1))
         return stream + product(dx.swiglu(product(y, 2)), 3)
 
     return Work(
@@ -59,7 +59,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
 
 def case(tokens: int) -> Case:
     name = f"linear, a layer's products, {tokens} rows"
-    return Case(name, "linear", work, {"tokens": tokens, "width": WIDTH}, ("graph",))
+    return Case(name, "linear", work, {"tokens": tokens, "inner": WIDTH}, ("graph",))
 
 
 @pytest.mark.parametrize("contender", ["torch", OURS, f"{OURS}, 8-bit weights"])

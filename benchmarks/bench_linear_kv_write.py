@@ -24,13 +24,13 @@ WIDTH = 4096
 STEPS = f"{OURS}, linear and kv_write"
 
 
-def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
-    """From `width` to as many numbers of queries, keys and values, in heads of 128 or, if tiny, one."""
-    dim = min(128, width)
-    bytes_ = 6 * width * width
+def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+    """From `inner` to as many numbers of queries, keys and values, in heads of at most 128."""
+    dim = min(128, inner & -inner)
+    bytes_ = 6 * inner * inner
     sets = sets_of(bytes_, device, small)
-    weights = [random(device, 3 * width, width) * width**-0.5 for _ in range(sets)]
-    x, heads = random(device, tokens, width), width // dim
+    weights = [random(device, 3 * inner, inner) * inner**-0.5 for _ in range(sets)]
+    x, heads = random(device, tokens, inner), inner // dim
     caches = torch.zeros(2, 1, heads, 2 * tokens, dim, dtype=x.dtype, device=device)
     positions = tokens + torch.arange(tokens, device=device)
     cos, sin = dx.rope_table(2 * tokens, dim, device=device)
@@ -70,7 +70,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
 
 def case(tokens: int) -> Case:
     name = f"linear_kv_write, {tokens} rows of {WIDTH}"
-    return Case(name, "linear_kv_write", work, {"tokens": tokens, "width": WIDTH}, ("graph",))
+    return Case(name, "linear_kv_write", work, {"tokens": tokens, "inner": WIDTH}, ("graph",))
 
 
 @pytest.mark.parametrize("contender", ["torch", STEPS, OURS])

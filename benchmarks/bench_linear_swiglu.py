@@ -28,12 +28,12 @@ def eager(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
-    """From `width` to three times as many gates, and as many ups."""
-    bytes_ = 12 * width * width
+def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+    """From `inner` to three times as many gates, and as many ups."""
+    bytes_ = 12 * inner * inner
     sets = sets_of(bytes_, device, small)
-    weights = [random(device, 6 * width, width) * width**-0.5 for _ in range(sets)]
-    x = random(device, tokens, width)
+    weights = [random(device, 6 * inner, inner) * inner**-0.5 for _ in range(sets)]
+    x = random(device, tokens, inner)
     steps: dict[str, Callable[[Tensor], Tensor]] = {
         "torch": lambda weight: eager(x, weight),
         STEPS: lambda weight: dx.swiglu(dx.linear(x, weight, constant=True)),
@@ -55,7 +55,7 @@ def work(device: torch.device, small: bool, tokens: int, width: int) -> Work:
 
 def case(tokens: int) -> Case:
     name = f"linear_swiglu, {tokens} rows of {WIDTH}"
-    return Case(name, "linear_swiglu", work, {"tokens": tokens, "width": WIDTH}, ("graph",))
+    return Case(name, "linear_swiglu", work, {"tokens": tokens, "inner": WIDTH}, ("graph",))
 
 
 @pytest.mark.parametrize("contender", ["torch", STEPS, OURS])

@@ -96,6 +96,7 @@ CASES = (
     bench_kv_move.case(1, 128),
     bench_row_topk.case(512),
     bench_row_topk.case(32, 16),
+    bench_kv_write.case("SDAR", 32),
     bench_kv_write.case("Dream", 32),
     _step("Dream-7B", 1),
     _decode("Dream-7B", "dual", 1),
