@@ -29,9 +29,13 @@ WAITS = {
     aten.equal.default,
     aten.nonzero.default,
     aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.bincount.default,
     aten.lift_fresh.default,  # a tensor of numbers from the host
 }
 """What a GPU's recording does not permit; so with an index that is a mask."""
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 LOOKS = {
     "_check",
     "check_heads",
@@ -54,7 +58,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        by_mask = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
         if (func in WAITS or by_mask) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         for place, argument in enumerate(func._schema.arguments):
