@@ -16,7 +16,7 @@ from typing import Any
 import drafters
 import pytest
 import torch
-from conftest import golden
+from conftest import GPUS, golden
 from tape import PROMPTS, TINY, TapeGraph, kernels, prompt, recordings, tiny
 from test_infill import fast_dllm
 from test_rules import Backtrack
@@ -26,7 +26,7 @@ import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
 from dparallel_ext.decoding import batch as batches
-from dparallel_ext.decoding import inputs, padding, runner
+from dparallel_ext.decoding import inputs, padding, runner, workspace
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.models import attention
@@ -150,6 +150,32 @@ def test_the_tokens_are_the_same(
     assert graphs.recorder is not None, "a recording failed"
     assert graphs.replays >= 2, f"{graphs.replays} replays in {out.forwards} passes"
     assert len(graphs.recordings) <= out.forwards - graphs.replays
+
+
+@pytest.mark.parametrize("device", GPUS, indirect=True)
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_a_gpu_records_every_way(
+    device: str, name: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules, too. The second decode replays what the first has recorded."""
+    made: list[Graphs] = []
+
+    class Seen(Graphs):
+        def __init__(self, recorder: Any) -> None:
+            super().__init__(recorder)
+            made.append(self)
+
+    monkeypatch.setattr(workspace, "Graphs", Seen)
+    model, prompts = golden.model(name, device=device), [each.to(device) for each in PROMPTS]
+    settings = {"gen_length": 48, "block_length": 16, **way}
+    expected = dx.decode(model, prompts, graphs=False, **settings)
+    for _ in range(2):
+        out = dx.decode(model, prompts, **settings)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(out.nfe, expected.nfe)
+    assert made
+    assert all(graphs.recorder is not None for graphs in made), "a recording failed"
+    assert sum(graphs.replays for graphs in made) >= 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import threading
@@ -323,6 +324,30 @@ def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict
     model = golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS, record=True, **settings)
     assert not lost(taped)
+
+
+@pytest.mark.parametrize("device", GPUS, indirect=True)
+@pytest.mark.parametrize("kind", [None, "ngram", "model", *WITH_WEIGHTS])
+def test_a_gpu_records_every_drafter(device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Graphs] = []
+
+    class Seen(Graphs):
+        def __init__(self, recorder: Any) -> None:
+            super().__init__(recorder)
+            made.append(self)
+
+    monkeypatch.setattr(workspace, "Graphs", Seen)
+    model, drafter = drafter_of(kind)
+    model = copy.deepcopy(model).to(device)
+    for temperature in (0.0, 0.8):
+        settings = {**CAUSAL, "drafter": drafter, "temperature": temperature, "seed": 3, "logprobs": True}
+        expected = dx.speculate(model, PROMPTS, graphs=False, **settings)
+        for _ in range(2):
+            out = dx.speculate(model, PROMPTS, **settings)  # its drafts may have other sizes
+            assert torch.equal(out.sequences, expected.sequences)
+    assert made
+    assert all(graphs.recorder is not None for graphs in made), "a recording failed"
+    assert any(graphs.replays for graphs in made)
 
 
 @pytest.mark.parametrize("kind", [None, *WITH_WEIGHTS])
