@@ -138,8 +138,6 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
   if (cluster == 1) {
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   } else if (has_clusters_here<kernel>()) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {cluster, 1, 1};
@@ -149,9 +147,12 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    const cudaError_t allowed = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (allowed != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
       count = 0;
-      cudaGetLastError();  // the error is dealt with
+      cudaGetLastError();  // or the next launch would be blamed for it
     }
   }
   kept = count + 1;
