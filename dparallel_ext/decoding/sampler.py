@@ -213,7 +213,8 @@ def _allowed(
         sound = sound & (token >= 0) & (token < where.rows.shape[1]) & (token != mask_id)
         sound &= where.logits(token[..., None])[..., 0] > -math.inf
         if group.suppress is not None:
-            sound &= ~torch.isin(token, group.suppress.to(token.device))
+            # Not torch.isin, which waits for the device where ids are many.
+            sound &= (token[..., None] != group.suppress.to(token.device)).all(-1)
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
     must_move = where.policy[:, 2:3] >= 1

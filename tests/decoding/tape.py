@@ -32,6 +32,7 @@ WAITS = {
     aten.repeat_interleave.Tensor,
     aten._unique2.default,
     aten.bincount.default,
+    aten.isin.Tensor_Tensor,  # of many ids: it sorts them, and waits for the number of different ones
     aten.lift_fresh.default,  # a tensor of numbers from the host
 }
 """What a GPU's recording does not permit; so with an index that is a mask."""

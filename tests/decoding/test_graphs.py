@@ -105,7 +105,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
         {"cache": "dual", "steps": 12, "temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 60},
     ),
     ("llada_tiny_a", {"cache": "none", "rule": "credit+entropy:3.5"}),
-    ("llada_tiny_a", {"cache": "dual", "rule": "credit+confidence:0.04"}),
+    ("llada_tiny_a", {"cache": "dual", "rule": "credit+confidence:0.04", "suppress": range(3, 40)}),
     ("llada_tiny_a", {"cache": "prefix", "rule": "sched:0.4,0.1", "steps": 24}),
     ("llada_tiny_a", {"cache": "dual", "rule": "edit:0.03,0.05,4"}),
     ("sdar_tiny_a", {"cache": "block", "rule": "edit:0.03,0.03", "block_length": 8}),
