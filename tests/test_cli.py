@@ -582,8 +582,8 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     plain = json.loads(run("decode", PROMPT, "--json", *model))
     assert tasks.extract_answer(plain["response"]) == 4
     assert plain["drafts"] == 0
-    for name in ("ngram", "dflash", "parallelspec", "ppd", "hidden_transfer", "student"):
-        drafter = name if name == "ngram" else f"builtin:{name}"
+    for name in ("ngram", "recycling", "dflash", "parallelspec", "ppd", "hidden_transfer", "student"):
+        drafter = name if name in ("ngram", "recycling") else f"builtin:{name}"
         found = json.loads(run("decode", PROMPT, "--json", *model, "--drafter", drafter, "--draft-size", 6))
         assert found["response"] == plain["response"]
         assert 0 < found["drafts"] < found["forwards"] <= plain["forwards"]
@@ -599,7 +599,7 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     for wrong, message in (
         ((*model, "--policy", "one"), "policy: "),
         ((*model, "--suffix", "x"), "suffix: "),
-        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, builtin:adadecode"),
+        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, recycling, builtin:"),
         ((*model, "--cache", "dual"), "cache: belongs to masked diffusion"),
         (("--drafter", "ngram"), "drafter: "),
     ):

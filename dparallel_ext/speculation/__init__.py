@@ -9,11 +9,12 @@ from .batch import CausalBatch
 from .ddtree import TreeDrafter
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
-from .drafter import Drafter, DraftSession, Lane
+from .drafter import Drafter, DraftSession, Lane, Observation
 from .hidden_transfer import HiddenTransfer
 from .loading import NAMED, drafter_of, load
 from .ngram import NGram
 from .ppd import PromptTokens
+from .recycling import Recycling
 from .riders import RiderDrafter
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
@@ -36,7 +37,9 @@ __all__ = [
     "Measured",
     "ModelDrafter",
     "NGram",
+    "Observation",
     "PromptTokens",
+    "Recycling",
     "RiderDrafter",
     "Sizer",
     "SpeculateOutput",

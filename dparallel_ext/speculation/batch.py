@@ -121,7 +121,9 @@ class CausalBatch:
         self.counts = Counts([], [])
         self._most = 0 if drafter is None else drafter.most
         self._session: DraftSession | None = space.session
-        if drafter is not None and self._session is None:
+        if self._session is not None:
+            self._session.begin()
+        elif drafter is not None:
             self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
             check_session(drafter, self._session, model)
         self._keeps_streams = isinstance(self._session, KeepsStreams)

@@ -41,7 +41,7 @@ from ..ops import kv_move, kv_write, row_topk
 from ..packed import Packing, Shapes, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import EMBEDDING, Lane, RecordedSession, check_layers
+from .drafter import EMBEDDING, Lane, Observation, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -260,8 +260,8 @@ class _Session(RecordedSession):
         self.kv_cache = KVCache(slots, table, kv_cache.block_table)
         self.size = slots.nbytes
 
-    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        feature = self._layers.feature(taps)
+    def observe(self, seen: Observation) -> None:
+        feature = self._layers.feature(seen.taps)
         cos, sin = self.kv_cache.rope
         for layer in range(self.layout.shape.layers):
             k, v = self._layers.context(layer, feature)
@@ -270,8 +270,8 @@ class _Session(RecordedSession):
                 k,
                 v,
                 *self.kv_cache.layer(layer),
-                positions=metadata.positions,
-                slot_mapping=metadata.slot_mapping,
+                positions=seen.metadata.positions,
+                slot_mapping=seen.metadata.slot_mapping,
                 cos=cos,
                 sin=sin,
             )

@@ -82,6 +82,23 @@ class Riders(Protocol):
         """
 
 
+class Observation(NamedTuple):
+    """A pass of the model over N packed tokens with M rows of logits, as `DraftSession.observe` gets it. The
+    pass itself reads the same tensors afterwards, so a session changes none of them."""
+
+    metadata: AttentionMetadata
+    """Of the packed tokens, those of riders included."""
+    ids: Tensor
+    """(N,) int64: the packed tokens; riders have none, and are left out."""
+    taps: tuple[Tensor, ...]
+    """(N, width) each: the streams after the layers of `DraftSession.taps`."""
+    source: Tensor
+    """(M,) int64: the packed token of each row of logits: of every lane the root, and the nodes and riders of
+    its draft. Padding repeats the last of them."""
+    logits: Tensor
+    """(M, V)"""
+
+
 class DraftSession:
     """A drafter's state for the sequences in a batch's lanes. A session implements `propose`, and the other
     methods that it needs.
@@ -95,14 +112,17 @@ class DraftSession:
     taps: tuple[int, ...] = ()
     """Layers of the model, ascending, after which `observe` gets the residual stream; -1: the embedding."""
     recorded: bool = False
-    """Whether the next batch of the same size may use the session, after `reset` for each lane, with the
-    recordings that read its tensors. It then returns the `addresses` of its weights, and does not keep the
+    """Whether the next batch of the same size may use the session, after `begin`, with the recordings that
+    read its tensors. It then returns the `addresses` of its weights, and does not keep the
     model alive."""
     size: int = 0
     """Bytes of its own tensors."""
     riders: Riders | None = None
     """Makes the riders of its drafts; such a session has no taps, and keeps no streams. A pass over a prompt
     may have riders too, so `propose` is then called for these lanes too, whose drafts have no nodes."""
+
+    def begin(self) -> None:
+        """Forget all that an earlier batch has left: the next begins. A batch's first session is fresh."""
 
     def reset(self, lane: int) -> None:
         """Reset the state of a lane in which a sequence begins."""
@@ -111,8 +131,8 @@ class DraftSession:
         """The addresses of the weights that its part of the passes reads."""
         return ()
 
-    def observe(self, metadata: AttentionMetadata, taps: Sequence[Tensor]) -> None:
-        """Take the streams (N, width) after each layer of `taps`, of a pass over the tokens of `metadata`.
+    def observe(self, seen: Observation) -> None:
+        """Take what it needs of a pass, before the pass accepts any of its draft.
 
         Part of the pass, which may be recorded, so nothing may wait for the device. Some of the tokens are
         drafted ones that the pass then refuses; the next pass computes their positions again.
@@ -145,10 +165,10 @@ class DraftKey(Protocol):
 class RecordedSession(DraftSession):
     """A session with passes of its own, recorded if the batch's are; it does not keep the model alive.
 
-    weights: the drafter's module.
+    weights: the drafter's module, if it has one.
     """
 
-    def __init__(self, weights: nn.Module, model: Model, graphs: bool) -> None:
+    def __init__(self, weights: nn.Module | None, model: Model, graphs: bool) -> None:
         self.weights, self._target = weights, weakref.ref(model)
         self.graphs = graphs_on(model.device) if graphs else None
         self._pad_to, self._recorded_rows = row_padding(model), recorded_rows(model)
@@ -164,7 +184,7 @@ class RecordedSession(DraftSession):
         return self.graphs is not None and self.graphs.recorder is not None
 
     def addresses(self) -> Sequence[int]:
-        return [p.data_ptr() for p in self.weights.parameters()]
+        return [] if self.weights is None else [p.data_ptr() for p in self.weights.parameters()]
 
     def reset(self, lane: int) -> None:
         """Drop recordings if weights have moved. Data of the lane needs no reset: it is overwritten before it
@@ -225,10 +245,12 @@ def check_session(drafter: Drafter, session: Any, model: Model) -> None:
         raise ValueError(f"drafter: expected a DraftSession from session, got {type(session).__name__}")
     if session.taps:
         check_layers("drafter: taps", session.taps, EMBEDDING, model.shape.layers)
-    part = session.taps or session.riders is not None or isinstance(session, KeepsStreams)
+    observes = getattr(session.observe, "__func__", None) is not DraftSession.observe
+    part = observes or session.taps or session.riders is not None or isinstance(session, KeepsStreams)
     if part and isinstance(drafter, Apart):
         raise ValueError(
-            "drafter: apart: expected no such attribute of a drafter with taps, riders or streams"
+            "drafter: apart: expected no such attribute of a drafter with taps, riders, streams or a method "
+            "observe"
         )
 
 

@@ -22,6 +22,7 @@ from .drafter import Apart, Drafter
 from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
 from .ppd import PromptTokens
+from .recycling import Recycling
 from .riders import drafter_of_riders
 from .whole_models import ModelDrafter
 
@@ -34,9 +35,9 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
 PUBLISHED = "dflash"
 """The kind of a file that names none."""
 
-NAMED: dict[str, Path | Drafter] = {}
-"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship, models too; a
-drafter of your own has the name that you give it here."""
+NAMED: dict[str, Path | Drafter] = {"recycling": Recycling()}
+"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
+models too; a drafter of your own has the name that you give it here."""
 
 
 def load(path: str | Path) -> Drafter:

@@ -24,7 +24,7 @@ from ..ops.errors import NO_ERROR, explain
 from ..packed import Packing, Shapes, unpack
 from . import riding
 from .draft import Draft, depths
-from .drafter import DraftSession, KeepsStreams
+from .drafter import DraftSession, KeepsStreams, Observation
 from .sequence import UNKNOWN, CausalSequence, SamplingGroup
 
 
@@ -168,7 +168,7 @@ class PassRows:
                 places[place] = tokens + b
             packing.add(places)
         packing.close(tokens if self.unknown else 0)
-        packing.padded(self.source, 0, padded)
+        packing.padded(self.source, self.source[-1], padded)  # sessions observe no row but true ones
         packing.padded(self.token, 0, padded)
         packing.padded(self.parent, -1, padded)
         packing.padded(self.keys, 0, padded, 4)
@@ -369,7 +369,8 @@ class CausalRunner:
                 x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
             logits: Tensor = self.model.head(x[source])
             if self._session is not None:
-                self._session.observe(metadata, [taps[layer] for layer in self._session.taps])
+                tapped = tuple(taps[layer] for layer in self._session.taps)
+                self._session.observe(Observation(metadata, ids, tapped, source, logits))
         return logits
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from ..decoding.workspace import Trajectory
 from ..models import Model, check_call, for_decoding, traits, warn_beyond
 from .batch import CausalBatch
 from .drafter import Apart, Drafter
-from .loading import drafter_of
+from .loading import NAMED, drafter_of
 from .sequence import Verified
 from .sizing import Fixed, Sizer, measured, sizer_for
 
@@ -89,12 +89,13 @@ def speculate(
         config: how the prompts are decoded; default: `DecodeConfig()`. Fields about masks (block_length,
             threshold, rule, cache and the like) belong to `decode` alone.
         drafter: guesses tokens, see `speculation`: a `Drafter`; "ngram", prompt lookup ("ngram:N" compares up
-            to N tokens); the path of a drafter with weights (`dparallel drafter` trains one;
-            `speculation.load` reads it, and the published DFlash checkpoints), with "tree:" before the path
-            of a drafter of blocks for trees of its guesses; or a model of `dparallel_ext.models` with the
-            same vocabulary, autoregressive or of masked diffusion. None: plain decoding. Recordings on a GPU
-            are kept for the next call with the same model, if it is plain, its drafter has no weights, or the
-            drafter is the same object.
+            to N tokens); "recycling", trees of the model's own earlier candidates; the path of a drafter with
+            weights (`dparallel drafter` trains one; `speculation.load` reads it, and the published DFlash
+            checkpoints), with "tree:" before the path of a drafter of blocks for trees of its guesses; or a
+            model of `dparallel_ext.models` with the same vocabulary, autoregressive or of masked diffusion.
+            None: plain decoding. Recordings on a GPU are kept for the next call with the same model, if it is
+            plain, its drafter has no part in the model's passes, or the drafter is the same object, by itself
+            or by its name.
         draft_size: the most nodes and riders of a draft. None: the number that gives the most tokens per
             second, by measured times and acceptance; the text is the same, but the number of passes is
             reproducible only with a fixed size. Without a drafter it has no effect.
@@ -121,7 +122,8 @@ def speculate(
         size = len(prompts)
         model = causal_model(model)
         eos_ids = end_ids(model, config)
-        drafter_given, drafter = drafter, drafter_of(drafter, model.device, model.dtype)
+        drafter_given = NAMED.get(drafter, drafter) if isinstance(drafter, str) else drafter
+        drafter = drafter_of(drafter_given, model.device, model.dtype)
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)

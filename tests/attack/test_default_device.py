@@ -31,6 +31,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "decode": lambda: dx.decode(MODEL, PROMPT, gen_length=32).sequences,
     "dual": lambda: dx.decode(MODEL, PADDED, gen_length=32, cache="dual", **SAMPLED).sequences,
     "speculate": lambda: dx.speculate(drafters.MODEL, PROMPT, gen_length=16, **SAMPLED).sequences,
+    "recycling": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter="recycling", gen_length=16).sequences,
     "dflash": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=BLOCK_DRAFTER, gen_length=16).sequences,
     "riders": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=RIDERS, gen_length=16).sequences,
     "adadecode": lambda: dx.speculate(drafters.DEEP, PROMPT, drafter=EXITS, gen_length=16).sequences,

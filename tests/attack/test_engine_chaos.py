@@ -38,7 +38,8 @@ DIFFUSION = [
 ]
 """Models and caches."""
 RIDING = ("ppd", "hidden_transfer")
-GUESSERS = ("plain", "ngram", "chains", "trees", "model", "canvas", "exits", "tree", *KINDS, *RIDING)
+LISTED = ("plain", "ngram", "recycling", "chains", "trees", "model", "canvas", "exits", "tree")
+GUESSERS = (*LISTED, *KINDS, *RIDING)
 CAUSAL = [("causal", way) for way in GUESSERS]
 """And drafters."""
 BLOCK, LONGEST = 8, 56
@@ -208,6 +209,7 @@ def poisoned(embedded: Callable[[Model, Tensor], Stream]) -> Callable[[Model, Te
 DRAFTERS = {
     "plain": None,
     "ngram": "ngram",
+    "recycling": "recycling",
     "model": ModelDrafter(model_of("llama", vocab_size=512, num_hidden_layers=1), most=4),
     "canvas": ModelDrafter(MODELS["llada_tiny_a"], most=4),
     "exits": exits((1,), 0.1, target=MODELS["causal"]),

@@ -293,7 +293,9 @@ def drafter_of(kind: str | None) -> tuple[models.Model, Any]:
     return drafters.model_of(), drafters.model_of("llama") if kind == "model" else kind
 
 
-WITH_WEIGHTS = ["dflash", "parallelspec", "ppd", "hidden_transfer", "adadecode"]
+OBSERVING = ["dflash", "parallelspec", "ppd", "hidden_transfer", "adadecode", "recycling"]
+"""Drafters with a part in the model's passes."""
+OWN_PASSES = ["dflash", "parallelspec", "adadecode", "recycling"]
 
 
 def lost(made: list[Graphs]) -> list[str]:
@@ -327,7 +329,7 @@ def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
-@pytest.mark.parametrize("kind", [None, "ngram", "model", *WITH_WEIGHTS])
+@pytest.mark.parametrize("kind", [None, "ngram", "model", *OBSERVING])
 def test_a_gpu_records_every_drafter(device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Graphs] = []
 
@@ -350,7 +352,7 @@ def test_a_gpu_records_every_drafter(device: str, kind: str | None, monkeypatch:
     assert any(graphs.replays for graphs in made)
 
 
-@pytest.mark.parametrize("kind", [None, *WITH_WEIGHTS])
+@pytest.mark.parametrize("kind", [None, *OBSERVING])
 def test_what_recordings_read_outlives_the_speculation(taped: list[Graphs], kind: str | None) -> None:
     model, drafter = drafter_of(kind)
     for _ in range(2):
@@ -358,7 +360,7 @@ def test_what_recordings_read_outlives_the_speculation(taped: list[Graphs], kind
     assert not lost(taped)
 
 
-@pytest.mark.parametrize("kind", [None, "ngram", "model", *WITH_WEIGHTS])
+@pytest.mark.parametrize("kind", [None, "ngram", "model", *OBSERVING])
 def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> None:
     """Its drafter's passes, too; after another text and samples between them."""
     model, drafter = drafter_of(kind)
@@ -368,7 +370,7 @@ def test_a_second_speculate_replays(taped: list[Graphs], kind: str | None) -> No
     dx.speculate(model, PROMPTS[0] + 20, temperature=0.8, seed=3, suppress=[5], **settings)
     before = [(graphs.replays, set(graphs.recordings)) for graphs in taped]
     again = dx.speculate(model, PROMPTS[0], **settings)
-    assert len(taped) == made == (2 if kind in ("dflash", "parallelspec", "adadecode") else 1)
+    assert len(taped) == made == (2 if kind in OWN_PASSES else 1)
     expected = dx.speculate(model, PROMPTS[0], graphs=False, **settings)
     for found in (first, again):
         for name in ("sequences", "nfe", "drafted", "accepted", "layers"):

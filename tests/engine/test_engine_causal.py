@@ -19,7 +19,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext.cache import Span
 from dparallel_ext.models import Model, Taps
-from dparallel_ext.speculation import Draft, Lane, ModelDrafter, TreeDrafter
+from dparallel_ext.speculation import Draft, Lane, ModelDrafter, Observation, TreeDrafter
 
 
 def prompts_of(seed: int, count: int, longest: int = 30, first: int = 10) -> list[Tensor]:
@@ -92,7 +92,7 @@ def test_a_request_gets_what_speculate_gives_it_alone(case: int) -> None:
     assert stats.accepted_tokens <= stats.drafted_tokens
 
 
-@pytest.mark.parametrize("drafter", [None, "ngram", "chains", "trees"])
+@pytest.mark.parametrize("drafter", [None, "ngram", "recycling", "chains", "trees"])
 def test_shared_prefixes_change_nothing_but_the_work(drafter: Any) -> None:
     common = prompts_of(1, 1, 31)[0].repeat(70)[:64]
     prompts = [torch.cat((common, tail)) for tail in prompts_of(2, 8, 20)]
@@ -155,8 +155,8 @@ class Remembering(Knowing):
     def reset(self, lane: int) -> None:
         self.resets.append(lane)
 
-    def observe(self, metadata: Any, taps: Sequence[Tensor]) -> None:
-        self.seen[metadata.slot_mapping] = torch.stack(list(taps), 1).float()
+    def observe(self, seen: Observation) -> None:
+        self.seen[seen.metadata.slot_mapping] = torch.stack(seen.taps, 1).float()
 
     def moved(self, source: Tensor, target: Tensor) -> None:
         there = source >= 0
@@ -398,7 +398,7 @@ def test_cancelled_requests_leave_at_the_next_pass(logprobs: bool, monkeypatch: 
     assert len(gate.counts) <= 3 + 1 + 24
 
 
-@pytest.mark.parametrize("drafter", [None, "ngram"])
+@pytest.mark.parametrize("drafter", [None, "ngram", "recycling"])
 def test_nan_of_one_request_concerns_no_other(drafter: str | None) -> None:
     model = model_of()
     with torch.no_grad():

@@ -45,7 +45,7 @@ def loaded(directory: Path) -> tuple[Any, Any]:
     return dx.models.load(directory), tokenizer.load(directory)
 
 
-@pytest.fixture(scope="module", params=[None, "ngram"])
+@pytest.fixture(scope="module", params=[None, "ngram", "recycling"])
 def here(request: pytest.FixtureRequest, loaded: tuple[Any, Any], directory: Path) -> Iterator[Here]:
     # Of a given size: a measured one may be 0 where passes over drafts happen to be slow.
     drafts = {"drafter": request.param, "draft_size": 3} if request.param else {}

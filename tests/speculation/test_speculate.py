@@ -559,6 +559,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ),
         ({"drafter": own(taps=2)}, "drafter: taps: expected ascending numbers of layers of .*, got 2"),
         ({"drafter": own(taps=(0,), apart=True)}, "drafter: apart: expected no such attribute .* taps"),
+        ({"drafter": own(observe=print, apart=True)}, "drafter: apart: expected no such .* method observe"),
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),

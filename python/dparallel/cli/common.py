@@ -54,8 +54,8 @@ ConfigOption = Annotated[
     ),
 ]
 DRAFTERS = (
-    "for an autoregressive model: ngram, ngram:N, the path of a drafter or model, tree: before a drafter of "
-    "blocks (DFlash, ParallelSpec); for builtin:causal also "
+    "for an autoregressive model: ngram, ngram:N, recycling, the path of a drafter or model, tree: before a "
+    "drafter of blocks (DFlash, ParallelSpec); for builtin:causal also "
     "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
     "builtin:student; default: none"
 )
