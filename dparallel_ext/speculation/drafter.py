@@ -112,9 +112,9 @@ class DraftSession:
     taps: tuple[int, ...] = ()
     """Layers of the model, ascending, after which `observe` gets the residual stream; -1: the embedding."""
     recorded: bool = False
-    """Whether the next batch of the same size may use the session, after `begin`, with the recordings that
-    read its tensors. It then returns the `addresses` of its weights, and does not keep the
-    model alive."""
+    """Whether the next batch of the same size may use the session, after `begin` and `reset` for each lane,
+    with the recordings that read its tensors. It then returns the `addresses` of its weights, and does not
+    keep the model alive."""
     size: int = 0
     """Bytes of its own tensors."""
     riders: Riders | None = None
