@@ -388,7 +388,7 @@ class Batch:
             start, end = row.columns[0], row.length
         elif start and schedule.shift and schedule.causal and start % schedule.block_length == 0:
             start += 1  # its logits are the block before's, which passes with cache "block" do not compute
-        elif schedule.shift and schedule.keeps and row.step_in_block:
+        elif row.edited and schedule.shift and schedule.keeps and not schedule.causal and row.step_in_block:
             start += 1  # a token that was remasked there would have no logits in the next pass
         first += first > 0 and schedule.shift
         return max(start, first), max(window.end, min(end, last))
