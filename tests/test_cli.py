@@ -502,6 +502,34 @@ def test_evaluate_writes_json_and_a_plot(tmp_path: Path):
     assert not any(row["fp8"] for row in rows)
 
 
+def test_evaluate_takes_each_field_of_a_config_or_names_it(tmp_path: Path) -> None:
+    config, file, data = tmp_path / "config.json", tmp_path / "rows.json", tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": PROMPT, "answer": 4}) + "\n")
+
+    def measure(model: str, content: dict[str, Any], *options: Any, code: int = 0) -> Any:
+        config.write_text(json.dumps(content))
+        asked = ("--model", model, "--problems", 1, "--config", config, "--json", file, *options)
+        said = run("evaluate", *asked, code=code)
+        return said if code else json.loads(file.read_text())[0]
+
+    causal, student = "builtin:causal", "builtin:student"
+    row = measure(causal, {"temperature": 1.0, "seed": 3}, "--drafter", "plain")
+    assert row["config"] == {"temperature": 1.0, "seed": 3}
+    assert measure(causal, {"gen_length": 7}, "--drafter", "plain", "--data", data)["nfe_mean"] <= 7
+    assert measure(student, {"gen_length": 7}, "--data", data)["gen_length"] == 7
+    assert measure(student, {"gen_length": 7}, "--data", data, "--gen-length", 9)["gen_length"] == 9
+    for model, content, options, message in (
+        (causal, {"threshold": 0.5}, (), "threshold: belongs to masked diffusion"),
+        (causal, {"cache": "dual"}, (), "cache: belongs to masked diffusion"),
+        (causal, {"mask_id": 3}, (), "mask_id: belongs to masked diffusion"),
+        (causal, {}, ("--mask-id", 3), "mask_id: belongs to masked diffusion"),
+        (causal, {"gen_length": 7}, (), "gen_length: belongs to --data, got 7"),
+        (student, {"logprobs": True}, (), "logprobs: expected False"),
+        (student, {"threshold": 0.5, "max_commit": 2}, (), "config: expected a rule that a text names"),
+    ):
+        assert f"error: {message}" in measure(model, content, *options, code=2)
+
+
 @pytest.mark.slow
 def test_weights_in_8_bits(tmp_path: Path):
     answer = json.loads(run("decode", PROMPT, "--model", "builtin:student", "--fp8", "--json"))["response"]

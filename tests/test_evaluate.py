@@ -587,6 +587,49 @@ def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(model: str
             call(problems=asked)
 
 
+def test_the_fields_of_a_config_count_for_autoregressive_models():
+    """Samples are those of a problem, whatever its batch; results, and what is known of them, name the
+    fields."""
+    config = dx.DecodeConfig(temperature=1.0, seed=3, top_p=0.99, suppress=[5])
+    how: dict[str, Any] = {"problems": 4, "config": config, "drafters": ["plain", "builtin:student"]}
+    rows = [*sweeping.sweep(["builtin:causal"], [], batch=3, **how)]
+    greedy = evaluate.evaluate_drafter("builtin:causal", None, problems=4)
+    assert rows[0]["config"] == {"temperature": 1.0, "top_p": 0.99, "suppress": [5], "seed": 3}
+    assert rows[0]["nfe_mean"] != greedy["nfe_mean"]
+    assert (rows[-1]["same_texts"], "gaps" in rows[-1]) == (4, False)
+    alone = evaluate.evaluate_drafter("builtin:causal", None, problems=4, config=config, batch=1)
+    assert alone["nfe_mean"] == rows[0]["nfe_mean"]
+    assert [*sweeping.sweep(["builtin:causal"], [], rows, **how)] == rows
+    again = sweeping.sweep(["builtin:causal"], [], rows, **how | {"config": config.replace(seed=4)})
+    assert next(iter(again)) not in rows
+
+
+def test_fields_without_an_effect_are_named():
+    calls = [
+        functools.partial(evaluate.evaluate, "builtin:student", "quota:32"),
+        functools.partial(evaluate.evaluate_adaptive, "builtin:student", registry.VERIFIER),
+        functools.partial(evaluate.evaluate_drafter, "builtin:causal", None),
+    ]
+    for call in calls:
+        for field, value in (("gen_length", 8), ("record", True), ("logprobs", True)):
+            with pytest.raises(ValueError, match=f"{field}: expected .*, since a measurement sets it itself"):
+                call(problems=1, config=dx.DecodeConfig(**{field: value}))
+    config = dx.DecodeConfig(refresh=2, cache="dual", temperature=1.0, seed=0)
+    with pytest.raises(ValueError, match="cache: belongs to masked diffusion"):
+        calls[-1](problems=1, config=config)
+    with pytest.raises(ValueError, match="cache: belongs to masked diffusion"):
+        next(iter(sweeping.sweep(["builtin:causal"], [], config=config)))
+    with pytest.raises(ValueError, match="cache: belongs to masked diffusion"):
+        next(iter(sweeping.sweep(["builtin:causal"], [], cache="dual")))
+    both = sweeping.sweep(
+        ["builtin:causal", "builtin:student"], ["quota:32"], problems=1, config=config, drafters=["plain"]
+    )
+    assert [[*row["config"]] for row in both] == [
+        ["temperature", "seed"],
+        ["cache", "refresh", "temperature", "seed"],
+    ]
+
+
 def test_what_does_not_fit_a_file_of_problems_is_named(own: Path):
     for arguments, message in (
         ({"data": None}, "data: expected a file or builtin:N, got None"),

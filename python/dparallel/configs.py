@@ -149,8 +149,14 @@ def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) ->
 
 
 def policy_in(content: Mapping[str, Any]) -> str | None:
-    """The text for `parse_policy` of a file's fields that decide; None without such fields."""
-    return policy_of(DecodeConfig.from_dict(content)) if DECIDES & content.keys() else None
+    """The text for `parse_policy` of a file's fields that decide; None without such fields. Raises ValueError
+    naming them if there is no such text."""
+    if not (given := sorted(DECIDES & content.keys())):
+        return None
+    policy = policy_of(DecodeConfig.from_dict(content))
+    if policy is None:
+        raise ValueError(f"config: expected a rule that a text names, or --policy, got {', '.join(given)}")
+    return policy
 
 
 def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import shown, whole
+from dparallel_ext.decoding.config import DEFAULTS
 from dparallel_ext.rules import ONE as ONE
+from dparallel_ext.speculation.speculate import check_causal
 
 from . import registry
 from .configs import Fields, changed_fields, parse_policy
@@ -49,7 +51,8 @@ def evaluate(
     `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
-    rule; `config` has all other fields but the length. `block_length` and `cache`: default the config's.
+    rule; `config` has all other fields but those of `SET_HERE`. `block_length` and `cache`: default the
+    config's.
     `chat`: put problems into the checkpoint's chat template; default: if it has one. With `loaded`, a model
     and its tokenizer, there is no template unless `chat` is true, which takes that of `model_name`.
     `draft_size`: see `decode`. `answers`: a list that receives whole responses, in the order of the problems.
@@ -70,7 +73,7 @@ def evaluate(
     if cache is not None:
         config = config.replace(cache=cache)
     changed = changed_fields(config) | drafted_by(draft_size)
-    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model, tokenizer, length, beyond = asked.model, asked.tokenizer, asked.length, asked.problems.beyond_end
     dx.models.check_diffusion(model)
     config = config.replace(gen_length=length, record=True)
@@ -137,8 +140,13 @@ class Asked(NamedTuple):
     """Tokens of a response."""
 
 
+SET_HERE = ("gen_length", "record", "logprobs")
+"""Fields of `DecodeConfig` that a measurement sets itself; the problems have the length."""
+
+
 def _asked(
     name: str,
+    config: dx.DecodeConfig,
     problems: int | Problems,
     seed: int,
     batch: int,
@@ -147,6 +155,11 @@ def _asked(
     loaded: tuple[Any, Any] | None,
 ) -> Asked:
     """What `evaluate` and its like begin with; for the arguments see there."""
+    for field in SET_HERE:
+        if (value := getattr(config, field)) != DEFAULTS[field]:
+            raise ValueError(
+                f"{field}: expected {DEFAULTS[field]}, since a measurement sets it itself, got {shown(value)}"
+            )
     if not isinstance(problems, Problems):
         problems = held_out(problems, seed)
     length = problems.length(name)
@@ -200,6 +213,7 @@ def evaluate_drafter(
     drafter: str | None,
     *,
     draft_size: int | None = None,
+    config: dx.DecodeConfig | None = None,
     problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
@@ -211,8 +225,8 @@ def evaluate_drafter(
 ) -> dict[str, Any]:
     """`evaluate` an autoregressive model, each answer to its end, with a drafter (None: plain).
 
-    answers: a list that receives the answers, in the order of the problems. The other arguments are those of
-    `evaluate`.
+    config: fields that `speculate` takes, but those of `SET_HERE`. answers: a list that receives the answers,
+    in the order of the problems. The other arguments are those of `evaluate`.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward
     counts the end among the tokens; policy is "plain" or the drafter's name, as it is given. Besides,
@@ -220,7 +234,10 @@ def evaluate_drafter(
     token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
-    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    config = config or dx.DecodeConfig()
+    check_causal(vars(config))
+    changed = changed_fields(config) | ({} if draft_size is None else {"draft_size": draft_size})
+    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model = asked.model
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
@@ -229,12 +246,13 @@ def evaluate_drafter(
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
     began = time.perf_counter()
-    settings: Fields = {"gen_length": asked.length, "draft_size": size, "record": recording is not None}
+    config = config.replace(gen_length=asked.length, record=recording is not None)
 
     def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
-        return dx.speculate(model, _ids(part), drafter=loaded_drafter, **settings)
+        seeded = _seeded(config, part)
+        return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
-    how = f"{drafter} guesses ahead" if drafter else "a token a pass"
+    how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
     for out, right in _to_the_end(decode, asked, batch, how, recording, answers):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
@@ -245,7 +263,6 @@ def evaluate_drafter(
         )
     seconds = time.perf_counter() - began
     count = len(asked.problems.prompts)
-    changed: Fields = {} if draft_size is None else {"draft_size": draft_size}
     return {
         **_judged(asked, drafter or PLAIN, changed, correct),
         "nfe_mean": passes / count if count else 0.0,
@@ -308,14 +325,14 @@ def evaluate_adaptive(
     """`evaluate` a diffusion model with a verifier, see `adaptive_decode`, each answer to its end.
 
     verifier: its name. numbers: mixture, window and lookahead, as far as they are given. config: the other
-    fields. The other arguments are those of `evaluate`.
+    fields, but those of `SET_HERE`. The other arguments are those of `evaluate`.
 
     Returns as `evaluate`, with the verifier's name as policy: nfe_mean and nfe_to_eos are passes of the
     diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
-    asked = _asked(model_name, problems, seed, batch, chat, loading, loaded)
+    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model = asked.model
     judge = registry.load_verifier(verifier, model, asked.tokenizer)
     config = config.replace(gen_length=asked.length, record=recording is not None)

@@ -54,7 +54,7 @@ def report(row: Mapping[str, Any]) -> str:
     if "layers" in row:
         lines.append(f"layers of the model run for a token: {row['layers']:.3f} of all")
     if row.get("same_texts") is not None:
-        tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row["gaps"]
+        tokens, gaps = row["nfe_mean"] * row["tokens_per_forward"] * row["problems"], row.get("gaps")
         lines.append(f"texts equal to plain decoding's: {row['same_texts']} of {row['problems']}")
         if gaps:
             lines.append(

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import temperature_in_force
+from dparallel_ext.decoding.config import DEFAULTS
+from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
 from . import registry
 from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
@@ -43,7 +46,9 @@ def sweep(
 
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
     models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
-    number of responses equal to the same policy's without it. known: results of an earlier run, which are not
+    number of responses equal to the same policy's without it. config: the fields of all results; those of
+    masked diffusion, block_length and cache too, are refused where all models are autoregressive, and for
+    diffusion models alone if there are both kinds. known: results of an earlier run, which are not
     measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
     for. The other arguments are those of `evaluate`.
     """
@@ -56,11 +61,18 @@ def sweep(
             registry.check_verifier(entry["verifier"])
     known, loading = list(known), loading or registry.Loading()
     of_all = {"block_length": block_length, "cache": cache}
-    for_all = {name: value for name, value in of_all.items() if value is not None}
-    names, asked = list(names), problems if isinstance(problems, Problems) else held_out(problems, seed)
-    of_policies = None if any(registry.is_causal(name) for name in names) else draft_size
-    for name in names:
-        causal = registry.is_causal(name)
+    for_all: Any = {name: value for name, value in of_all.items() if value is not None}
+    config = (config or dx.DecodeConfig()).replace(**for_all)
+    causal_config = config
+    asked = problems if isinstance(problems, Problems) else held_out(problems, seed)
+    models = [(name, registry.is_causal(name)) for name in names]
+    if all(causal for _, causal in models):
+        check_causal(vars(config))
+    else:  # each model takes the fields of its kind
+        without: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
+        causal_config = config.replace(**without)
+    of_policies = None if any(causal for _, causal in models) else draft_size
+    for name, causal in models:
         of_name = replace(loading, mask_id=None) if causal else loading
         conditions = of_name.conditions(name)
         unasked = {key for key, value in vars(registry.Loading()).items() if getattr(of_name, key) == value}
@@ -70,31 +82,30 @@ def sweep(
         conditions = {**conditions, **asked.description, "gen_length": asked.length(name), "chat": in_chat}
         shared = {"problems": asked, "batch": batch, "chat": in_chat, "recording": recording}
         if causal:
-            yield from _drafted(name, drafters, draft_size, results, of_name, conditions, shared)
-            continue
-        base = config or dx.DecodeConfig()
-        yield from _by_policy(name, entries, base, for_all, of_policies, results, of_name, conditions, shared)
+            fixed = causal_config, draft_size
+            yield from _drafted(name, drafters, *fixed, results, of_name, conditions, shared)
+        else:
+            yield from _by_policy(name, entries, config, of_policies, results, of_name, conditions, shared)
 
 
 def _by_policy(
     name: str,
     entries: Iterable[Fields],
     config: dx.DecodeConfig,
-    for_all: Fields,
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
     loading: registry.Loading,
     conditions: Fields,
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
-    """The rows of a diffusion model. for_all: fields of all rows without them. draft_size: of rows without
-    one. conditions: what the rows say of the weights, the problems and how they are put. settings: of
+    """The rows of a diffusion model. config: the fields that an entry does not have. draft_size: of entries
+    without one. conditions: what the rows say of the weights, the problems and how they are put. settings: of
     `evaluate`."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}
     for entry in entries:
         if "verifier" in entry:
-            of_row = config.with_rule(None).replace(**for_all)
+            of_row = config.with_rule(None)
             judge, numbers = str(entry["verifier"]), numbers_of(entry)
             asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **conditions}
             row = known.get(_key(asked))
@@ -107,7 +118,7 @@ def _by_policy(
             continue
         text = str(entry["rule"])
         size: Any = entry.get("draft_size", draft_size)
-        of_row = config.with_rule(text).replace(**{**for_all, **of_config(entry)})
+        of_row = config.with_rule(text).replace(**of_config(entry))
         changed = changed_fields(of_row)
         asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
         row = known.get(_key(asked))
@@ -129,6 +140,7 @@ def _by_policy(
 def _drafted(
     name: str,
     drafters: Iterable[str],
+    config: dx.DecodeConfig,
     draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
     loading: registry.Loading,
@@ -137,30 +149,35 @@ def _drafted(
 ) -> Iterable[dict[str, Any]]:
     """The rows of an autoregressive model. conditions, settings: see `_by_policy`."""
     loaded: tuple[Any, Any] | None = None
-    sized = {} if draft_size is None else {"draft_size": draft_size}
+    changed = changed_fields(config) | ({} if draft_size is None else {"draft_size": draft_size})
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
         compares |= drafter == PLAIN
-        row = known.get(_key({"model": name, "policy": drafter, "config": sized, **conditions}))
+        row = known.get(_key({"model": name, "policy": drafter, "config": changed, **conditions}))
         if row is None:
             loaded = loaded or loading.load(name)
             drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
-            arguments: dict[str, Any] = {"loaded": loaded, "answers": answers}
-            row = evaluate_drafter(name, drafter_name, draft_size=draft_size, **arguments, **settings)
+            arguments: dict[str, Any] = {"config": config, "draft_size": draft_size, "loaded": loaded}
+            row = evaluate_drafter(name, drafter_name, answers=answers, **arguments, **settings)
             if drafter == PLAIN:
                 plain = answers
             elif compares and not plain:  # its row is of an earlier run, whose texts are gone
-                again = {**arguments, "answers": plain}
-                evaluate_drafter(name, None, draft_size=draft_size, **again, **settings)
+                evaluate_drafter(name, None, answers=plain, **arguments, **settings)
             if plain:
-                row |= compared(loaded[0], plain, answers)
+                row |= compared(loaded[0], config, plain, answers)
         yield row
 
 
-def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> dict[str, Any]:
-    """same_texts: the number of answers equal to plain decoding's. gaps: for the others, the difference of
-    the two best logits where they differ first, since rounding may choose either of two that are near."""
+def compared(
+    model: Any, config: dx.DecodeConfig, plain: Sequence[Answer], drafted: Sequence[Answer]
+) -> dict[str, Any]:
+    """same_texts: the number of answers equal to plain decoding's. gaps: for the others, where decoding is
+    greedy, the difference of the two best logits where they differ first, since rounding may choose either of
+    two that are near."""
+    same = sum(map(operator.eq, plain, drafted))
+    if temperature_in_force(config.temperature) > 0:
+        return {"same_texts": same}
     gaps = []
     for answer, other in zip(plain, drafted, strict=True):
         if answer == other:
@@ -169,9 +186,11 @@ def compared(model: Any, plain: Sequence[Answer], drafted: Sequence[Answer]) -> 
         at = next(i for i, (a, b) in pairs if a != b)
         with torch.inference_mode():
             ids = torch.tensor([answer.prompt + answer.tokens[:at]], device=model.device)
-            best = model(ids).logits[0, -1].float().topk(2).values
+            logits = model(ids).logits[0, -1].float()
+            logits[[*(config.suppress or ())]] = -torch.inf
+            best = logits.topk(2).values
         gaps.append(round(float(best[0] - best[1]), 5))
-    return {"same_texts": len(plain) - len(gaps), "gaps": sorted(gaps)}
+    return {"same_texts": same, "gaps": sorted(gaps)}
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from dparallel_ext import backends
 from dparallel_ext.arguments import whole
 
 from .. import files, registry
-from ..configs import Fields, config_of, policy_in, read_rows
+from ..configs import Fields, policy_in, read_rows
 from ..evaluate import ONE, PLAIN
 from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
@@ -169,6 +169,11 @@ def evaluate(
         if problems is not None:
             whole("problems", problems, 1)
         whole("batch", batch, 1)
+        causal = {registry.is_causal(name) for name in model}
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
+        content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
+        of_file = content.pop("gen_length", None)
+        gen_length = of_file if gen_length is None else gen_length
         if data is None:
             for option, value in (("checker", checker), ("gen_length", gen_length)):
                 if value is not None:
@@ -189,22 +194,21 @@ def evaluate(
             plots.load_pyplot()
         if resume and json_file is None:
             raise ValueError("resume: goes on with the results in a file, so expected --json")
-        causal = {registry.is_causal(name) for name in model}
         if len(causal) == 1:  # if there are both kinds, each model takes the options of its kind
             of_diffusion = {
                 "policy": policy or None,
                 "rows": rows,
                 "block_length": block_length,
                 "cache": cache,
+                "mask_id": loading.mask_id,
             }
-            check_kind(model[0], causal.pop(), drafter=drafter or None, **of_diffusion)
-        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
-        content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
+            check_kind(model[0], True in causal, drafter=drafter or None, **of_diffusion)
         policies: list[str | Fields] = [*(policy or [])]
         if rows is not None:
             policies += read_rows(rows)
         elif not policy:
-            policies += [of_file] if (of_file := policy_in(content)) else EVALUATED
+            of_file = policy_in(content) if False in causal else None
+            policies += [of_file] if of_file else EVALUATED
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         if data is None:
             say_what_is_asked("data", model)
@@ -214,7 +218,7 @@ def evaluate(
             model,
             policies,
             known,
-            config=config_of(content, ONE),
+            config=dx.DecodeConfig.from_dict(content),
             problems=asked,
             batch=batch,
             block_length=block_length,
