@@ -630,6 +630,15 @@ def test_fields_without_an_effect_are_named():
     ]
 
 
+def test_a_drafter_without_a_name_is_refused():
+    """Its result would be no JSON; a name of one's own is one."""
+    drafter = dx.speculation.NGram()
+    with pytest.raises(ValueError, match=r"drafter: expected a name, .* got NGram"):
+        evaluate.evaluate_drafter("builtin:causal", drafter, problems=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"drafter: expected a name, .* got NGram"):
+        next(iter(sweeping.sweep(["builtin:causal"], [], drafters=[drafter])))  # type: ignore[list-item]
+
+
 def test_what_does_not_fit_a_file_of_problems_is_named(own: Path):
     for arguments, message in (
         ({"data": None}, "data: expected a file or builtin:N, got None"),

@@ -235,6 +235,7 @@ def evaluate_drafter(
     one after the other, as a share of all its layers.
     """
     config = config or dx.DecodeConfig()
+    check_named(drafter)
     check_causal(vars(config))
     changed = changed_fields(config) | ({} if draft_size is None else {"draft_size": draft_size})
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
@@ -280,6 +281,15 @@ def evaluate_drafter(
         "chat": asked.chat,
         **registry.conditions_of(model),
     }
+
+
+def check_named(drafter: Any) -> None:
+    """Raise ValueError for a drafter without a name, by which a result could be known."""
+    if not isinstance(drafter, str | None):
+        raise ValueError(
+            "drafter: expected a name, such as one of your own in dparallel_ext.speculation.NAMED, or None, "
+            f"got {shown(drafter)}"
+        )
 
 
 def _to_the_end(

@@ -18,7 +18,7 @@ from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
 from . import registry
 from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
-from .evaluate import PLAIN, Answer, drafted_by, evaluate, evaluate_adaptive, evaluate_drafter
+from .evaluate import PLAIN, Answer, check_named, drafted_by, evaluate, evaluate_adaptive, evaluate_drafter
 from .problems import Problems, held_out
 from .recording import Recording
 
@@ -153,6 +153,7 @@ def _drafted(
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
+        check_named(drafter)
         compares |= drafter == PLAIN
         row = known.get(_key({"model": name, "policy": drafter, "config": changed, **conditions}))
         if row is None:
