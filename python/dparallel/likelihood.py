@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import whole
 from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
+from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_call, check_diffusion, for_decoding, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
@@ -114,13 +116,12 @@ def iter_log_likelihoods(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
-    mask_id = of_model.mask_id if mask_id is None else mask_id
-    if mask_id is None:
-        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
-    if block_length is not None and of_model.block_length is None:
-        raise ValueError(f"block_length: only for block-causal models, got {block_length!r}")
+        whole(name, value, 1)
+    mask_id = mask_of(model, mask_id)
+    if block_length is not None:
+        if of_model.block_length is None:
+            raise ValueError(f"block_length: only for block-causal models, got {block_length!r}")
+        whole("block_length", block_length, 1)
     if len(prompts) != len(answers):
         raise ValueError(f"answers: expected one for each of {len(prompts)} prompts, got {len(answers)}")
     pairs = [

@@ -295,6 +295,9 @@ def test_teacher_prefers_right_answers() -> None:
         ({"samples": 0}, "samples: expected a whole number >= 1, got 0"),
         ({"batch_size": 2.0}, "batch_size: expected a whole number >= 1, got 2.0"),
         ({"block_length": 8}, "block_length: only for block-causal models"),
+        ({"mask_id": 512}, "mask_id: expected one of the model's 512 token ids, got 512"),
+        ({"mask_id": -1}, "mask_id: expected a whole number >= 0, got -1"),
+        ({"mask_id": 1.5}, r"mask_id: expected a whole number >= 0, got 1\.5"),
         ({"prompts": [[1], [2]]}, "answers: expected one for each of 2 prompts, got 1"),
         ({"answers": [[512]]}, r"answers\[0\]: expected ids in \[0, 512\), got 512 to 512"),
         ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of ids"),
@@ -309,6 +312,8 @@ def test_bad_arguments(options: dict[str, Any], said: str) -> None:
         iter_log_likelihoods(lambda ids: None, [[1]], [[2]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model: expected weights in float32, .*, got torch\.float64"):
         iter_log_likelihoods(golden.model("llada_tiny_a", dtype=torch.float64), [[1]], [[2]])
+    with pytest.raises(ValueError, match="block_length: expected a whole number >= 1, got 0"):
+        iter_log_likelihoods(golden.model("sdar_tiny_a"), [[1]], [[2]], block_length=0)
 
 
 def test_entry_point_names_a_class_that_is_there() -> None:
