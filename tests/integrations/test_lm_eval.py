@@ -456,6 +456,17 @@ def test_chat_templates(harness: Any, tmp_path: Path) -> None:
         harness.DParallelLM(STUDENT).apply_chat_template(chat)
 
 
+def test_the_bos_token_is_that_of_the_template(harness: Any, tmp_path: Path) -> None:
+    """In special_tokens_map.json too, as in transformers."""
+    shutil.copytree(registry.directory_of(STUDENT), tmp_path, dirs_exist_ok=True)
+    template = "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "[PAD]"}}))
+    model = harness.DParallelLM(str(tmp_path))
+    assert model.apply_chat_template([{"role": "user", "content": "sam"}]) == "[PAD] sam"
+    assert (model.bos_token, model.prefix_token_id) == ("[PAD]", 0)
+
+
 @pytest.mark.parametrize("family", [models.SDAR, models.FastDLLM])
 def test_block_causal_checkpoints(harness: Any, tmp_path: Path, family: type[Model]) -> None:
     """Decoded with the exact cache of blocks, and scored from left to right."""

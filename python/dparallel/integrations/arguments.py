@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,12 +56,6 @@ def device_of(asked: str | None, local_rank: str | None) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
-
-
-def bos_token_of(directory: Path) -> str | None:
-    file = directory / "tokenizer_config.json"
-    token = json.loads(file.read_text()).get("bos_token") if file.is_file() else None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def temperature_of(do_sample: bool | None, temperature: float | None) -> float:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from dparallel_ext import Completion, DecodeConfig, Engine
 from dparallel_ext.decoding import OF_ENGINE
-from dparallel_ext.models import check_diffusion, max_positions, traits
+from dparallel_ext.models import check_diffusion, files, max_positions, traits
 
 from .. import registry, text
 from ..configs import parse_policy
@@ -48,7 +48,6 @@ from .arguments import (
     OF_SAMPLING,
     Generation,
     batch_size_of,
-    bos_token_of,
     device_of,
     temperature_of,
     windows_of,
@@ -153,7 +152,7 @@ class DParallelLM(TemplateLM):
         self.default_gen_length = registry.gen_length(pretrained)
         self.max_length = max_length or max_positions(self.model) or MAX_LENGTH
         self.end_ids = text.end_tokens(self.directory, self.tokenizer)
-        self.bos_token = bos_token_of(self.directory)
+        self.bos_token = files.special_tokens(self.directory).get("bos_token")
         mask = traits(self.model).mask_id if mask_id is None else mask_id
         # Tasks list the ends of many models; the mask token, and what this model lacks, is never decoded.
         self.special_ids: dict[str, int] = {
