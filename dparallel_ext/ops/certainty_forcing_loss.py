@@ -168,17 +168,17 @@ def check_loss_inputs(
     elif not isinstance(gate, str) or gate not in ("correct", "all"):
         raise ValueError(f"gate: expected 'correct', 'all' or a bool Tensor, got {shown(gate)}")
     for name, value, allowed in wanted:
-        if isinstance(value, Tensor):
-            refuse_transform(name, value)
         check_of_rows(name, value, allowed, like, name_of)
 
 
 def check_of_rows(
     name: str, value: Any, allowed: tuple[torch.dtype, ...], like: Tensor, name_of: str
 ) -> None:
-    """Raise unless `value` has an entry of an allowed dtype for each row of `like` (..., width)."""
+    """Raise unless `value` has an entry of an allowed dtype for each row of `like` (..., width), and is under
+    no transform of torch.func."""
     rows, is_tensor = like.shape[:-1], isinstance(value, Tensor)
     if is_tensor:
+        refuse_transform(name, value)
         check_tensor(name, value)
     if not is_tensor or value.dtype not in allowed or value.shape != rows:
         got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__

@@ -140,6 +140,30 @@ def test_transforms_of_a_loss_are_named(name: str) -> None:
 
 
 @everywhere
+def test_transforms_of_a_weight_are_named() -> None:
+    z, head, labels, weights = (
+        torch.randn(3, 5),
+        torch.randn(9, 5),
+        torch.randint(0, 5, (3,)),
+        torch.rand(2, 3),
+    )
+    given = labels, labels >= 0
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda w: dx.certainty_forcing_loss(z, *given, weight=w).loss,
+        lambda w: dx.linear_certainty_forcing_loss(z, head, *given, weight=w).loss,
+        lambda w: dx.distillation_loss(z, z, weight=w),
+        lambda w: dx.linear_distillation_loss(z, head, z, weight=w),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"weight: is under torch\.vmap, which"):
+            torch.vmap(call)(weights)
+        with pytest.raises(ValueError, match=r"weight: is under a gradient of torch\.func, which"):
+            torch.func.grad(call)(weights[0])
+        with pytest.raises(ValueError, match="weight: has a tangent"):
+            torch.func.jvp(call, (weights[0],), (weights[1],))
+
+
+@everywhere
 def test_a_gradient_of_torch_func_passes_by_statistics() -> None:
     """Of logits that are detached; those that are not have no gradient to give."""
     z = torch.randn(2, 5)
