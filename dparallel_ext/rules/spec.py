@@ -106,6 +106,11 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
         rule = kind.make(**{key: _value(key, of, value) for (key, of), value in given})
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)} ({error})") from error
+    except TypeError as error:
+        raise ValueError(
+            f"rules.KINDS[{name!r}]: expected names of parameters of {kind.make.__name__}, got {names} "
+            f"({error})"
+        ) from error
     if beside is not None:
         return rule, _row(beside)
     return rule, row_of(rule) if default else {}

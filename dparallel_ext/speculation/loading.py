@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import shown, whole
+from ..arguments import number, shown, whole
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import read_json
@@ -18,7 +18,7 @@ from . import adadecode, dflash
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
-from .drafter import Apart, Drafter
+from .drafter import Apart, Drafter, Expecting
 from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
 from .ppd import PromptTokens
@@ -108,10 +108,12 @@ def drafter_of(
 
 
 def _checked(drafter: Drafter) -> Drafter:
-    """The drafter. Raises ValueError naming an attribute that does not fit."""
+    """The drafter. Raises ValueError naming an attribute, or a result, that does not fit."""
     whole("drafter: most", drafter.most, 0)
     if isinstance(drafter, Apart) and drafter.apart is not True:
         raise ValueError(f"drafter: apart: expected True or no such attribute, got {shown(drafter.apart)}")
+    if isinstance(drafter, Expecting):
+        number("drafter: expected", drafter.expected(drafter.most))
     return drafter
 
 

@@ -733,6 +733,12 @@ def test_a_rule_of_a_users_own_has_a_name(llada: models.Model, monkeypatch: pyte
     assert dx.DecodeConfig(rule=Sure(0.01)).to_dict()["rule"] == "sure:0.01"
     assert "sure[:BAR]" in rules.describe()
     assert rules.menu()[-1]["name"] == "sure"
+    monkeypatch.setitem(
+        rules.KINDS, "sure", rules.Kind(Sure, (("height", float),), 0, "commits what is sure")
+    )
+    assert rules.parse("sure") == (Sure(), {})
+    with pytest.raises(ValueError, match=r"rules.KINDS\['sure'\]: expected .* of Sure, got \['height'\]"):
+        rules.parse("sure:0.5")
 
 
 def test_the_rule_of_the_example() -> None:

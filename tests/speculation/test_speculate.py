@@ -552,6 +552,10 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": Half()}, "drafter: expected a Drafter, .*Half.*, which has no check and no session"),
         ({"drafter": own(most=None)}, "drafter: most: expected a whole number >= 0, got None"),
         ({"drafter": own(most=4.5)}, "drafter: most: expected a whole number >= 0, got 4.5"),
+        (
+            {"drafter": own(expected=lambda size: None)},
+            "drafter: expected: expected a finite number >= 0, got",
+        ),
         ({"drafter": own(apart=False)}, "drafter: apart: expected True or no such attribute, got False"),
         (
             {"drafter": own(taps=(99,))},
