@@ -25,6 +25,8 @@ from .. import registry
 from . import tasks, train
 
 SLOT = tasks.GEN_LENGTH
+COUNTS = (2, 3, 4)
+"""Problems of a training sequence."""
 SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "open_at": 0.0})
 
 
@@ -78,7 +80,7 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95)
     )
     for step in range(steps):
-        count = data.random.choice((2, 3, 4))
+        count = data.random.choice(COUNTS)
         size = problems // count
         tokens, slots = data.batch(count, size)
         every = torch.randperm(size * count, generator=generator) + torch.rand(
@@ -100,11 +102,13 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
         average.update_parameters(model)
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
-    return average.module
+    tuned: Any = average.module
+    tuned.config["max_sequence_length"] = max(COUNTS) * (max(data.kept) + SLOT)  # beyond the teacher's
+    return tuned
 
 
 def measure(
-    model: Any, tokenizer: Any, config: dx.DecodeConfig, sequences: int = 100, count: int = 4
+    model: Any, tokenizer: Any, config: dx.DecodeConfig, sequences: int = 100, count: int = max(COUNTS)
 ) -> tuple[int, int, int, int]:
     """(right answers, problems, passes, tokens in front of EOS) of held-out problems."""
     stream, right, passes, kept = tasks.problems("held_out", seed=2), 0, 0, 0
