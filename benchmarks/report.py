@@ -2,13 +2,15 @@
 
 `make bench-report` (python -m benchmarks.report) copies the CPU run of `make bench` to benchmarks/results.
 From the newest results there, and from docs/*.json, it writes the text between the markers of
-docs/benchmarks.md, docs/systems.md and README.md, and the pictures in docs/.
+docs/benchmarks.md, docs/systems.md and README.md, the tables of what `dparallel evaluate` measured in other
+pages, and the pictures in docs/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dparallel.files import write_text
+from dparallel.results import read_results
+from dparallel.results import table as measured
 
 from . import pictures, systems
 from .harness import OURS
@@ -23,6 +27,8 @@ from .records import RESULTS, curves_of_passes, dump, grouped, load, newest, own
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+TABLE = re.compile(r"<!-- (\w+)\.json:begin -->\n.*?<!-- \1\.json:end -->", re.DOTALL)
+"""A table of what `dparallel evaluate` wrote to docs/NAME.json, as its --markdown has it."""
 
 
 # --- targets -------------------------------------------------------------------------------------
@@ -374,6 +380,17 @@ def with_block(text: str, figures: str) -> str:
     return f"{text.split(BEGIN)[0]}{BEGIN}\n\n{figures}\n\n{END}{text.split(END)[1]}"
 
 
+def with_tables(text: str) -> str:
+    """The text with the tables of docs/*.json between its markers."""
+
+    def filled(found: re.Match[str]) -> str:
+        file = f"{found[1]}.json"
+        rows = measured(read_results(ROOT / "docs" / file))
+        return f"<!-- {file}:begin -->\n\n{rows}\n<!-- {file}:end -->"
+
+    return TABLE.sub(filled, text)
+
+
 def write(path: Path, figures: str) -> None:
     write_text(path, with_block(path.read_text(), figures))
     print(f"written: {path}")
@@ -402,6 +419,10 @@ def main(argv: list[str] | None = None) -> int:
     if (docs / "systems.md").exists():
         systems.draw(docs / "systems.png")
         write(docs / "systems.md", systems.table())
+    for page in docs.glob("*.md"):
+        if (text := page.read_text()) != (new := with_tables(text)):
+            write_text(page, new)
+            print(f"written: {page}")
     if cpu is not None and gpu is not None:
         readme = options.root / "README.md"
         if readme.exists():

@@ -354,6 +354,13 @@ def test_the_pages_show_the_committed_results() -> None:
     assert cpu is not None
     assert gpu_run is not None
     assert shown["README.md"] == report.headlines(cpu, gpu_run, *report.decodes()), "make bench-report"
+    tables = []
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text()
+        assert report.with_tables(text) == text, "make bench-report"
+        tables += report.TABLE.findall(text)
+        assert text.count(".json:begin") == text.count(".json:end") == len(report.TABLE.findall(text))
+    assert sorted(tables) == ["apd", "rules", "self_speculation", "speculation", "trees"]
 
 
 def test_results_come_back_as_written(tmp_path: Path, found: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
         "|--|--|--:|--:|--|--:|--:|--:|",
     ]
     if guessed:
-        lines = [lines[0] + " canvases | texts as without |", lines[1] + "--:|--:|"]
+        lines = [lines[0] + " canvases | texts as without | seconds |", lines[1] + "--:|--:|--:|"]
     if verified:
         lines = [lines[0] + " verifier's passes |", lines[1] + "--:|"]
     for row in rows:
@@ -116,7 +116,8 @@ def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
         )
         if guessed:
             same = "" if row.get("same_texts") is None else f"{row['same_texts']:,}"
-            lines[-1] += f" {row.get('canvases_mean', row['nfe_mean']):.2f} | {same} |"
+            canvases = row.get("canvases_mean", row["nfe_mean"])
+            lines[-1] += f" {canvases:.2f} | {same} | {row['seconds']:.1f} |"
         if verified:
             lines[-1] += f" {row['verifier_mean']:.2f} |" if "verifier_mean" in row else "  |"
     return "\n".join(lines) + "\n"
