@@ -83,11 +83,10 @@ __device__ __forceinline__ void wait_for_earlier() {
 template <class... Parameters, class... Args>
 int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block,
                     size_t shared_bytes, bool early, cudaStream_t stream, const Args&... args) {
-  if (shared_bytes > 0) {
-    const cudaError_t allowed = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (allowed != cudaSuccess) return static_cast<int>(allowed);
-  }
+  // cudaGetLastError takes an error away, or the next launch would be blamed for it.
+  if (shared_bytes > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(shared_bytes)) != cudaSuccess)
+    return static_cast<int>(cudaGetLastError());
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
@@ -103,7 +102,8 @@ int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned clust
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+  cudaLaunchKernelEx(&config, kernel, args...);
+  return static_cast<int>(cudaGetLastError());
 }
 
 // Whether the code that runs on the current device was compiled for clusters, which the device then
@@ -152,7 +152,7 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
     if (allowed != cudaSuccess ||
         cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
       count = 0;
-      cudaGetLastError();  // or the next launch would be blamed for it
+      cudaGetLastError();
     }
   }
   kept = count + 1;
