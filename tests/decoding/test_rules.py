@@ -499,6 +499,51 @@ def test_a_bad_row_is_named(llada: models.Model) -> None:
             dx.decode(Bad(), prompts, gen_length=8, block_length=8, rule=rule, mask_id=MASK)
 
 
+@dataclass(frozen=True)
+class ReadsBlock(Rule):
+    """The policy row alone."""
+
+    reads = "block"
+    row = "entropy:3"
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        return Decision()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reads"),
+    [
+        ("entropy:3", "masked"),
+        ("credit+entropy:3", "masked"),
+        (lambda stats, masked, step: stats.entropy < 3, "masked"),
+        (ReadsBlock(), "block"),
+        ("sched:0.3,0.05", "response"),
+    ],
+)
+def test_rows_that_no_rule_asks_for_are_not_read(llada: models.Model, rule: Any, reads: str) -> None:
+    """They may hold NaN."""
+    prompts, block = torch.stack([PROMPTS[0], PROMPTS[0].flip(0)]), 8
+    first = prompts.shape[1]
+
+    class Poisoned:
+        config = None
+
+        def __call__(self, input_ids: Tensor) -> SimpleNamespace:
+            logits = llada(input_ids).logits
+            for row, ids in zip(logits, input_ids, strict=True):
+                asked = torch.zeros(len(ids), dtype=torch.bool)
+                start = int((ids == MASK).int().argmax())
+                start -= (start - first) % block
+                asked[slice(first, None) if reads == "response" else slice(start, start + block)] = True
+                row[~asked | ((ids != MASK) if reads == "masked" else False)] = math.nan
+            return SimpleNamespace(logits=logits)
+
+    settings: dict[str, Any] = {"gen_length": 24, "block_length": block, "rule": rule, "mask_id": MASK}
+    found, expected = (dx.decode(model, prompts, **settings) for model in (Poisoned(), Sharp(llada, 1.0)))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.nfe, expected.nfe)
+
+
 def test_a_rule_that_changes_what_it_is_given_ends_all_the_same(llada: models.Model) -> None:
     @dataclass(frozen=True)
     class Spoiling(Rule):
