@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dparallel_ext.ops.errors import NO_ERROR
 from dparallel_ext.ops.keep_error import keep_error_
+from dparallel_ext.types import NO_ERROR
 
 from .harness import CPU, OURS, Case, Work, on_cpu
 

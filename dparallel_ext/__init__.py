@@ -19,7 +19,6 @@ from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import (
-    CertaintyForcingLossOutput,
     accept,
     block_attention,
     certainty_forcing_loss,
@@ -44,7 +43,7 @@ from .ops import (
     unmask_,
 )
 from .speculation import AdaptiveOutput, SpeculateOutput, adaptive_decode, speculate
-from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
+from .types import AcceptOutput, CertaintyForcingLossOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
 
 __version__ = "0.2.0"
 

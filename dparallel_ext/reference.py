@@ -15,9 +15,15 @@ from torch import Tensor
 
 from . import policies
 from .arguments import temperature_in_force
-from .ops import CertaintyForcingLossOutput
-from .ops.errors import NO_ERROR
-from .types import AcceptOutput, CommitOutput, RowStats, RowTopK, UnmaskOutput
+from .types import (
+    NO_ERROR,
+    AcceptOutput,
+    CertaintyForcingLossOutput,
+    CommitOutput,
+    RowStats,
+    RowTopK,
+    UnmaskOutput,
+)
 
 _LARGEST = torch.finfo(torch.float32).max
 _KEY = ("seed", "sequence", "position", "step")

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NO_ERROR = 2**63 - 1
+"""The value in the error outputs of ops that stands for none."""
+
 
 class RowStats(NamedTuple):
     """Statistics of rows of logits, each field shaped like the rows.
@@ -114,3 +117,19 @@ class AcceptOutput(NamedTuple):
     """Statistics of the rows, fields (N,): the choice of row r is `stats.sample[r]`."""
     error: Tensor
     """(B,) int64: the error that kept a lane from emitting, see `ops.errors`; 2**63 - 1 if none."""
+
+
+class CertaintyForcingLossOutput(NamedTuple):
+    """What `certainty_forcing_loss` returns; the per-row fields have the shape of `labels`.
+
+    Rows that are not active are 0 and False. `loss`, `nll` and `entropy` carry gradients.
+    """
+
+    loss: Tensor
+    """() float32 (float64 for float64 logits)."""
+    nll: Tensor
+    """float32: -log softmax(z / ce_temperature)[label]."""
+    entropy: Tensor
+    """float32: the entropy of softmax(z / temperature), in nats."""
+    correct: Tensor
+    """bool: whether the argmax (ties to the lowest id) is the label."""

@@ -20,6 +20,16 @@ PACKAGES = {
 }
 ABOVE = {"dparallel_ext": (), "dparallel": ("dparallel_ext",), "benchmarks": ("dparallel_ext", "dparallel")}
 """The packages of ours that each may import, itself aside."""
+LAYERS = (
+    ("types", "arguments", "policies", "reference", "masks", "kept", "packed", "backends"),
+    ("ops",),
+    ("cache",),
+    ("models", "rules"),
+    ("decoding",),
+    ("compat", "diffusion_gemma", "speculation"),
+    ("engine",),
+)
+"""The parts of dparallel_ext, from the ground floor up: each imports its own layer and those below."""
 
 
 def name_of(package: str, file: Path) -> str:
@@ -70,6 +80,19 @@ def test_imports_point_one_way():
                 assert top in known or top not in PACKAGES, f"{module}:{line} imports {name}"
                 compiled = top == "dparallel_ext" and "_C" in name.split(".")
                 assert not compiled or package == "dparallel_ext", f"{module}:{line} imports {name}"
+
+
+def test_inside_dparallel_ext_imports_point_down():
+    layer = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+    for module in FILES:
+        part = module.removeprefix("dparallel_ext.").partition(".")[0]
+        if part not in layer:
+            assert module == "dparallel_ext" or not module.startswith("dparallel_ext."), f"{module}: no layer"
+            continue
+        for name, line in imported(module, ast.walk(trees()[module])):
+            above = layer.get(name.removeprefix("dparallel_ext.").partition(".")[0], -1)
+            fits = not name.startswith("dparallel_ext.") or above <= layer[part]
+            assert fits, f"{module}:{line} imports {name}"
 
 
 def test_no_modules_import_each_other():

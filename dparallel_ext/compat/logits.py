@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..ops.errors import NO_ERROR, Cell, report
+from ..ops.errors import Cell, report
+from ..types import NO_ERROR
 
 
 def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from .. import policies
 from ..ops import select, unmask_
-from ..ops.errors import NO_ERROR
 from ..ops.row_stats import LARGEST, read_rows
 from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
-from ..types import RowStats
+from ..types import NO_ERROR, RowStats
 from .sequence import SequenceState
 
 

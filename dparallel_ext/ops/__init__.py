@@ -7,7 +7,7 @@ for torch.compile. Their float64 references are in `dparallel_ext.reference`.
 from . import no_gradient as _no_gradient  # noqa: F401  (makes backward passes raise)
 from .accept import accept
 from .block_attention import block_attention
-from .certainty_forcing_loss import CertaintyForcingLossOutput, certainty_forcing_loss
+from .certainty_forcing_loss import certainty_forcing_loss
 from .commit import commit_
 from .distillation_loss import distillation_loss
 from .errors import check_errors
@@ -28,7 +28,6 @@ from .unmask import unmask_
 from .varlen_attention import varlen_attention
 
 __all__ = [
-    "CertaintyForcingLossOutput",
     "accept",
     "block_attention",
     "certainty_forcing_loss",

@@ -7,13 +7,14 @@ gate, weights and normalisation, from a few numbers per row.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number, one_of, shown
+from ..types import CertaintyForcingLossOutput
 from .errors import named_row, report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, refuse_transform, rows_view
@@ -26,22 +27,6 @@ def row_errors(vocabulary: int) -> dict[int, str]:
         3: f"labels: {{}} is active, but its label is no id in [0, {vocabulary}); rows to be ignored (-100) "
         "belong out of `active`",
     }
-
-
-class CertaintyForcingLossOutput(NamedTuple):
-    """What `certainty_forcing_loss` returns; the per-row fields have the shape of `labels`.
-
-    Rows that are not active are 0 and False. `loss`, `nll` and `entropy` carry gradients.
-    """
-
-    loss: Tensor
-    """() float32 (float64 for float64 logits)."""
-    nll: Tensor
-    """float32: -log softmax(z / ce_temperature)[label]."""
-    entropy: Tensor
-    """float32: the entropy of softmax(z / temperature), in nats."""
-    correct: Tensor
-    """bool: whether the argmax (ties to the lowest id) is the label."""
 
 
 def certainty_forcing_loss(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..types import NO_ERROR
 from . import streams
 from .keep_error import keep_error_
 
-NO_ERROR = 2**63 - 1
 ERRORS = {
     1: "logits: {} holds NaN",
     2: "logits: {} leaves no token to choose: every logit that may be chosen is -inf",

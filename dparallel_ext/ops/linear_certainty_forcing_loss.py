@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..types import NO_ERROR, CertaintyForcingLossOutput
 from .certainty_forcing_loss import (
-    CertaintyForcingLossOutput,
     check_loss_inputs,
     check_settings,
     compose,
     real_dtype,
     row_errors,
 )
-from .errors import NO_ERROR, named_row, report
+from .errors import named_row, report
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 
 

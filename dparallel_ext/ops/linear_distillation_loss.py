@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..types import NO_ERROR
 from .certainty_forcing_loss import real_dtype
 from .distillation_loss import ROW_ERRORS, check_divergence, named_pair, read_rows, reduced
-from .errors import NO_ERROR, report
+from .errors import report
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import shown, whole
-from ..types import RowStats
+from ..types import NO_ERROR, RowStats
 from . import streams
-from .errors import NO_ERROR, named_row, report
+from .errors import named_row, report
 from .fake import register_fake
 from .inputs import (
     Ids,

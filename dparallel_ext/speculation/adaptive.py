@@ -36,8 +36,9 @@ from ..decoding.padding import row_padding
 from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..models import load as load_model
-from ..ops.errors import NO_ERROR, Cell, explain
+from ..ops.errors import Cell, explain
 from ..ops.row_stats import read_rows
+from ..types import NO_ERROR
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, SamplingGroup, Verified

@@ -20,8 +20,9 @@ from ..decoding.graphs import run_pass
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
-from ..ops.errors import NO_ERROR, explain
+from ..ops.errors import explain
 from ..packed import Packing, Shapes, unpack
+from ..types import NO_ERROR
 from . import riding
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
-from dparallel_ext.ops.errors import NO_ERROR
+from dparallel_ext.types import NO_ERROR
 
 
 class Forest(NamedTuple):

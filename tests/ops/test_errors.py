@@ -15,7 +15,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.ops import errors, streams
-from dparallel_ext.ops.errors import NO_ERROR, Cell, Errors, named_row
+from dparallel_ext.ops.errors import Cell, Errors, named_row
+from dparallel_ext.types import NO_ERROR
 
 TEXTS = {1: "logits: {} holds NaN", 3: "labels: {} is out of range"}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import everywhere, layouts
 
-from dparallel_ext.ops.errors import NO_ERROR
 from dparallel_ext.ops.keep_error import keep_error_
+from dparallel_ext.types import NO_ERROR
 
 
 def errors_of(count: int, at: dict[int, int]) -> torch.Tensor:
