@@ -36,19 +36,19 @@ from dparallel_ext.ops import streams
 
 ROOT = Path(__file__).parents[1]
 TESTS = f"{ROOT / 'tests'}{os.sep}"
-STAND_IN = "cuda_host" in _C.build_info()["backends"]
+EMULATED = "cuda_host" in _C.build_info()["backends"]
 """The CUDA kernels, executed on the CPU, take the place of the CPU's: see test_cuda_host."""
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
-settings.register_profile("stand_in", parent=settings.get_profile("ci"), max_examples=10)
-settings.load_profile("stand_in" if STAND_IN else "ci")
+settings.register_profile("host_emulation", parent=settings.get_profile("ci"), max_examples=10)
+settings.load_profile("host_emulation" if EMULATED else "ci")
 
 # The command line is built once: for each of some 400 calls it would take a thirtieth of the tests' time.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 LEVELS = ["portable", "avx2", "avx512"]
-LEVELS = ["cpu"] if STAND_IN else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
+LEVELS = ["cpu"] if EMULATED else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
 """The CPU's instruction sets that this machine runs, see `every_level`."""
 
 MAKERS = {
@@ -108,7 +108,7 @@ def every_level(test: Callable[..., None]) -> Callable[..., None]:
 
 def counters(like: Tensor, needed: int) -> Tensor | None:
     """What `torch.ops.dparallel` is given for `like`: int32 zeros where its kernels count blocks."""
-    if not STAND_IN:
+    if not EMULATED:
         return _counters_for(like, needed)
     _given.append(torch.zeros(needed, dtype=torch.int32))  # to the byte
     return _given[-1]
@@ -116,15 +116,15 @@ def counters(like: Tensor, needed: int) -> Tensor | None:
 
 def goes_on(tokens: Tensor) -> bool:
     """Whether a bad row keeps its own sequence from committing, and not the whole batch."""
-    return tokens.is_cuda or STAND_IN
+    return tokens.is_cuda or EMULATED
 
 
 _given: list[Tensor] = []
 _counters_for = streams.counters_for
 
 
-@pytest.fixture(autouse=STAND_IN)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=EMULATED)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(streams, "counters_for", counters)
     yield
     assert not any(bool(given.any()) for given in _given), "counters were not left zero"
@@ -139,8 +139,8 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On the stand-in, what runs on every device. Long files come first, so that workers end together."""
-    if STAND_IN:
+    """On the host emulation, what runs on every device. Long files come first: workers then end together."""
+    if EMULATED:
         items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
     rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

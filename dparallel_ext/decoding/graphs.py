@@ -30,7 +30,7 @@ Compute = Callable[[Tensor], Tensor]
 
 
 class Recorder(Protocol):
-    """How launches are recorded: `CudaRecorder`, or a stand-in where there is no GPU."""
+    """How launches are recorded: `CudaRecorder`, or an emulation where there is no GPU."""
 
     def turn(self) -> AbstractContextManager[None]:
         """Order the launches inside after all those before it, and before all those after it."""

@@ -127,7 +127,7 @@ def check_draws(logits: Tensor, drawn: dx.RowStats, mask_id: int, settings: dict
         assert_stats_close(drawn.sample_logprob, expected.float(), "sample_logprob")
 
 
-def test_row_stats_are_the_twins(attack: Attack) -> None:
+def test_row_stats_are_the_references(attack: Attack) -> None:
     for rng in attack.cases(150):
         dx._C.use_simd_level(rng.choice(LEVELS))
         vocab, dtype = rng.choice([1, 2, 3, 8, 33, 100, 700, 2049, 20011]), rng.choice(DTYPES)

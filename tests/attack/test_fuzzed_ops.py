@@ -111,7 +111,7 @@ def row_stats(rng: random.Random) -> None:
         with pytest.raises(ValueError, match=r"logits: row \d+ (holds NaN|leaves no token)"):
             dx.row_stats(strided(rng, logits), **settings)
         return
-    except IndexError:  # the twin's topk and argmax do not take no rows
+    except IndexError:  # the reference's topk and argmax do not take no rows
         assert not count or not len(settings["rows"])
         return
     found = dx.row_stats(strided(rng, logits), **settings)
@@ -289,14 +289,14 @@ def certainty_forcing_loss(rng: random.Random) -> None:
     ours = dx.certainty_forcing_loss(
         leaf * 1, strided(rng, labels), strided(rng, active), inplace=rng.random() < 0.5, **settings
     )
-    twin = reference.certainty_forcing_loss(theirs, labels, active, **settings)
-    assert torch.equal(ours.correct, twin.correct)
-    for a, b in ((ours.nll, twin.nll), (ours.entropy, twin.entropy)):
+    by_reference = reference.certainty_forcing_loss(theirs, labels, active, **settings)
+    assert torch.equal(ours.correct, by_reference.correct)
+    for a, b in ((ours.nll, by_reference.nll), (ours.entropy, by_reference.entropy)):
         assert near(a, b.float() if dtype != torch.float64 else b, 2e-6 + 2e-6 * b.abs())
     (grad,) = torch.autograd.grad(ours.loss, leaf)
-    (expected,) = torch.autograd.grad(twin.loss, theirs)
+    (expected,) = torch.autograd.grad(by_reference.loss, theirs)
     assert grad.shape == leaf.shape
-    if bool(logits.isfinite().all()):  # the twin has no gradient at an infinity
+    if bool(logits.isfinite().all()):  # the reference has no gradient at an infinity
         assert near(grad, expected, 2e-6 + 4 * STEP[dtype] * expected.abs())
     assert not bool(grad.isnan().any())
 
@@ -355,11 +355,11 @@ def kv_write(rng: random.Random) -> None:
         given["eps"] = rng.choice([1e-5, 1e-6, 1.0])
         if dim:
             most = math.sqrt(dim) * max(float(given[name].abs().max()) for name in ("q_norm", "k_norm"))
-    ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
+    ours, by_reference = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
     dx.kv_write(*ours, **{n: strided(rng, t) if isinstance(t, Tensor) else t for n, t in given.items()})
     if dim:
-        reference.kv_write(*twin, **given)
-    for a, b in zip(ours, twin, strict=True):
+        reference.kv_write(*by_reference, **given)
+    for a, b in zip(ours, by_reference, strict=True):
         scale = b.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if dim else 0.0
         assert near(a, b, STEP[dtype] * (2 * scale + 4 * most + 4 * torch.finfo(dtype).smallest_normal))
 
@@ -376,10 +376,10 @@ def kv_move(rng: random.Random) -> None:
     nowhere = -rng.randint(1, 2**60)
     source = torch.where(some(rng, 0.2, lanes, count), nowhere, source)
     target = torch.where(some(rng, 0.2, lanes, count), nowhere, target)
-    ours, twin = strided(rng, cache, changed=True), cache.clone()
+    ours, by_reference = strided(rng, cache, changed=True), cache.clone()
     dx.kv_move(ours, strided(rng, source), strided(rng, target))
-    reference.kv_move(twin, source, target)
-    assert torch.equal(ours, twin)
+    reference.kv_move(by_reference, source, target)
+    assert torch.equal(ours, by_reference)
 
 
 def block_attention(rng: random.Random) -> None:
@@ -390,7 +390,7 @@ def block_attention(rng: random.Random) -> None:
     queries, gaps = whole(rng, 0, 20, segments), whole(rng, 0, 3, segments)
     begin = (queries + gaps).cumsum(0) - queries
     count = int(begin[-1] + queries[-1]) + rng.randrange(3) if segments else rng.randrange(3)
-    infinite = rng.random() < 0.2  # then the twin is NaN where the kernel need not be
+    infinite = rng.random() < 0.2  # then the reference is NaN where the kernel need not be
     special = (math.nan, math.inf, -math.inf) if infinite else (math.nan, 300.0, -300.0)
     q = numbers(rng, dtype, count, group * heads, dim, special=special[1:])
     k, v = (numbers(rng, dtype, pages, heads, page, dim, special=special) for _ in "kv")
@@ -534,23 +534,23 @@ def linear_kv_write(rng: random.Random) -> None:
     }
     where |= dict(zip(("cos", "sin"), dx.rope_table(30, 2 * rng.randint(1, dim // 2)), strict=True))
     made = [numbers(rng, dtype, pages, heads, page, dim) for _ in "kv"]
-    ours, twin = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
+    ours, by_reference = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
     found = torch.ops.dparallel.linear_kv_write(*given, *ours, *where.values(), rng.random() < 0.5)
     q, k, v = of_product(*given).unflatten(1, (-1, dim)).split((group * heads, heads, heads), 1)
-    dx.kv_write(q, k, v, *twin, **where)
-    for a, b in zip((found, *ours), (q, *twin), strict=True):
+    dx.kv_write(q, k, v, *by_reference, **where)
+    for a, b in zip((found, *ours), (q, *by_reference), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-TWINS: list[Callable[[random.Random], None]] = [
+CASES: list[Callable[[random.Random], None]] = [
     row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, distillation_loss,
     kv_write, kv_move, block_attention, rms_norm, swiglu, linear, fp8_linear,
     linear_swiglu, linear_kv_write,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TWINS, ids=lambda case: case.__name__)
-def test_ops_equal_their_twins(case: Callable[[random.Random], None], attack: Attack) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_ops_equal_their_references(case: Callable[[random.Random], None], attack: Attack) -> None:
     for rng in attack.cases(25):
         dx._C.use_simd_level(rng.choice(LEVELS))
         case(rng)

@@ -47,8 +47,8 @@ def ops() -> list[str]:
 
 
 def programs() -> Path:
-    """The directory of `twins` and `faults`."""
-    sources = sorted((HERE / "twins").glob("*.cpp"))
+    """The directory of `cases` and `faults`."""
+    sources = sorted((HERE / "cases").glob("*.cpp"))
     host = [(source, f"{PLAIN} -DDPARALLEL_CUDA_HOST") for source in sources]  # makes cases
     objects = compiled(
         [
@@ -61,7 +61,7 @@ def programs() -> Path:
     )
 
     def make(directory: Path) -> None:
-        for name, parts in (("twins", objects[1:]), ("faults", [objects[0], *objects[-2:]])):
+        for name, parts in (("cases", objects[1:]), ("faults", [objects[0], *objects[-2:]])):
             run(CXX, "-fsanitize=address,undefined", *parts, "-o", directory / name)
 
     return kept("programs", map(str, objects), make)

@@ -20,8 +20,8 @@ from cuda_host import build
 
 pytestmark = pytest.mark.slow
 
-# As in twins/main.cpp.
-OPS_OF_TWINS = re.findall(r'{"(\w+)", ', (build.HERE / "twins" / "main.cpp").read_text())
+# As in cases/main.cpp.
+OPS_OF_CASES = re.findall(r'{"(\w+)", ', (build.HERE / "cases" / "main.cpp").read_text())
 
 
 def run(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
@@ -39,10 +39,10 @@ def programs() -> Path:
     return build.programs()
 
 
-def test_kernels_equal_their_cpu_twins_and_stay_in_their_memory(programs: Path) -> None:
+def test_kernels_equal_the_cpus_and_stay_in_their_memory(programs: Path) -> None:
     """And the CPU's; of more losses, whose padding lanes are beyond the range of their exponentials."""
     for settings in ((0, 240), (100, 40, 3)):
-        result = run(programs / "twins", *settings)
+        result = run(programs / "cases", *settings)
         assert result.returncode == 0, result.stderr[-4000:]
         assert f"{settings[1]} cases, no difference" in result.stdout
 
@@ -50,7 +50,7 @@ def test_kernels_equal_their_cpu_twins_and_stay_in_their_memory(programs: Path) 
 def test_kernels_have_no_race(programs: Path) -> None:
     """Also in windows that overlap, where one may be written while another is listed."""
     for settings in ((200, 45), (533, 1, 2), (542, 1, 2)):
-        result = run(programs / "twins", "--races", *settings)
+        result = run(programs / "cases", "--races", *settings)
         assert result.returncode == 0, result.stderr
 
 
@@ -61,7 +61,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     same = "opcheck or compile or arguments_are_named or refused"
     slow = "samples_follow or gradcheck and (33 or linear) or golden_cases and (none or prefix)"
     slow += " or near_certain and 262144"
-    slow += " or dtype0 or dtype2 or dtype3 or torch.float"  # bfloat16 alone: the twins have every dtype
+    slow += " or dtype0 or dtype2 or dtype3 or torch.float"  # bfloat16 alone: the cases have every dtype
     names = {*build.ops(), "compat", "sampling"} - {"select"}  # in test_unmask
     files = [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in sorted(names)]
     here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
@@ -160,11 +160,11 @@ def test_a_sound_kernel_is_not_accused(programs: Path) -> None:
 
 
 def test_kernels_without_their_barriers_are_found_out(programs: Path) -> None:
-    result = run(programs / "twins", "--no-barriers", 0, 60)
+    result = run(programs / "cases", "--no-barriers", 0, 60)
     assert result.returncode in (1, 3)
-    assert "twins:" in result.stderr or "cuda_host:" in result.stderr
-    for number, op in enumerate(OPS_OF_TWINS):
+    assert "cases:" in result.stderr or "cuda_host:" in result.stderr
+    for number, op in enumerate(OPS_OF_CASES):
         # Of seed 4, whose first products are of shapes that have barriers.
-        result = run(programs / "twins", "--races", "--no-barriers", 4, 10, number)
+        result = run(programs / "cases", "--races", "--no-barriers", 4, 10, number)
         noticed = "a race" in result.stderr or "runtime error" in result.stderr  # a value nobody has written
         assert noticed == (op not in ("kv_write", "swiglu")), op  # they have none

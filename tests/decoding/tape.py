@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs where there is no GPU, and what its tests share.
+"""An emulation of CUDA graphs where there is no GPU, and what its tests share.
 
 A `Tape` keeps the operators that a pass dispatches, with the very tensors, and a replay runs them again on
 those, without any of the Python around them. So a number that was read on the host while recording stays what

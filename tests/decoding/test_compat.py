@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, golden
+from conftest import EMULATED, golden
 
 import dparallel_ext as dx
 from dparallel_ext import compat, models
@@ -47,7 +47,7 @@ def test_golden_cases(name: str, cache: str, device: str) -> None:
     found = cases(name, cache)
     assert len(found) >= 60
     together: dict[tuple, list[dict]] = {}
-    if STAND_IN:
+    if EMULATED:
         found = sorted(found, key=lambda case: case["nfe"] * case["gen_length"])[:3]
     for case in found:
         prompt = torch.tensor([case["prompt"]])

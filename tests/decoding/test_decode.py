@@ -84,8 +84,8 @@ def test_sampling_is_reproducible_and_seeds_matter(llada) -> None:
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
-    twins = dx.decode(llada, PROMPTS[[0, 0]], gen_length=16, threshold=2.0, temperature=3.0, seed=1)
-    assert not torch.equal(twins.sequences[0], twins.sequences[1])  # (seed, 0) and (seed, 1)
+    alike = dx.decode(llada, PROMPTS[[0, 0]], gen_length=16, threshold=2.0, temperature=3.0, seed=1)
+    assert not torch.equal(alike.sequences[0], alike.sequences[1])  # (seed, 0) and (seed, 1)
 
 
 def test_unpacking_counts_and_autograd(llada) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, golden, refused
+from conftest import EMULATED, golden, refused
 from drafters import fast_dllm
 from torch import Tensor
 
@@ -37,7 +37,7 @@ torch.manual_seed(0)
 MODELS: dict[str, Model] = {
     name: fast_dllm() if name == "fast_dllm" else golden.model(name) for name, _ in WAYS
 }
-CASES = 5 if STAND_IN else 18
+CASES = 5 if EMULATED else 18
 
 
 @pytest.fixture(autouse=True)

@@ -114,13 +114,13 @@ def test_moving_keeps_them_together(name: str) -> None:
     assert dict(model.named_parameters()) == parameters  # the same objects
     assert model.dtype == torch.float32
     assert not joined(golden.model(name).to(torch.bfloat16))  # never asked to
-    twin = copy.deepcopy(model)
-    assert not joined(twin)
-    assert joined(twin.fuse())
+    duplicate = copy.deepcopy(model)
+    assert not joined(duplicate)
+    assert joined(duplicate.fuse())
     with torch.no_grad():
-        twin.blocks[0].q.weight.zero_()
+        duplicate.blocks[0].q.weight.zero_()
     assert model.blocks[0].q.weight.any()
-    assert twin.blocks[0].k.weight.any()
+    assert duplicate.blocks[0].k.weight.any()
 
 
 @both

@@ -324,12 +324,12 @@ def test_training_from_scratch_learns() -> None:
 
 def test_copy_is_independent() -> None:
     model = golden.model("llada_tiny_a")
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     with torch.no_grad():
-        twin.embed.weight.zero_()
+        duplicate.embed.weight.zero_()
     assert model.embed.weight.abs().max() > 0
-    assert twin.state_dict().keys() == model.state_dict().keys()
-    assert twin.state_dict()["model.transformer.wte.weight"].abs().max() == 0
+    assert duplicate.state_dict().keys() == model.state_dict().keys()
+    assert duplicate.state_dict()["model.transformer.wte.weight"].abs().max() == 0
 
 
 @both

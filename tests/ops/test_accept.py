@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import STAND_IN, counters, every_level, everywhere, goes_on, refused
+from conftest import EMULATED, counters, every_level, everywhere, goes_on, refused
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -62,12 +62,12 @@ def test_random_trees_against_the_plain_form() -> None:
     """Also bad rows, end-of-text ids and room; the choices are row_stats' own."""
     counts: list[int] = []
     failed = ended = 0
-    for case in range(20 if STAND_IN else 150):
+    for case in range(20 if EMULATED else 150):
         out = of_random_trees(random.Random(case))
         counts += out.count.tolist()
         failed, ended = failed + int((out.error != NO_ERROR).sum()), ended + int(out.ended.sum())
-    assert max(counts) >= (4 if STAND_IN else 6)
-    assert min(failed, ended) >= (1 if STAND_IN else 10)
+    assert max(counts) >= (4 if EMULATED else 6)
+    assert min(failed, ended) >= (1 if EMULATED else 10)
 
 
 def of_random_trees(rng: random.Random) -> dx.AcceptOutput:
@@ -267,7 +267,7 @@ def test_a_vocabulary_of_llada_and_long_lanes() -> None:
     out = dx.accept(logits, draft, chain, *lanes)
     assert out.tokens[0].tolist() == choice.tolist()
     same(out, reference.accept(logits, draft, chain, *lanes))
-    rows = 260 if STAND_IN else 5000  # more than shared memory of a GPU holds
+    rows = 260 if EMULATED else 5000  # more than shared memory of a GPU holds
     logits = torch.randn(rows, 7)
     choice, parent = logits.argmax(1), (torch.arange(rows) - 2).clamp(min=0)
     parent[0] = -1

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STAND_IN, every_level, everywhere
+from conftest import EMULATED, every_level, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,8 +90,8 @@ def test_it_is_attention_with_a_mask(seed, dtype, lengths, heads, group, dim, pa
     expected, tolerance = oracle(q, k, v, arguments, factor), tolerance_of(q, k, factor)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    twin = reference.block_attention(q, k, v, **arguments, scale=scale)
-    torch.testing.assert_close(twin.double(), expected, rtol=tolerance, atol=tolerance)
+    by_reference = reference.block_attention(q, k, v, **arguments, scale=scale)
+    torch.testing.assert_close(by_reference.double(), expected, rtol=tolerance, atol=tolerance)
     for s in range(len(lengths)):  # to the bit as the segment alone
         alone = {name: value[s : s + 1] for name, value in arguments.items()}
         at = slice(int(alone["q_start"]), int(alone["q_end"]))
@@ -138,8 +138,8 @@ def test_rows_see_what_is_before_them_or_their_ancestors(
     expected = oracle(q, k, v, arguments, factor)
     tolerance = 1e-12 if dtype == torch.float64 else tolerance_of(q, k, factor)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    twin = reference.block_attention(q, k, v, **arguments)
-    torch.testing.assert_close(twin.double(), expected, rtol=tolerance, atol=tolerance)
+    by_reference = reference.block_attention(q, k, v, **arguments)
+    torch.testing.assert_close(by_reference.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,7 +155,7 @@ def test_a_causal_row_is_to_the_bit_what_it_is_alone(dtype: torch.dtype) -> None
             one = {"q_start": torch.tensor([row]), "q_end": torch.tensor([row + 1])}
             of_one = {"kv_lens": torch.tensor([seen]), "block_table": arguments["block_table"][s : s + 1]}
             alone = dx.block_attention(q, k, v, **one, **of_one)[row]
-            if STAND_IN or q.device.type == "cpu":
+            if EMULATED or q.device.type == "cpu":
                 assert torch.equal(alone, found[row]), (s, row)
             else:  # a tile's rows take its slots together
                 torch.testing.assert_close(alone, found[row], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -172,7 +172,7 @@ def test_what_a_row_does_not_see_may_hold_anything(dtype: torch.dtype, kind: str
     s, size = 0, k.shape[2]
     first, last, length = (int(arguments[name][s]) for name in ("q_start", "q_end", "kv_lens"))
     for bad in (math.nan, math.inf, -math.inf):
-        for row in range(first, last, 9 if STAND_IN else 3):
+        for row in range(first, last, 9 if EMULATED else 3):
             slot = length - last + row
             page = int(arguments["block_table"][s, slot // size])
             keys, values = k.clone(), v.clone()
@@ -189,7 +189,7 @@ def test_what_a_row_does_not_see_may_hold_anything(dtype: torch.dtype, kind: str
                     assert torch.equal(after[other], before[other]), (row, other)
 
 
-@pytest.mark.parametrize("length", [1, 4096 if STAND_IN else 32768])
+@pytest.mark.parametrize("length", [1, 4096 if EMULATED else 32768])
 @pytest.mark.parametrize("dtype", DTYPES)
 @everywhere
 def test_extremes_of_length_and_size(length: int, dtype: torch.dtype) -> None:

@@ -54,7 +54,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: bool) -> None:
+def test_the_reference(rows: int, width: int, out: int, dtype: torch.dtype, biased: bool) -> None:
     x = torch.randn(rows, width).to(dtype)
     weight, scale = dx.quantize_fp8(torch.randn(out, width))
     bias = torch.randn(out).to(dtype) if biased else None
@@ -246,14 +246,16 @@ def test_copies_of_a_quantised_model_decode_as_it_does(
     copied: Callable[[models.Model], models.Model],
 ) -> None:
     model = golden.model("llada_tiny_a").quantize()
-    twin = copied(model)
-    assert twin.quantized
-    assert not twin.training
-    for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+    copy_ = copied(model)
+    assert copy_.quantized
+    assert not copy_.training
+    for one, other in zip(model.buffers(), copy_.buffers(), strict=True):
         assert one.dtype == other.dtype
         assert one.data_ptr() != other.data_ptr()
         assert torch.equal(one.float(), other.float())
-    first, second = (dx.decode(each, torch.arange(5), gen_length=8, block_length=4) for each in (model, twin))
+    first, second = (
+        dx.decode(each, torch.arange(5), gen_length=8, block_length=4) for each in (model, copy_)
+    )
     assert torch.equal(first.sequences, second.sequences)
 
 

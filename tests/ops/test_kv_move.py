@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import STAND_IN, everywhere
+from conftest import EMULATED, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,20 +44,20 @@ def paths(seed: int, lanes: int, count: int, slots: int) -> tuple[Tensor, Tensor
     by_token=st.booleans(),
 )
 @everywhere
-def test_it_does_what_its_twin_does(seed, dtype, lanes, count, page, heads, dim, by_token) -> None:
+def test_it_does_what_its_reference_does(seed, dtype, lanes, count, page, heads, dim, by_token) -> None:
     ours = cache_of(dtype, -(-lanes * count // page) + 2, page, heads, dim)
     if by_token:  # (..., page_size, heads, D) in memory
         ours = ours.transpose(3, 4).contiguous().transpose(3, 4)
-    twin, untouched = ours.clone(), ours.clone()
+    by_reference, untouched = ours.clone(), ours.clone()
     source, target = paths(seed, lanes, count, ours.shape[2] * page)
     dx.kv_move(ours, source.to(ours.device), target.to(ours.device))
-    reference.kv_move(twin, source.to(ours.device), target.to(ours.device))
-    assert torch.equal(ours, twin)
+    reference.kv_move(by_reference, source.to(ours.device), target.to(ours.device))
+    assert torch.equal(ours, by_reference)
     for lane in range(lanes):  # and alone as in the batch
         dx.kv_move(
             untouched, source[lane : lane + 1].to(ours.device), target[lane : lane + 1].to(ours.device)
         )
-    assert torch.equal(untouched, twin)
+    assert torch.equal(untouched, by_reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +65,7 @@ def test_it_does_what_its_twin_does(seed, dtype, lanes, count, page, heads, dim,
 @everywhere
 def test_a_path_is_read_before_it_is_written(path: str, dtype: torch.dtype) -> None:
     """Whatever order its entries are in."""
-    count = 256 if not STAND_IN else 40
+    count = 256 if not EMULATED else 40
     cache = cache_of(dtype, 3, 128, dim=16)
     before = cache.clone()
     at = torch.arange(count)
@@ -148,10 +148,10 @@ def test_a_lane_has_a_limit() -> None:
     with pytest.raises(ValueError, match="source: expected at most 2048 entries a lane, got 2049"):
         dx.kv_move(cache, at, at)
     at = at[:, :2048]
-    twin = cache.clone()
+    by_reference = cache.clone()
     dx.kv_move(cache, at, at.flip(1))
-    reference.kv_move(twin, at, at.flip(1))
-    assert torch.equal(cache, twin)
+    reference.kv_move(by_reference, at, at.flip(1))
+    assert torch.equal(cache, by_reference)
 
 
 def test_it_has_no_gradient() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import STAND_IN, every_level, everywhere
+from conftest import EMULATED, every_level, everywhere
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -67,19 +67,19 @@ def copied(arguments: dict) -> dict:
     norms=st.booleans(),
 )
 @everywhere
-def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page, part, norms) -> None:
+def test_it_does_what_its_reference_does(seed, dtype, count, heads, group, dim, page, part, norms) -> None:
     rotary = max(2, dim // part // 2 * 2)
     ours = case(seed, dtype, count, heads, group, dim, page, rotary, norms)
-    twin = copied(ours)
+    by_reference = copied(ours)
     dx.kv_write(**ours)
-    reference.kv_write(**twin)
+    reference.kv_write(**by_reference)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     tolerance *= 4 if norms else 1  # a number at a tie is rounded either way, twice, and multiplied
     for name in ("q", "k_cache"):
-        torch.testing.assert_close(ours[name], twin[name], rtol=tolerance, atol=tolerance)
-    assert torch.equal(ours["v_cache"], twin["v_cache"])  # and what was not written is as it was
-    assert torch.equal(ours["k"], twin["k"])
-    assert torch.equal(ours["v"], twin["v"])
+        torch.testing.assert_close(ours[name], by_reference[name], rtol=tolerance, atol=tolerance)
+    assert torch.equal(ours["v_cache"], by_reference["v_cache"])  # and what was not written is as it was
+    assert torch.equal(ours["k"], by_reference["k"])
+    assert torch.equal(ours["v"], by_reference["v"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,14 +87,14 @@ def test_it_does_what_its_twin_does(seed, dtype, count, heads, group, dim, page,
 def test_one_rounding(dtype: torch.dtype) -> None:
     """In 16 bits the result is the rounded float32 one, save where that lies at a tie."""
     ours = case(3, dtype, 64, 2, 1, 64, 16)
-    twin = copied(ours)
+    by_reference = copied(ours)
     dx.kv_write(**ours)
-    reference.kv_write(**twin)
-    differing = (ours["k_cache"] != twin["k_cache"]).float().mean()
+    reference.kv_write(**by_reference)
+    differing = (ours["k_cache"] != by_reference["k_cache"]).float().mean()
     assert differing < (0.6 if dtype == torch.float32 else 1e-3)
 
 
-@pytest.mark.skipif(STAND_IN, reason="a GPU fuses a product with the sum that it goes into")
+@pytest.mark.skipif(EMULATED, reason="a GPU fuses a product with the sum that it goes into")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary", [0, 2, 22, 64, 90])
 @every_level

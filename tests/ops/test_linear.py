@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STAND_IN, every_level, everywhere, golden
+from conftest import EMULATED, every_level, everywhere, golden
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -37,7 +37,7 @@ def near(found: Tensor, expected: Tensor, sums: Tensor) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_twin(rows: int, width: int, out: int, dtype: torch.dtype, biased: bool) -> None:
+def test_the_reference(rows: int, width: int, out: int, dtype: torch.dtype, biased: bool) -> None:
     """The op takes any number of rows, and of columns, which `dx.linear` leaves to torch."""
     x, weight = torch.randn(rows, width).to(dtype), (torch.randn(out, width) / width**0.5).to(dtype)
     bias = torch.randn(out).to(dtype) if biased else None
@@ -120,7 +120,7 @@ def test_a_tensor_that_is_more_than_its_numbers_is_torchs() -> None:
         assert float(dx.linear(x, weight)[0, 0]) == 5.0
 
 
-@pytest.mark.skipif(STAND_IN, reason="models are not there")
+@pytest.mark.skipif(EMULATED, reason="models are not there")
 def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four products a layer and, on a CPU, the head; what a hook or an adapter changes is left alone."""
     model, widths = golden.model("llada_tiny_a"), []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, every_level, everywhere, golden
+from conftest import EMULATED, every_level, everywhere, golden
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -82,7 +82,7 @@ def test_strides_and_shapes(bytewise: bool) -> None:
     assert dx.linear_swiglu(**{**given, "x": given["x"][0]}).shape == (32,)
 
 
-@pytest.mark.skipif(STAND_IN, reason="models are not there")
+@pytest.mark.skipif(EMULATED, reason="models are not there")
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a"])
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_a_model_whose_products_end_in_more_decodes_the_same(

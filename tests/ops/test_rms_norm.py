@@ -48,23 +48,23 @@ def module(
     biased=st.booleans(),
     adds=st.booleans(),
 )
-def test_it_does_what_its_twin_does(seed, dtype, leading, width, gap, eps, biased, adds) -> None:
+def test_it_does_what_its_reference_does(seed, dtype, leading, width, gap, eps, biased, adds) -> None:
     given = case(seed, dtype, (*leading, width), gap)
     if not biased:
         del given["bias"]
     if not adds:
         del given["delta"]
     before = {name: t.clone() for name, t in given.items()}
-    ours, twin = dx.rms_norm(**given, eps=eps), reference.rms_norm(**given, eps=eps)
+    ours, by_reference = dx.rms_norm(**given, eps=eps), reference.rms_norm(**given, eps=eps)
     for name, t in given.items():
         assert torch.equal(t, before[name])
     if adds:
-        assert torch.equal(ours[1], twin[1])
-        ours, twin = ours[0], twin[0]
+        assert torch.equal(ours[1], by_reference[1])
+        ours, by_reference = ours[0], by_reference[0]
     assert ours.is_contiguous()
     assert (ours.dtype, ours.shape) == (dtype, before["x"].shape)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    torch.testing.assert_close(ours, twin, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours, by_reference, rtol=tolerance, atol=tolerance)
 
 
 @every_level

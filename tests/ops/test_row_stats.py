@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import LEVELS, STAND_IN, assert_stats_close, counters, every_level, everywhere, refused
+from conftest import EMULATED, LEVELS, assert_stats_close, counters, every_level, everywhere, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -353,7 +353,7 @@ def test_ids_out_of_bounds() -> None:
     logits = torch.randn(2, 9)
     for bad in (-1, 9, 2**62, -(2**63)):
         ids = torch.tensor([3, bad])
-        if STAND_IN or logits.is_cuda:  # nobody has looked
+        if EMULATED or logits.is_cuda:  # nobody has looked
             found = dx.row_stats(logits, ids=ids).logits
             assert torch.equal(found[:, 0], logits[:, 3])
             assert bool(found[:, 1].isnan().all())
@@ -376,7 +376,7 @@ def cut(logits: Tensor, cuts: list[int], mask_id: int | None, suppress: list[int
 @pytest.mark.parametrize("dtype", DTYPES)
 @everywhere
 def test_statistics_of_parts_of_a_vocabulary_merge(dtype: torch.dtype) -> None:
-    vocab = 6007 if STAND_IN else 126464
+    vocab = 6007 if EMULATED else 126464
     logits = torch.randn(9, vocab)
     logits[1] = logits[1] * 0.1 + 1000.0  # large: lse - entropy would have lost what is below 1e-4
     logits[2] *= 5.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, assert_stats_close, every_level, everywhere, golden, refused
+from conftest import EMULATED, assert_stats_close, every_level, everywhere, golden, refused
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -53,7 +53,7 @@ def test_samples_of_the_nucleus_match_the_oracle(dtype: torch.dtype, vocab: int)
 
 @everywhere
 def test_llada_and_dream_sized_rows() -> None:
-    for vocab, dtype in ((126464, torch.bfloat16), (152064, torch.float32))[STAND_IN:]:
+    for vocab, dtype in ((126464, torch.bfloat16), (152064, torch.float32))[EMULATED:]:
         logits = logits_of(3, vocab, dtype, coarse=False)
         shared = {"temperature": 1.2, "top_p": 0.95, "mask_id": vocab - 1, "seed": 3}
         for top_k in (None, 5000):
@@ -179,7 +179,7 @@ def test_rows_at_the_ends_of_a_dtype(dtype: torch.dtype) -> None:
 @everywhere
 def test_scores_far_from_zero_keep_their_noise() -> None:
     """Above 2^24 a float32 does not hold a whole number, and these logits differ by half of that."""
-    n = 500 if STAND_IN else 4000
+    n = 500 if EMULATED else 4000
     logits = torch.tensor([2.0**24, 2.0**24 - 1, 2.0**24, 2.0**24 - 1]).expand(n, 4)
     stats = dx.row_stats(logits, temperature=1.0, seed=5)
     observed = stats.sample.bincount(minlength=4) / n

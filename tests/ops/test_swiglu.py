@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     spread=st.sampled_from([0.1, 3.0, 40.0]),
     fused=st.booleans(),
 )
-def test_it_does_what_its_twin_does(seed, dtype, leading, width, spread, fused) -> None:
+def test_it_does_what_its_reference_does(seed, dtype, leading, width, spread, fused) -> None:
     g = torch.Generator().manual_seed(seed)
     both = (torch.randn(*leading, 2 * width, generator=g) * spread).to(dtype)
     gate, up = both.chunk(2, -1)
@@ -35,10 +35,12 @@ def test_it_does_what_its_twin_does(seed, dtype, leading, width, spread, fused) 
     assert torch.equal(both, before)
     assert ours.is_contiguous()
     assert (ours.dtype, ours.shape) == (dtype, gate.shape)
-    twin = reference.swiglu(both)
-    assert torch.equal(twin, reference.swiglu(gate, up))
+    by_reference = reference.swiglu(both)
+    assert torch.equal(by_reference, reference.swiglu(gate, up))
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    torch.testing.assert_close(ours, twin, rtol=tolerance, atol=1e-7 if dtype != torch.float16 else 1e-6)
+    torch.testing.assert_close(
+        ours, by_reference, rtol=tolerance, atol=1e-7 if dtype != torch.float16 else 1e-6
+    )
 
 
 @every_level

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import STAND_IN, assert_stats_close, counters, every_level, everywhere, goes_on, refused
+from conftest import EMULATED, assert_stats_close, counters, every_level, everywhere, goes_on, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -437,7 +437,7 @@ def test_large_vocabularies_and_many_rows() -> None:
     policy = policies.make("quota", 2)
     reference.unmask_(other, logits, mask_id=262146, policy=policy)
     assert torch.equal(tokens, other)
-    rows = 300 if STAND_IN else 3000
+    rows = 300 if EMULATED else 3000
     logits = torch.randn(1, rows, 17)
     tokens = torch.full((1, rows), MASK)
     other = tokens.clone()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAND_IN, golden
+from conftest import EMULATED, golden
 from dparallel import registry
 from drafters import fast_dllm, model_of
 from torch import Tensor
@@ -27,7 +27,7 @@ LLADA = MODELS["llada_tiny_a"]
 VERIFIER = model_of(vocab_size=SHARED)
 """It lacks the mask, and some ids more."""
 PROMPTS = [torch.randint(0, SHARED, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 9)]
-CASES = 3 if STAND_IN else 9
+CASES = 3 if EMULATED else 9
 
 
 @pytest.fixture(autouse=True)

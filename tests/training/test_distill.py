@@ -1,4 +1,4 @@
-"""Recipes, dry runs, adapters and merging; and the shortened proof: passes fall at kept accuracy."""
+"""Recipes, dry runs, adapters and merging; and the shortened study: passes fall at kept accuracy."""
 
 from __future__ import annotations
 
@@ -524,7 +524,7 @@ def test_an_adapter_of_one_end_of_a_tied_model_is_refused(settings: dict[str, An
     assert not (tmp_path / "out").exists()
 
 
-# --- the proof ----------------------------------------------------------------------------------
+# --- the study ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 // Cases of the losses.
-#include "twins.h"
+#include "cases.h"
 
-namespace twins {
+namespace cases {
 
 namespace {
 
@@ -230,4 +230,4 @@ void distillation_case() {
   else distillation_case_of<float>(student, teacher, active.get(), t, kl, l1);
 }
 
-}  // namespace twins
+}  // namespace cases

@@ -1,10 +1,10 @@
 // Cases of accept.
-#include "twins.h"
+#include "cases.h"
 
 // after the header that knows the device
 #include "dparallel/accept.h"
 
-namespace twins {
+namespace cases {
 namespace {
 
 struct Lanes {
@@ -137,4 +137,4 @@ void accept_case() {
   close(on_cuda.rows.fields, on_cpu.rows.fields, "fields");
 }
 
-}  // namespace twins
+}  // namespace cases

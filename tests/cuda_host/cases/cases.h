@@ -18,7 +18,7 @@
 #include "dparallel/numeric.h"
 #include "dparallel/row_topk.h"
 
-namespace twins {
+namespace cases {
 
 using namespace dparallel;
 
@@ -42,7 +42,7 @@ inline std::string now;  // the case being run
 #define REQUIRE(condition, ...)                         \
   do {                                                  \
     if (!(condition)) {                                 \
-      std::fprintf(stderr, "twins: %s: ", now.c_str()); \
+      std::fprintf(stderr, "cases: %s: ", now.c_str()); \
       std::fprintf(stderr, __VA_ARGS__);                \
       std::fprintf(stderr, " (%s)\n", #condition);      \
       std::exit(1);                                     \
@@ -238,7 +238,7 @@ inline void near(const Numbers& cuda, const Numbers& cpu, const char* name) {
   }
 }
 
-// A random case of an op, whose CUDA kernel and CPU twin are run on it.
+// A random case of an op, whose CUDA kernel and CPU kernel are run on it.
 void row_stats_case();
 void row_topk_case();
 void select_case();
@@ -258,4 +258,4 @@ void commit_case();
 void accept_case();
 void keep_error_case();
 
-}  // namespace twins
+}  // namespace cases

@@ -1,7 +1,7 @@
 // Cases of the paged cache and the attention over it.
-#include "twins.h"
+#include "cases.h"
 
-namespace twins {
+namespace cases {
 
 void kv_write_case() {
   const DType dtype = one_of({DType::float32, DType::bfloat16, DType::float16});
@@ -230,4 +230,4 @@ void block_attention_case() {
   cuda_host::clusters(true);
 }
 
-}  // namespace twins
+}  // namespace cases

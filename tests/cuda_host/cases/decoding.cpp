@@ -1,7 +1,7 @@
 // Cases of the ops that read logits and commit tokens.
-#include "twins.h"
+#include "cases.h"
 
-namespace twins {
+namespace cases {
 
 void row_stats_case() {
   const int64_t vocab = random_vocab(), total = below(6);
@@ -438,4 +438,4 @@ void keep_error_case() {
   }
 }
 
-}  // namespace twins
+}  // namespace cases

@@ -1,7 +1,7 @@
 // Cases of a model's layers.
-#include "twins.h"
+#include "cases.h"
 
-namespace twins {
+namespace cases {
 
 namespace {
 
@@ -91,7 +91,7 @@ void product_case(LinearArgs args, int64_t count, Numbers& out,
 }
 
 // Of a product: the parts of a cluster's CTAs may be of no line, or of more than the ring has. On
-// the stand-in's eight SMs: tiles of every height, of one to eight CTAs. A chunk has 64 rows.
+// the emulation's eight SMs: tiles of every height, of one to eight CTAs. A chunk has 64 rows.
 struct ProductWeights;
 struct ProductShape {
   ProductShape() {}
@@ -265,4 +265,4 @@ void linear_kv_write_case() {
   cuda_host::clusters(true);
 }
 
-}  // namespace twins
+}  // namespace cases

@@ -1,9 +1,9 @@
-// Every CUDA kernel, executed by cuda_host, against its CPU twin on random cases, in memory of
-// exact size. Usage: twins [--races] [--no-barriers] SEED CASES [OP]. Exits 1 at the first
+// Every CUDA kernel, executed by cuda_host, against its CPU kernel on random cases, in memory of
+// exact size. Usage: cases [--races] [--no-barriers] SEED CASES [OP]. Exits 1 at the first
 // difference, after naming it; --no-barriers is a planted fault.
-#include "twins.h"
+#include "cases.h"
 
-using namespace twins;
+using namespace cases;
 
 struct {
   const char* name;
