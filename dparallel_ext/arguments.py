@@ -56,12 +56,12 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
 
 
 def check_fields(
-    made: object, names: Iterable[str], check: Callable[..., int | float], *bounds: int | float
+    instance: object, names: Iterable[str], check: Callable[..., int | float], *bounds: int | float
 ) -> None:
     """Check fields of a dataclass, frozen or not, by `whole` or `number`, and keep what these return: a
     tensor would make equal objects' hashes differ, and could change later."""
     for name in names:
-        object.__setattr__(made, name, check(name, getattr(made, name), *bounds))
+        object.__setattr__(instance, name, check(name, getattr(instance, name), *bounds))
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -106,8 +106,8 @@ def temperature_in_force(value: Any) -> float:
 
     Raises ValueError unless it is a finite number of at least 0.
     """
-    plain = type(value) is float and 0.0 <= value < math.inf  # every pass gives such a value
-    temperature: float = value if plain else number("temperature", value)
+    is_checked = type(value) is float and 0.0 <= value < math.inf  # every pass gives such a value
+    temperature: float = value if is_checked else number("temperature", value)
     return 0.0 if temperature < COLDEST else min(temperature, HOTTEST)
 
 

@@ -149,13 +149,14 @@ def _hook(name: str, hook: Any, *, of_tokens: bool) -> Callable[..., Tensor]:
     function(name, hook)
 
     def call(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
-        given, result = x if of_tokens else logits, hook(step, x, logits)
-        assert given is not None
-        fits = isinstance(result, Tensor) and result.shape == given.shape
+        argument, result = x if of_tokens else logits, hook(step, x, logits)
+        assert argument is not None
+        fits = isinstance(result, Tensor) and result.shape == argument.shape
         if not fits or not (result.dtype in INTEGERS if of_tokens else result.is_floating_point()):
             got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else shown(result)
             raise ValueError(
-                f"{name}: expected it to return {given.dtype} {tuple(given.shape)} as it was given, got {got}"
+                f"{name}: expected it to return {argument.dtype} {tuple(argument.shape)} as it was given, "
+                f"got {got}"
             )
         return result.to(torch.int64) if of_tokens else result
 

@@ -358,14 +358,14 @@ class Batch:
             sought = (*sought, (row.settings.eos_id,))
         first = max(row.last_run, start - max(map(len, sought)) + 1)
         ids = tuple(self.tokens[b, first : min(end, row.columns[-1] + 1)].tolist())
-        found = [
+        endings = [
             (first + at + len(stop), first + at)
             for stop in sought
             for at in range(max(0, start - first - len(stop) + 1), len(ids) - len(stop) + 1)
             if ids[at : at + len(stop)] == stop
         ]
-        if found:
-            _, begin = min(found)
+        if endings:
+            _, begin = min(endings)
             row.kept, row.stopped = row.index(begin), True
         return row.stopped
 

@@ -109,9 +109,9 @@ def new_cache(
     unit = math.gcd(size, page_size) if schedule.causal else 1  # blocks begin at multiples of it
     each = (page_size - unit + size - 1) // page_size + 1
     each = per_lane if schedule.to_the_end else min(per_lane, each)
-    own = torch.arange(pages, pages + lanes * draft_size * each, device="cpu").view(-1, each)
-    table = torch.cat((block_table, F.pad(own, (0, per_lane - each))))
-    return model.new_cache(pages + own.numel(), page_size, table, kept=schedule.keeps)
+    guessed_pages = torch.arange(pages, pages + lanes * draft_size * each, device="cpu").view(-1, each)
+    table = torch.cat((block_table, F.pad(guessed_pages, (0, per_lane - each))))
+    return model.new_cache(pages + guessed_pages.numel(), page_size, table, kept=schedule.keeps)
 
 
 class SelfSpeculation(Batch):
@@ -304,8 +304,10 @@ class SelfSpeculation(Batch):
         finished = super().step(list(windows))
         pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
         earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
-        came = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
-        last = {b: next(lane for lane in states if not came.get(lane, False)) for b, states in lanes.items()}
+        is_right = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
+        last = {
+            b: next(lane for lane in states if not is_right.get(lane, False)) for b, states in lanes.items()
+        }
         self.tokens[list(last)] = self.tokens[list(last.values())]
         for b, lane in last.items():
             self.passes[b] += 1

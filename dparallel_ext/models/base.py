@@ -57,8 +57,8 @@ class Model(Named):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         layer = next(name.partition("{}.")[0] for name in self.NAMES.values() if "{}" in name)
-        whole = {ours: theirs for ours, theirs in self.NAMES.items() if "{}" not in theirs}
-        super().__init__({**whole, "blocks": layer.removesuffix(".")})
+        outside_blocks = {ours: theirs for ours, theirs in self.NAMES.items() if "{}" not in theirs}
+        super().__init__({**outside_blocks, "blocks": layer.removesuffix(".")})
         self.config = Config(config)
         s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length

@@ -391,9 +391,9 @@ def _assemble(
     for offer in reversed(fitting):
         if offer.dtype in DTYPES and offer.name not in buffers:
             kinds.setdefault(owner[offer.name] if mixed else "", {})[offer.dtype] = offer.name
-    for found in kinds.values():
-        if dtype is None and stacks and len(found) > 1:
-            both = " and ".join(f"{name} {kind}" for kind, name in sorted(found.items())[:2])
+    for names in kinds.values():
+        if dtype is None and stacks and len(names) > 1:
+            both = " and ".join(f"{name} {kind}" for kind, name in sorted(names.items())[:2])
             advice = "hf_model.to(dtype)" if mixed else "the argument dtype"
             faults.append(f"{both}, expected tensors of one type; {advice} makes them so")
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - offers.keys())]
@@ -408,8 +408,8 @@ def _assemble(
 
     def put(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
-        plain = isinstance(tensor, nn.Parameter) or name in buffers
-        setattr(model.get_submodule(module), leaf, tensor if plain else nn.Parameter(tensor))
+        is_registered = isinstance(tensor, nn.Parameter) or name in buffers
+        setattr(model.get_submodule(module), leaf, tensor if is_registered else nn.Parameter(tensor))
 
     for stored, _, _, fetch in fitting:
         name = owner[stored]
@@ -424,9 +424,9 @@ def _assemble(
             put(name, places.put(parameters[name], tensor))
             continue
         if name not in stacked:
-            whole = tensor.new_empty(parameters[name].shape)
-            put(name, whole)
-            stacked[name] = in_parts(name, whole)
+            stack = tensor.new_empty(parameters[name].shape)
+            put(name, stack)
+            stacked[name] = in_parts(name, stack)
         stacked[name][stored].copy_(tensor.detach())
     if head in offers and head not in wanted:
         _refuse_another_head(offers[head], model.embed.weight, config, source)

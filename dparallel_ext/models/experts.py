@@ -160,8 +160,8 @@ def _together(
     for leaf in LEAVES:
         if prefix + leaf in state:
             continue
-        whole = torch.empty(getattr(experts, leaf).shape, device="meta")  # a shard has no parts
-        parts = in_parts(prefix + leaf, whole)
+        stack = torch.empty(getattr(experts, leaf).shape, device="meta")  # a shard has no parts
+        parts = in_parts(prefix + leaf, stack)
         stored = {name: state.pop(name) for name in parts if name in state}
         if not stored:
             continue
@@ -170,7 +170,7 @@ def _together(
         for name in misshapen:
             errors.append(f"{name} is {tuple(stored[name].shape)}, expected {tuple(parts[name].shape)}")
         if len(stored) == len(parts) and not misshapen:
-            state[prefix + leaf] = torch.cat(list(stored.values())).view(whole.shape)
+            state[prefix + leaf] = torch.cat(list(stored.values())).view(stack.shape)
 
 
 def in_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

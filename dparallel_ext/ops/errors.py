@@ -103,10 +103,10 @@ def check_errors(device: torch.device | str | None = None) -> None:
 
     device: "cuda" is every GPU of this process, and None every device.
     """
-    asked = None if device is None else torch.device(device)
+    wanted = None if device is None else torch.device(device)
     with pending_lock, torch.inference_mode():
         for (of, _), errors in pending.items():
-            if asked is None or (of.type == asked.type and asked.index in (None, of.index)):
+            if wanted is None or (of.type == wanted.type and wanted.index in (None, of.index)):
                 errors.read()
 
 

@@ -22,14 +22,14 @@ def register_fake(name: str) -> Callable[[Kernel], Kernel]:
 
     def decorate(kernel: Kernel) -> Kernel:
         @functools.wraps(kernel)
-        def checked(*given: Any, **named: Any) -> Any:
-            inputs = {**dict(zip(arguments, given, strict=False)), **named}
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            inputs = {**dict(zip(arguments, args, strict=False)), **kwargs}
             tensors = [(n, t.device) for n, t in inputs.items() if isinstance(t, Tensor)]
             (first, device), *others = tensors
             for other, its in others:
                 if its != device:
                     raise ValueError(f"{other}: expected on {device} as {first}, got {its}")
-            return kernel(*given, **named)
+            return kernel(*args, **kwargs)
 
         torch.library.register_fake(f"dparallel::{name}", checked)
         return kernel

@@ -129,13 +129,13 @@ def read_rows(
     if temperature > 0:
         where = torch.arange(count, device=logits.device) if position is None else position
         keys = keys_of(logits, count, seed=seed, sequence=sequence, position=where, step=step)
-    asked = None if ids is None else _ids(ids, shape, vocab, logits)
+    gather_ids = None if ids is None else _ids(ids, shape, vocab, logits)
     tokens, fields, error, gathered = torch.ops.dparallel.row_stats(
         flat,
         rows,
         mask_id_of(mask_id, vocab),
         suppressed(suppress, logits),
-        asked,
+        gather_ids,
         temperature,
         top_p,
         top_k,
@@ -143,7 +143,9 @@ def read_rows(
         streams.counters_for(logits, count),
     )
     stats = as_stats(tokens, fields, shape)
-    return stats if asked is None else stats._replace(logits=gathered.view(*shape, gathered.shape[-1])), error
+    return stats if gather_ids is None else stats._replace(
+        logits=gathered.view(*shape, gathered.shape[-1])
+    ), error
 
 
 def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowStats:

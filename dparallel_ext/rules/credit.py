@@ -79,10 +79,10 @@ class Credit(Rule):
             e = torch.where(has, (values - top[..., None]).exp(), 0.0)
             return e.sum(2), torch.where(e > 0, e * values, 0.0).sum(2)
 
-        (plain, plain_z), (raised, raised_z) = terms(z), terms(up)
+        (before, before_z), (raised, raised_z) = terms(z), terms(up)
         mass = (lse - top).exp()
-        total = mass - plain + raised
-        weighted = mass * (lse - entropy) - plain_z + raised_z
+        total = mass - before + raised
+        weighted = mass * (lse - entropy) - before_z + raised_z
         lse = top + total.log()
         return stats._replace(
             token=token,

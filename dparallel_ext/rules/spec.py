@@ -102,8 +102,8 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     if not kind.needed <= len(values) <= len(names):
         raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)}")
     try:
-        given = zip(kind.parameters, values, strict=False)
-        rule = kind.make(**{key: _value(key, of, value) for (key, of), value in given})
+        named_values = zip(kind.parameters, values, strict=False)
+        rule = kind.make(**{key: _value(key, of, value) for (key, of), value in named_values})
     except ValueError as error:
         raise ValueError(f"rule: expected {_usage(name)}, got {shown(text)} ({error})") from error
     except TypeError as error:

@@ -303,13 +303,13 @@ class AdaptiveBatch(CausalBatch):
         logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
         draft, logprob = self._choose(logits, places)
         choice = torch.full_like(draft, UNKNOWN)
-        asked = {b: columns for b, columns in drafts.items() if len(columns) > 1}
-        if asked:
+        to_verify = {b: columns for b, columns in drafts.items() if len(columns) > 1}
+        if to_verify:
             canvas[lane, column] = draft[0].clamp(min=0)
-            at = [i for i, place in enumerate(places) if place[0] in asked]
+            at = [i for i, place in enumerate(places) if place[0] in to_verify]
             judged = torch.tensor(at, device=device)
-            starts = {b: rows[b].num_cached for b in asked}
-            other = self._logits(self.verifier, self.verifier_cache, canvas, asked, starts)
+            starts = {b: rows[b].num_cached for b in to_verify}
+            other = self._logits(self.verifier, self.verifier_cache, canvas, to_verify, starts)
             mixed = torch.lerp(other.float(), logits[judged].float(), self.mixture)
             choice[:, judged], _ = self._choose(mixed, [places[i] for i in at])
             self.draft_forwards += 1
@@ -317,29 +317,29 @@ class AdaptiveBatch(CausalBatch):
         by_place = torch.cat((draft, choice)).T.tolist()  # waits for the device
         recorded = any(row.settings.record for row in rows.values())
         logprobs = logprob.tolist() if recorded else []
-        found, first = {}, 0
+        results, first = {}, 0
         for b, columns in drafts.items():
             last = first + len(columns)
             taken = self._agreed(b, columns, by_place[first:last])
             tokens = [row[0] for row in by_place[first:last]]
-            found[b] = Judged(tokens, logprobs[first:last], taken, b in asked)
+            results[b] = Judged(tokens, logprobs[first:last], taken, b in to_verify)
             first = last
-        return found
+        return results
 
     def _logits(
         self,
         model: Model,
         kv_cache: KVCache,
         canvas: Tensor,
-        asked: Mapping[int, range],
+        columns_of: Mapping[int, range],
         starts: Mapping[int, int],
     ) -> Tensor:
-        """(n, shared): a model's logits for the columns `asked` of some lanes, computed from `starts` on."""
+        """(n, shared): a model's logits for columns of some lanes, computed from `starts` on."""
         device, pad_to, back = model.device, row_padding(model), int(model.shift or model.causal)
         spans: list[Span] = []
         source: list[int] = []
         offset = 0
-        for b, columns in asked.items():
+        for b, columns in columns_of.items():
             start, end = starts[b], columns.stop - int(model.causal)  # the last token's logits are not needed
             spans += model.spans(b, start, end, end)
             source += (column - back - start + offset for column in columns)

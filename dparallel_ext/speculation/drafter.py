@@ -256,8 +256,8 @@ def check_session(drafter: Drafter, session: Any, model: Model) -> None:
 
 def check_layers(name: str, layers: Any, least: int, target_layers: int) -> None:
     """Raise ValueError unless `layers` are ascending numbers of layers of the target, from `least` on."""
-    whole = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
-    inside = whole and layers and least <= layers[0] and layers[-1] < target_layers
+    are_numbers = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+    inside = are_numbers and layers and least <= layers[0] and layers[-1] < target_layers
     if not inside or any(a >= b for a, b in itertools.pairwise(layers)):
         raise ValueError(
             f"{name}: expected ascending numbers of layers of [{least}, {target_layers}), got {shown(layers)}"

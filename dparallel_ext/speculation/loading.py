@@ -65,7 +65,7 @@ def load(path: str | Path) -> Drafter:
 
 
 def drafter_of(
-    given: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
     `load`), or of a model that drafts, loaded onto `device` and in `dtype`; or such a model. "tree:" in front
@@ -73,19 +73,19 @@ def drafter_of(
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
-    if isinstance(given, str):
-        given = NAMED.get(given, given)
-    if given is None:
+    if isinstance(value, str):
+        value = NAMED.get(value, value)
+    if value is None:
         return None
-    if isinstance(given, Drafter) and not isinstance(given, (str, Path, type)):
-        return _checked(given)
-    if isinstance(given, torch.nn.Module):
-        return ModelDrafter(given)
-    if isinstance(given, str):
-        name, colon, argument = given.partition(":")
+    if isinstance(value, Drafter) and not isinstance(value, (str, Path, type)):
+        return _checked(value)
+    if isinstance(value, torch.nn.Module):
+        return ModelDrafter(value)
+    if isinstance(value, str):
+        name, colon, argument = value.partition(":")
         if name == "ngram":
             if colon and not (argument.isdecimal() and len(argument) < 19 and int(argument)):
-                raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(given)}')
+                raise ValueError(f'drafter: expected "ngram" or "ngram:N", got {shown(value)}')
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:
             blocks = drafter_of(argument, device)
@@ -94,16 +94,16 @@ def drafter_of(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
                 )
             return TreeDrafter(blocks.model, blocks.source)
-    if isinstance(given, Path) or (isinstance(given, str) and _is_path(given)):
+    if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         try:
-            if _is_model(Path(given)):
-                return ModelDrafter(load_model(given, device=device, dtype=dtype))
-            return load(given)
+            if _is_model(Path(value)):
+                return ModelDrafter(load_model(value, device=device, dtype=dtype))
+            return load(value)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"drafter: {str(error).removeprefix('path: ')}") from error
     raise ValueError(
         f"drafter: expected a Drafter, a name ({', '.join(['ngram', *NAMED])}), the path of one, a model, or "
-        f"None for plain decoding, got {shown(given)}{_lacks(given)}"
+        f"None for plain decoding, got {shown(value)}{_lacks(value)}"
     )
 
 
@@ -117,9 +117,9 @@ def _checked(drafter: Drafter) -> Drafter:
     return drafter
 
 
-def _lacks(given: Any) -> str:
+def _lacks(value: Any) -> str:
     """The members of a drafter that an object lacks, in words; "" for what is none at all."""
-    lacking = [name for name in ("most", "check", "session") if not hasattr(given, name)]
+    lacking = [name for name in ("most", "check", "session") if not hasattr(value, name)]
     return f", which has no {' and no '.join(lacking)}" if 0 < len(lacking) < 3 else ""
 
 

@@ -158,7 +158,7 @@ def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
     """
     named = isinstance(drafter_given, (str, Path))
     try:
-        given = None if named else weakref.ref(drafter_given)
+        reference = None if named else weakref.ref(drafter_given)
     except TypeError:  # its class has __slots__, so nothing would tell when it is gone
         return sizer_for(drafter)
     key = drafter_given if named else id(drafter_given)
@@ -167,7 +167,7 @@ def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
     same = before is None or before() is drafter_given  # an id may come again
     if not (same and known and len(known.accepted) == drafter.most):
         known = Measurements(drafter.most)
-    of_model[key] = given, known
+    of_model[key] = reference, known
     while len(of_model) > REMEMBERED:
         del of_model[next(iter(of_model))]
     return sizer_for(drafter, known)

@@ -199,9 +199,9 @@ def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig)
 def end_ids(model: Model, config: DecodeConfig, mask_id: int | None = None) -> tuple[int, ...]:
     """The ids that end a sequence. Raises ValueError for one that the model never decodes, and for such a
     stop sequence."""
-    given = () if config.end_id is None else (config.end_id,)
-    check_ends(given, config.stop, model.shape.embedding_size, mask_id)
-    return model.eos_ids if config.eos_id is None else given
+    of_config = () if config.end_id is None else (config.end_id,)
+    check_ends(of_config, config.stop, model.shape.embedding_size, mask_id)
+    return model.eos_ids if config.eos_id is None else of_config
 
 
 def sizer_of(

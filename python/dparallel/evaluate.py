@@ -80,7 +80,7 @@ def evaluate(
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
-    found: dict[int, Answer] = {}
+    answer_of: dict[int, Answer] = {}
     began = time.perf_counter()
     for part in _batches(asked, batch):
         out = dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
@@ -92,7 +92,7 @@ def evaluate(
         shown = responses if beyond else [r[:n] for r, n in zip(responses, kept, strict=True)]
         texts = tokenizer.decode_batch(shown)
         correct += _count_right(asked.problems, part, texts)
-        found |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
+        answer_of |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
         passes += int(out.nfe.sum())
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
         tokens += sum(kept)
@@ -107,7 +107,7 @@ def evaluate(
             how = label({"policy": policy, "config": changed})
             _record(recording, asked, how, part, texts, out, kept)
     if answers is not None:
-        answers += [found[number] for number in range(len(asked.problems.prompts))]
+        answers += [answer_of[number] for number in range(len(asked.problems.prompts))]
     count = len(asked.problems.prompts)
     of_drafts = {"canvases_mean": canvases / count if count else 0.0} if draft_size else {}
     return {
@@ -305,17 +305,17 @@ def _to_the_end(
     how: what the recording says of the decoding. answers: receives the answers at the end, in the order of
     the problems.
     """
-    found: dict[int, Answer] = {}
+    answer_of: dict[int, Answer] = {}
     for part in _batches(asked, batch):
         out = decode(part)
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
         texts = asked.tokenizer.decode_batch(kept)
-        found |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
+        answer_of |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
         if recording is not None:
             _record(recording, asked, how, part, texts, out, out.kept.tolist())
         yield out, _count_right(asked.problems, part, texts)
     if answers is not None:
-        answers += [found[number] for number in range(len(found))]
+        answers += [answer_of[number] for number in range(len(answer_of))]
 
 
 def evaluate_adaptive(

@@ -102,9 +102,9 @@ def rows(
     try:
         if re.match(r"\s*\[\s*[{\]]", content):
             listed = enumerate(_json(f"{argument}: {file}", content), 1)
-            found = [(n, _object(f"{argument}: {file}:{n}", each)) for n, each in listed]
+            objects = [(n, _object(f"{argument}: {file}:{n}", each)) for n, each in listed]
         else:
-            found = [
+            objects = [
                 (n, {text_field: line})
                 if text_field is not None and not line.lstrip().startswith("{")
                 else (n, json_object(argument, file, n, line))
@@ -112,7 +112,7 @@ def rows(
             ]
     except ValueError as error:
         raise ValueError(f"{error}; expected {ROWS}") from error
-    yield from found
+    yield from objects
 
 
 def _table(argument: str, file: str | Path, columns: list[str] | None) -> list[dict[str, Any]]:

@@ -187,8 +187,8 @@ def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, ti
     axes.set(xlim=(0, columns), ylim=(1 - max(lines, 1), 1), title=textwrap.fill(title, 120))
     axes.axis("off")
     scale = pyplot.cm.ScalarMappable(norm, colours)
-    whole = MaxNLocator(integer=True, min_n_ticks=1).tick_values(1, total)
-    ticks = [tick for tick in whole if 1 <= tick <= total]
+    marks = MaxNLocator(integer=True, min_n_ticks=1).tick_values(1, total)
+    ticks = [tick for tick in marks if 1 <= tick <= total]
     figure.colorbar(scale, ax=axes, label="pass that committed it", ticks=ticks, fraction=0.02, pad=0.01)
     _write(figure, path)
 

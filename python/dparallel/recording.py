@@ -76,8 +76,8 @@ def answer_of(
     if infill:
         return fields | _in_place(out, i, texts, ids, steps, logprobs)
     tokens = [texts(token, first=at == 0) for at, token in enumerate(ids)]
-    whole = {"pass": passes, "start": 0, "tokens": tokens, "passes": steps, "logprobs": logprobs}
-    return fields | {"events": [whole]}
+    only_event = {"pass": passes, "start": 0, "tokens": tokens, "passes": steps, "logprobs": logprobs}
+    return fields | {"events": [only_event]}
 
 
 def _in_place(

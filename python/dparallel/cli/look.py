@@ -184,11 +184,11 @@ def evaluate(
             asked = from_file(
                 data, CHECKER if checker is None else checker, count=problems, gen_length=gen_length, **fields
             )
-        given: dict[Path, str] = {}
+        option_of: dict[Path, str] = {}
         for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
             if file is not None:
                 files.writable(name, file)
-                if (other := given.setdefault(file.absolute(), name)) != name:
+                if (other := option_of.setdefault(file.absolute(), name)) != name:
                     raise ValueError(f"{name}: expected another file than --{other}'s, got {file}")
         if plot is not None:
             plots.load_pyplot()

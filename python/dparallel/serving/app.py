@@ -415,8 +415,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @read("/v1/models/{name:path}", errors(401, 404, 413))
     async def one_model(name: str) -> Response:
         # The gate strips a slash from the path's end, but a directory's name may end with one.
-        whole = next((known for known in service.models if known.rstrip("/") == name), name)
-        return JSONResponse(service.model(whole).described)
+        full_name = next((known for known in service.models if known.rstrip("/") == name), name)
+        return JSONResponse(service.model(full_name).described)
 
     @read("/version", errors(401, 413))
     async def version() -> Response:

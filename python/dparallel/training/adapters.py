@@ -34,7 +34,9 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
         o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS if o in model.NAMES
     }
     modules = [name for name, _ in model.named_modules()]
-    targets = [o for o, own in theirs.items() if any(name.endswith(f".{own}") for name in modules)]
+    targets = [
+        o for o, module_name in theirs.items() if any(name.endswith(f".{module_name}") for name in modules)
+    ]
     theirs |= {name: model.checkpoint_name(name) for name in ("embed", "lm_head")}
     # In LLaDA a layer's last matrix has the head's name.
     changes: dict[str, Any] = {"exclude_modules": [theirs["lm_head"]], "target_modules": targets}
@@ -43,8 +45,8 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
         if not isinstance(names := changes.get(key), (list, tuple)):
             continue
         changes[key] = [theirs.get(name, name) for name in names]
-        for name, own in zip(names, changes[key], strict=True):
-            if not any(f".{module}".endswith(f".{own}") for module in modules):
+        for name, module_name in zip(names, changes[key], strict=True):
+            if not any(f".{module}".endswith(f".{module_name}") for module in modules):
                 raise ValueError(f"lora: {key} has {name!r}, which is no module of {type(model).__name__}")
     try:
         config = LoraConfig(**changes)
@@ -161,5 +163,5 @@ def _parts(key: str) -> tuple[str, str, str]:
 
     A weight that replaces the base's has no mark: its whole name comes first.
     """
-    module, *own = re.split(r"(\.lora_|\.token_adapter\.)", key, maxsplit=1)
-    return (module, own[0], own[1]) if own else (module, "", "")
+    module, *mark_and_rest = re.split(r"(\.lora_|\.token_adapter\.)", key, maxsplit=1)
+    return (module, mark_and_rest[0], mark_and_rest[1]) if mark_and_rest else (module, "", "")

@@ -184,8 +184,8 @@ class CertaintyForcingTrainer(Trainer):
             return
         active = view["active"]
         count = len(active) // 2
-        own = state.remainder - self.accelerator.process_index * count
-        active.view(2, count, -1)[:, max(0, own) :] = False
+        unpadded = state.remainder - self.accelerator.process_index * count
+        active.view(2, count, -1)[:, max(0, unpadded) :] = False
 
     def views(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Any]:
         """The masked states of a collated batch (B, T) and their complements, as one batch (2B, T); and the
@@ -393,12 +393,12 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's output embedding, if its output are the logits without further changes; else None."""
     if isinstance(model, Model):
         head: Any = model.lm_head
-        plain = model.shape.logit_scale == 1.0
+        unscaled = model.shape.logit_scale == 1.0
     else:
         get = getattr(model, "get_output_embeddings", None)
         head, config = get() if get is not None else None, getattr(model, "config", None)
-        plain = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
-    return head if plain and type(head) is nn.Linear and head.bias is None else None
+        unscaled = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
+    return head if unscaled and type(head) is nn.Linear and head.bias is None else None
 
 
 @contextmanager
