@@ -462,6 +462,9 @@ def test_linear_opcheck_and_compile() -> None:
     hidden, head, labels, active = rows_of(5, 8, 30, torch.float32)
     arguments = (hidden[0].requires_grad_(), head, labels[0], active[0], 0.5, 1.0, 0.0, 2)
     torch.library.opcheck(torch.ops.dparallel.linear_certainty_forcing_loss.default, arguments)
+    saved = torch.ops.dparallel.linear_certainty_forcing_loss(*arguments)[3]
+    given = (hidden[0].detach(), *arguments[1:], saved.detach(), torch.randn(5), torch.randn(5), True)
+    torch.library.opcheck(torch.ops.dparallel.linear_certainty_forcing_loss_backward.default, given)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(h: Tensor) -> Tensor:

@@ -469,6 +469,12 @@ def test_linear_opcheck_and_compile() -> None:
     given = (hidden[0].requires_grad_(), head, teacher[0], teacher_head, weight[0] != 0)
     settings = (0.7, 1.0, 0.5, 0.0, 2)
     torch.library.opcheck(torch.ops.dparallel.linear_distillation_loss.default, (*given, *settings))
+    saved = torch.ops.dparallel.linear_distillation_loss(*given, *settings)[1].detach()
+    given = (hidden[0].detach(), *given[1:])
+    torch.library.opcheck(
+        torch.ops.dparallel.linear_distillation_loss_backward.default,
+        (*given, *settings, saved, torch.randn(5), True),
+    )
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(h: Tensor) -> Tensor:

@@ -169,3 +169,10 @@ def test_layers_of_a_model_go_through_it(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_arguments(weight: Tensor, bias: Tensor | None, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         dx.linear(torch.zeros(2, 64), weight, bias)
+
+
+@everywhere
+def test_opcheck() -> None:
+    x, weight, bias = torch.randn(5, 64), torch.randn(24, 64), torch.randn(24)
+    torch.library.opcheck(op, (x, weight, bias))
+    torch.library.opcheck(op, (x.bfloat16(), weight.bfloat16(), None))

@@ -139,3 +139,10 @@ def test_an_input_that_requires_a_gradient_is_named(name: str) -> None:
     named[name].requires_grad_()
     with pytest.raises(ValueError, match=f"^{name}: requires a gradient, which this op does not have"):
         dx.linear_kv_write(**named)
+
+
+@everywhere
+def test_opcheck() -> None:
+    given = Given(5, 64, 4, 2, 64, torch.float32, False)
+    factors = given.x, given.weight, given.scale, given.bias
+    torch.library.opcheck(ops.linear_kv_write, (*factors, *given.caches.unbind(), *given.where.values()))

@@ -127,3 +127,10 @@ def test_bad_arguments(change: dict[str, Any], said: str) -> None:
     given: dict[str, Any] = {"x": torch.zeros(2, 64), "weight": torch.zeros(8, 64), "bias": torch.zeros(8)}
     with pytest.raises(ValueError, match=said):
         dx.linear_swiglu(**{**given, **change})
+
+
+@everywhere
+def test_opcheck() -> None:
+    x, weight, bias, _ = factors(5, 64, 32, torch.float32, False).values()
+    torch.library.opcheck(ops.linear_swiglu, (x, weight, None, bias))
+    torch.library.opcheck(ops.linear_swiglu, (x.bfloat16(), weight.bfloat16(), None, None))
