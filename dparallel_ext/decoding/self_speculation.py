@@ -305,6 +305,8 @@ class SelfSpeculation(Batch):
         pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
         earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
         is_right = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
+        # Behind a state that has completed the block, at an EOS, nothing comes, whatever its masks became.
+        is_right |= dict.fromkeys(finished, False)
         last = {
             b: next(lane for lane in states if not is_right.get(lane, False)) for b, states in lanes.items()
         }

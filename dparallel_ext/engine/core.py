@@ -350,7 +350,7 @@ class EngineCore:
             tokens=tokens,
             logprobs=logprobs,
             finish_reason=reason,
-            nfe=0 if request.lane is None else self.batch.nfe[request.lane],
+            nfe=0 if row is None else self.batch.nfe[request.lane],
             nfe_published=0 if row is None else row.published,
             draft_nfe=0 if row is None else row.draft_nfe,
             prompt_length=len(request.plan.prompt),

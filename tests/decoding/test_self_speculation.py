@@ -320,6 +320,24 @@ def test_an_engine_guesses_too(way: tuple[str, str]) -> None:
         assert passes[0] < passes[1]
 
 
+def test_an_engine_guesses_nothing_behind_an_end() -> None:
+    """A state that an EOS completes is the last, though an engine leaves masks behind it, as guesses do."""
+    model, prompt, saved = MODELS["llada_tiny_a"], torch.arange(5), 0
+    block: dict[str, Any] = {"block_length": 24, "cache": "none"}
+    text = dx.decode(model, prompt, gen_length=24, **block).responses[0].tolist()
+    with dx.Engine(model, draft_size=4, lanes=1, max_length=32, **block) as engine:
+        for eos_id in text[1:4]:
+            own = {"gen_length": 24, "eos_id": eos_id}
+            found = engine.submit(prompt, **own).result()
+            plain = dx.decode(model, prompt, **own, **block)
+            alone = dx.decode(model, prompt, draft_size=4, **own, **block)
+            assert found.tokens == plain.responses[0][: int(plain.kept)].tolist()
+            assert found.nfe == int(alone.nfe)
+            assert found.nfe_published == int(plain.nfe_published)
+            saved += int(plain.nfe) - found.nfe
+    assert saved > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

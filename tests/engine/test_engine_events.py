@@ -32,6 +32,9 @@ def test_cancelled_requests_leave_at_the_next_pass(monkeypatch: pytest.MonkeyPat
         gate.passes.release(100)
         with pytest.raises(CancelledError, match="request 1 was cancelled"):
             waiting.result(60)
+        end = waiting.events.all[-1]
+        assert isinstance(end, dx.Completion)
+        assert end.nfe == 0  # not a running request's
         with pytest.raises(CancelledError):
             list(blocks)
         assert last.result(60).finish_reason == "length"
