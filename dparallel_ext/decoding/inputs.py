@@ -111,7 +111,8 @@ class InputPacker:
         for each in eos:
             packing.add(_by_field(self._endings(rows, work, each)))
         packing.close(len(eos), 2, len(rows))
-        self._put_windows(packing, rows, work, bool(cells))
+        by_rule = any(group.rule is not None for group, _ in groups.values())
+        self._put_windows(packing, rows, work, by_rule)
         inputs, shapes = packing.pack()
         if self.tokens.device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes

@@ -337,6 +337,25 @@ def test_edit_leaves_a_token_without_logits(cache: str) -> None:
         assert int(steps.max()) > 2
 
 
+def test_a_rule_may_have_nothing_to_read() -> None:
+    """A block of one column, whose only logits are from the position before: `where` has a window without
+    cells."""
+    windows: list[int] = []
+
+    class Turned(Rule):
+        reads, edits = "block", 2
+
+        def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+            late = where.turn[:, None] > 0
+            windows.append(where.column.shape[1])
+            return Decision(where.masked & late, edit=where.decoded & late)
+
+    model = golden.model("dream_tiny_a", dtype=torch.float32)
+    out = dx.decode(model, [1, 2], gen_length=3, block_length=1, cache="prefix", rule=Turned())
+    assert int(out.nfe) == 3 * 2
+    assert windows == [1, 0] * 3
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix"])
 def test_end_of_text_is_its_formula(llada: models.Model, cache: str) -> None:
     """All masks from the first sure EOS on become EOS, in later blocks too, and the rest follows the row."""
