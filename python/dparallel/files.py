@@ -92,17 +92,22 @@ def rows(
     """(line or row from 1, its content) of a file of `ROWS`. Raises FileNotFoundError, and ValueError naming
     the argument.
 
-    `columns`: the columns to read of Parquet; default: all. `text_field`: a line that does not begin with {
-    is the text of this field; default: it is an error.
+    `columns`: the columns to read of Parquet; default: all. `text_field`: a line that does not begin with {,
+    or a text in the list, is the text of this field; default: it is an error.
     """
     if Path(file).suffix.lower() == ".parquet":
         yield from enumerate(_table(argument, file, columns), 1)
         return
     content = read_text(argument, file)
     try:
-        if re.match(r"\s*\[\s*[{\]]", content):
+        if re.match(r'\s*\[\s*[{"\]]', content):
             listed = enumerate(_json(f"{argument}: {file}", content), 1)
-            objects = [(n, _object(f"{argument}: {file}:{n}", each)) for n, each in listed]
+            objects = [
+                (n, {text_field: each})
+                if text_field is not None and isinstance(each, str)
+                else (n, _object(f"{argument}: {file}:{n}", each))
+                for n, each in listed
+            ]
         else:
             objects = [
                 (n, {text_field: line})

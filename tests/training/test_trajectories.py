@@ -376,9 +376,13 @@ def test_prompts_of_odd_files(tmp_path: Path):
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "texts.json").write_text('[{"prompt": "a", "answer": 1}, "b"]')
     (tmp_path / "half.json").write_bytes(listed[:-1])
+    for text in ('["a", "b"]', '\n[\n "a",\n {"prompt": "b"}\n]'):
+        (tmp_path / "plain.json").write_text(text)
+        assert read_prompts(tmp_path / "plain.json", answer_field=None) == [Prompt("a", ""), Prompt("b", "")]
     for name, said in (
         ("empty.json", "holds no prompts"),
         ("texts.json:2", "holds a str, expected an object; expected JSON Lines"),
+        ("plain.json:1", "holds a str, expected an object; expected JSON Lines"),
         ("half.json", "is not JSON: .*; expected JSON Lines"),
         ("l.parquet", "expected str or a list of messages in 'prompt', got \\['a'\\]"),
         ("none.parquet", "holds no prompts"),
