@@ -221,15 +221,9 @@ def _is_number(text: str) -> bool:
 def _usage(name: str) -> str:
     kind = KINDS[name]
     names = [parameter.upper() for parameter, _ in kind.parameters]
-    needed, optional = names[: kind.needed], names[kind.needed :]
-    return (
-        name
-        + (":" if needed else "[:")
-        + ",".join(needed)
-        + ("[," if needed else "")
-        + ",".join(optional)
-        + "]"
-    )
+    needed, optional = ",".join(names[: kind.needed]), ",".join(names[kind.needed :])
+    text = f"{name}:{needed}" if needed else name
+    return f"{text}[{',' if needed else ':'}{optional}]" if optional else text
 
 
 def describe() -> str:

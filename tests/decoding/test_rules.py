@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -803,6 +804,17 @@ def test_a_rule_of_a_users_own_has_a_name(llada: models.Model, monkeypatch: pyte
     assert rules.parse("sure") == (Sure(), {})
     with pytest.raises(ValueError, match=r"rules.KINDS\['sure'\]: expected .* of Sure, got \['height'\]"):
         rules.parse("sure:0.5")
+
+
+@pytest.mark.parametrize(("needed", "usage"), [(0, "own[:A,B]"), (1, "own:A[,B]"), (2, "own:A,B")])
+def test_parameters_are_told_as_they_are_given(
+    needed: int, usage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rules.KINDS, "own", rules.Kind(Rule, (("a", int), ("b", int)), needed, "commits"))
+    monkeypatch.setitem(rules.KINDS, "bare", rules.Kind(Rule, (), 0, "commits nothing"))
+    for text, expected in (("own:1,2,3", usage), ("bare:1", "bare")):
+        with pytest.raises(ValueError, match=f"^rule: expected {re.escape(expected)}, got '{text}'$"):
+            rules.parse(text)
 
 
 def test_the_rule_of_the_example() -> None:
