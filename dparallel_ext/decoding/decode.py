@@ -18,7 +18,7 @@ from ..models import Model, check_call, for_decoding, traits, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
-from .self_speculation import SelfSpeculation, check_draft
+from .self_speculation import SelfSpeculation, check_draft, states_to_guess
 from .sequence import whole_length
 from .settings import check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -199,9 +199,9 @@ def start(
             f"response, got {config.active_blocks}"
         )
     kind: Any = Batch
-    if draft_size is not None and arguments.whole("draft_size", draft_size, 0):
+    if guesses := states_to_guess(draft_size, of_model.schedule):
         check_draft(settings, of_model.schedule)
-        kind = functools.partial(SelfSpeculation, draft_size=draft_size)
+        kind = functools.partial(SelfSpeculation, draft_size=guesses)
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:

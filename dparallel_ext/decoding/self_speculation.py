@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import policies
+from ..arguments import whole
 from ..cache import KVCache
 from ..models import Model
 from ..rules import Decision, Rule, Where
@@ -78,6 +79,13 @@ class Pass(NamedTuple):
     """Columns [start, end) whose statistics it read."""
     computed: tuple[int, int] = (0, 0)
     """Positions [first, last) whose keys and values it wrote."""
+
+
+def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
+    """How many states a pass guesses at most: no two have as many masks, and the last has one. Raises
+    ValueError naming `draft_size`."""
+    size = 0 if draft_size is None else whole("draft_size", draft_size, 0)
+    return min(size, max(1, schedule.block_length - 1))
 
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:

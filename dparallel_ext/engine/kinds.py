@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..arguments import shown, whole
+from ..arguments import shown
 from ..cache import KVCache
 from ..decoding import batch as diffusion
 from ..decoding import self_speculation
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
-from ..decoding.self_speculation import check_draft
+from ..decoding.self_speculation import check_draft, states_to_guess
 from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
@@ -164,10 +164,10 @@ class Diffusion(Kind):
 
     def __init__(self, model: Model, config: DecodeConfig, draft_size: int | None) -> None:
         self._model, block_causal = model, traits(model).block_length is not None
-        self._draft_size = 0 if draft_size is None else whole("draft_size", draft_size, 0)
         self.models = (model,)
         self._of_model = check_model(config, model, "block" if block_causal else "dual")
         self.cache, self._schedule, self._mask_id = self._of_model
+        self._draft_size = states_to_guess(draft_size, self._schedule)
         self.mask_id = self._mask_id
         self.config = config.replace(**self._of_model.fields)
         self.page_unit = self._schedule.block_length if block_causal else 1

@@ -257,6 +257,19 @@ def test_a_state_that_decoding_never_comes_to_may_be_bad() -> None:
         dx.decode(Canned(logits, worse), prompts, mask_id=9, gen_length=6, draft_size=2)
 
 
+def test_no_memory_for_states_that_no_pass_can_guess() -> None:
+    """The states of a block of 4 are at most 4, whatever is asked."""
+    model = MODELS["llada_tiny_a"]
+    config = {"gen_length": 8, "block_length": 4, "cache": "dual"}
+    most = dx.decode(model, [1, 2], draft_size=3, **config)
+    out = dx.decode(model, [1, 2], draft_size=10**12, **config)
+    assert torch.equal(out.sequences, most.sequences)
+    assert (int(out.nfe), int(out.canvases)) == (int(most.nfe), int(most.canvases))
+    fixed = {"block_length": 4, "cache": "dual", "lanes": 1, "max_length": 10}
+    with dx.Engine(model, draft_size=10**12, **fixed) as engine:
+        assert engine.submit([1, 2], gen_length=8).result().nfe == int(most.nfe)
+
+
 def test_states_share_the_pages_of_finished_blocks() -> None:
     """A guessed state has one page of its own, whatever the length."""
     model, prompts = MODELS["sdar_tiny_a"], [torch.arange(21), torch.arange(3)]
