@@ -106,9 +106,11 @@ class Asked:
 class Client:
     """A thread that does as it likes, by its own random numbers."""
 
-    def __init__(self, engine: dx.Engine, causal: bool, seed: float, turns: int, name: str) -> None:
+    def __init__(
+        self, engine: dx.Engine, causal: bool, fixed: bool, seed: float, turns: int, name: str
+    ) -> None:
         self.engine, self.rng, self.turns = engine, random.Random(seed), turns
-        self.causal = causal
+        self.causal, self.fixed = causal, fixed
         self.asked: list[Asked] = []
         self.wrong: list[str] = []
         self.thread = threading.Thread(target=self.run, name=name)
@@ -141,7 +143,9 @@ class Client:
             "eos_id": rng.choice([None, 5]),
             "suppress": tuple(POISON),
         }
-        if not self.causal:
+        if self.fixed:
+            own |= {"threshold": float(rng.choice([1, 3])), "selector": "quota"}
+        elif not self.causal:
             own |= {"threshold": rng.choice([0.3, 0.9]), "selector": "confidence"}
         on_draft = rng.choice([None, None, lambda draft: self.callback(rng.random())])
         handle = self.engine.submit(prompt, on_draft=on_draft, **own)
@@ -227,14 +231,15 @@ class Guessing(Knowing):
         return draft._replace(tokens=tuple(self.rng.choice(lane.tokens.tolist()) for _ in draft.tokens))
 
 
-def engine_of(name: str, way: str, rng: random.Random) -> dx.Engine:
+def engine_of(name: str, way: str, fixed: bool, rng: random.Random) -> dx.Engine:
+    """An engine; `fixed`: with self-speculation."""
     lanes, own = rng.randint(1, 4), dict[str, Any]()
     if name == "causal":
         guessing = Guessing([], tree=way == "trees", right=0.0, seed=rng.randrange(99))
         own["drafter"] = DRAFTERS.get(way, guessing)
         own["draft_size"] = rng.choice([None, 4])
     else:
-        own = {"cache": way, "block_length": BLOCK}
+        own = {"cache": way, "block_length": BLOCK, "draft_size": rng.choice([1, 3, 9]) if fixed else None}
     return dx.Engine(
         MODELS[name],
         lanes=lanes,
@@ -263,9 +268,10 @@ def test_chaos(
     embedded = Model.embedded
     for rng in attack.cases(few):
         name, way = rng.choice(ways)
-        engine = engine_of(name, way, rng)
+        fixed = name != "causal" and rng.random() < 0.4
+        engine = engine_of(name, way, fixed, rng)
         clients = [
-            Client(engine, name == "causal", rng.random(), rng.randint(4, 12), f"client {n}")
+            Client(engine, name == "causal", fixed, rng.random(), rng.randint(4, 12), f"client {n}")
             for n in range(rng.randint(1, 4))
         ]
         fault = rng.choice([None, None, None, "admit", "receive", "advance", "publish", "end"])
