@@ -113,8 +113,7 @@ class DecodeConfig:
     """With a `threshold`, the most tokens that a pass commits, one per sequence; None: no limit."""
     score: policies.Name | None = None
     """What "quota" and the fixed schedule rank by, one per sequence: "confidence", "entropy" or "margin".
-    None: confidence. (dParallel's published loops rank their fixed schedule by entropy with the caches
-    "prefix" and "dual", and so does `compat`.)"""
+    None, as published: entropy for the fixed schedule with cache "prefix" or "dual", else confidence."""
     cache: str | None = None
     """"none", the whole sequence each pass; for our models also "prefix" (one full pass per block, then from
     the block on), "dual" (one full pass per block, then the block alone), and for block-causal ones "block"
@@ -202,7 +201,7 @@ class DecodeConfig:
                 raise ValueError(
                     f"{name}: expected one value or {expected}, as many as {first} has, got {count}"
                 )
-        decided(self, next(iter(lengths.values()), 1))
+        decided(self, next(iter(lengths.values()), 1), self.cache or "none")
 
     @property
     def end_id(self) -> int | None:
@@ -323,7 +322,7 @@ class Decided(NamedTuple):
     """Each row's selector; empty unless the rows come from a threshold."""
 
 
-def decided(config: DecodeConfig, size: int) -> Decided:
+def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
     """What decides for `size` sequences. Raises ValueError naming the field that does not fit."""
     rule, row = _rule(config)
     threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
@@ -345,7 +344,8 @@ def decided(config: DecodeConfig, size: int) -> Decided:
                 f"{names[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
                 f"schedule, got {ignored[names[0]]!r}"
             )
-        rows = policies.make("quota", 1, score=row["score"], batch=size)
+        by_default = "entropy" if cache in ("prefix", "dual") else "confidence"
+        rows = policies.make("quota", 1, score=row["score"] or by_default, batch=size)
     for sequence, numbers in enumerate(rows.tolist()):
         least, score = numbers[2], policies.score_of(numbers)
         if least < 1:  # a window beside others need not move, but a sequence's only window must

@@ -77,12 +77,12 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     return OfModel(cache, schedule, mask_id)
 
 
-def make_settings(config: DecodeConfig, model_traits: Traits, size: int) -> list[Settings]:
+def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: int) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
-    Raises ValueError if the config has values for another number of sequences.
+    cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
     """
-    rule, steps, rows, selectors = decided(config, size)
+    rule, steps, rows, selectors = decided(config, size, cache)
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
             here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")

@@ -123,7 +123,7 @@ def adaptive_decode(
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, traits(model), size)
+        settings = make_settings(config, traits(model), "none", size)
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):

@@ -127,7 +127,7 @@ def speculate(
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, traits(model), size)
+        settings = make_settings(config, traits(model), "none", size)
         check_prompts(model, prompts, config)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]

@@ -111,17 +111,6 @@ def test_the_schedule_shares_steps_out(llada) -> None:
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("settings", [{"rule": "one"}, {"steps": 4}], ids=str)
-def test_the_schedule_ranks_by_confidence_with_every_cache(llada, settings: dict, cache: str) -> None:
-    def step(**score: str) -> Tensor:
-        shared = {"gen_length": 16, "block_length": 8, "cache": cache, "record": True}
-        return dx.decode(llada, PROMPTS, **shared, **settings, **score).trajectory.step
-
-    assert torch.equal(step(), step(score="confidence"))
-    assert not torch.equal(step(), step(score="entropy"))
-
-
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_lengths_that_do_not_divide(llada, dream, cache: str) -> None:
     for model in (llada, dream):
         for gen_length, block_length in ((13, 5), (3, 32), (1, 1), (7, 7)):

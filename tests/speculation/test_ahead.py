@@ -24,7 +24,7 @@ def causal(prompts: list[Tensor], **settings: Any) -> tuple[speculation.CausalBa
     """A batch that runs ahead, and what admits a prompt into a lane."""
     model = drafters.MODEL
     batch = speculation.CausalBatch(model, len(prompts), 64, ahead=1, **settings)
-    own = make_settings(dx.DecodeConfig(), models.traits(model), 1)[0]
+    own = make_settings(dx.DecodeConfig(), models.traits(model), "none", 1)[0]
     return batch, lambda lane: batch.admit(lane, prompts[lane], 24, own)
 
 
@@ -74,7 +74,7 @@ def test_the_host_reads_few_numbers_of_tensors(
         monkeypatch.setattr(Tensor, name, counted(name))
     model = drafters.MODEL
     batch = speculation.CausalBatch(model, 1, 64, drafter=speculation.drafter_of(drafter))
-    own = make_settings(dx.DecodeConfig(stop=[[60, 60]]), models.traits(model), 1)[0]
+    own = make_settings(dx.DecodeConfig(stop=[[60, 60]]), models.traits(model), "none", 1)[0]
     with torch.inference_mode():
         batch.admit(0, torch.arange(3, 14).repeat(2), 24, own)
         for _ in range(8):

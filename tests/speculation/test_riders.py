@@ -253,7 +253,7 @@ def test_pages_of_any_size_in_any_order(kind: str, page_size: int) -> None:
         cache = MODEL.new_cache(count + 3, page_size, pages)
         cache.slots.fill_(math.nan)
         batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=noted, sizer=Fixed(9), kv_cache=cache)
-        own = make_settings(DecodeConfig(), models.traits(MODEL), 1)[0]
+        own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
         for lane, prompt in enumerate(PROMPTS):
             batch.admit(lane, prompt, 24, own)
         while batch.live:
