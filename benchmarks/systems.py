@@ -53,6 +53,7 @@ SYSTEMS = (
            trained="student/training"),
     System("autoregressive, alone", "", "speculation", "causal", "plain", ""),
     System("prompt lookup", "2304.04487", "speculation", "causal", "ngram", ""),
+    System("Token Recycling", "2408.08696", "speculation", "causal", "recycling", "the prompt's rows"),
     System("ParallelSpec", "2410.05589", "speculation", "causal", "builtin:parallelspec",
            "", trained="causal/parallelspec"),
     System("AdaDecode", "2506.03700", "speculation", "causal", "builtin:adadecode", "",
