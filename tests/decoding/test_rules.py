@@ -1,11 +1,9 @@
-"""Rules against plain forms of their formulas, in batches, beside each other, and where they are wrong."""
+"""Rules against plain forms of their formulas, in batches, beside each other, and where they are wrong; their
+texts are in test_rule_texts.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, golden
-from dparallel import registry
+from conftest import golden
 from test_infill import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import compat, models, rules
+from dparallel_ext import compat, models
 from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
 
 MASK = 511
@@ -591,249 +588,6 @@ def test_logits_that_are_none_are_named(logits: Any) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match="model: its logits: expected a"):
             call()
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"rule": "nonsense"}, r"rule: expected 'one', .* or a rule of \['credit'"),
-        (
-            {"rule": "entropy:-1"},
-            r"rule: expected entropy:TAU, got 'entropy:-1' \(threshold: expected .* >= 0",
-        ),
-        ({"rule": "steps:"}, r"rule: expected steps:N, got 'steps:' \(N: expected a whole number, got ''\)"),
-        ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
-        ({"rule": "credit:nan"}, "scale: expected a finite number"),
-        ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
-        ({"rule": Credit}, "rule: expected a Rule, its name or a function, got type"),
-        ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
-        ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
-        ({"rule": "prophet:1.5"}, "rule: expected prophet.*start: expected a whole number, got '1.5'"),
-        ({"rule": "sched:7.5,2.5,square"}, "kind: expected one of"),
-        ({"rule": 5}, "rule: expected a Rule, its name or a function, got int"),
-        ({"rule": "entropy:0.5", "threshold": 0.5}, "rule: names a policy row, so give it without threshold"),
-        ({"rule": "credit", "temperature": 0.5}, "temperature: Credit commits tokens of its own"),
-        ({"rule": "credit+margin:0.5"}, "selector: Credit has no margin to rank by"),
-        ({"rule": lambda s, m, n: m, "threshold": 0.5}, "rule: a function decides alone"),
-        ({"rule": "credit", "policy": lambda s, m, n: m}, "policy: give it alone, without rule"),
-        ({"rule": lambda s, m, n: m.float()}, "policy: expected a bool Tensor"),
-        ({"rule": lambda s, m, n: m.to("meta")}, "policy: expected on cpu, got meta"),
-        ({"rule": lambda s, m, n: m.to_sparse()}, "policy: expected a dense Tensor, got a sparse_coo one"),
-    ],
-)
-def test_what_does_not_fit_is_said(llada: models.Model, settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        dx.decode(llada, PROMPTS, gen_length=8, block_length=8, **settings)
-
-
-JUNK = (
-    "",
-    "x",
-    " ",
-    "nan",
-    "-inf",
-    "1e400",
-    "9" * 5000,
-    "0x1",
-    "1.5.",
-    "\0",
-    "\ud800",
-    "+",
-    ":",
-    "1,,",
-    "1,2,3,4,5,6",
-)
-
-
-@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:9])
-def test_a_text_that_is_no_rule_is_refused_in_words_of_ours(junk: str) -> None:
-    """In the place of each rule's parameters, before and behind them; what Python says is not shown."""
-    for entry in rules.menu():
-        name, usual = entry["name"], entry["usual"]
-        for text in (
-            f"{name}:{junk}",
-            f"{name}:{usual},{junk}",
-            f"{name}:{junk}{usual}",
-            f"{name}+{junk}",
-            junk + name,
-        ):
-            try:
-                dx.rules.parse(text)
-            except ValueError as error:
-                said = str(error)
-                assert said.startswith("rule: expected "), said
-                assert len(said) < 700
-                for python in (
-                    "could not convert",
-                    "invalid literal",
-                    "embedded null",
-                    "can't encode",
-                    "digits",
-                ):
-                    assert python not in said
-
-
-@dataclass(frozen=True)
-class Reads(Rule):
-    reads: Any = "masks"
-
-
-@dataclass(frozen=True)
-class Masked(Rule):
-    def decide(self, stats: Any, where: Where, state: Any) -> Any:
-        return where.masked
-
-
-@dataclass(frozen=True)
-class Remasks(Rule):
-    wide: bool = True
-    edits: int = 0
-    reads = "block"
-
-    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
-        return Decision(remask=where.decoded if self.wide else where.decoded[:, :2])
-
-
-@dataclass(eq=True)
-class Unfrozen(Rule):
-    bar: float = 0.5
-
-
-@dataclass(frozen=True)
-class Sure(Rule):
-    bar: float = 0.5
-
-    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
-        return Decision(where.masked & (stats.confidence >= self.bar))
-
-
-@dataclass(frozen=True)
-class Own(Rule):
-    """Decides nothing by itself, and has the fields and the state that it is given."""
-
-    row: Any = None
-    edits: Any = 0
-    reads: Any = "masked"
-    state: Any = ()
-
-    def new_state(self, lanes: int, columns: int, device: torch.device) -> Any:
-        return self.state
-
-    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
-        return Decision()
-
-
-def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
-    for rule, error, said in (
-        (Rule(), NotImplementedError, r"Rule: expected a method decide\(stats, where, state\)"),
-        (Reads(), ValueError, "Reads: reads: expected one of .*'block'.* got 'masks'"),
-        (Masked(), ValueError, "Masked: decide: expected a Decision, got Tensor"),
-        (Remasks(), ValueError, "Remasks: remask: expected None of a rule whose edits are 0"),
-        (Remasks(wide=False, edits=1), ValueError, r"Remasks: remask: .* \(3, 8\), got .*\(3, 2\)"),
-        (Unfrozen(), ValueError, "Unfrozen: expected a rule that can be hashed, such as a frozen dataclass"),
-        (Own(state=[1]), ValueError, "Own: expected a rule that can be hashed, .* 'list'"),
-        (Own(row="foo:3"), ValueError, "Own: row: expected a policy row, .*, got 'foo:3'"),
-        (Own(row="credit+one"), ValueError, "Own: row: expected a policy row, .*, got 'credit.one'"),
-        (Own(row=3), ValueError, "Own: row: expected a policy row, .*, got 3"),
-        (Own(edits=math.inf, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got inf"),
-        (Own(edits=-1, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got -1"),
-        (Own(edits=2), ValueError, "Own: reads: expected 'block' of a rule that edits, got 'masked'"),
-        (Own(state=None), ValueError, "Own: new_state: expected a tuple of Tensors, got None"),
-        (Own(state=(3,)), ValueError, r"Own: new_state: expected a tuple of Tensors, got \(3,\)"),
-        (Own(state=(torch.ones(3, 4, device="meta"),)), ValueError, "Own: new_state: .* on cpu, got .* meta"),
-        (Own(state=(torch.ones(()),)), ValueError, r"Own: new_state: .* \(3, ...\), got one \(\)"),
-        (Own(state=(torch.ones(2, 4),)), ValueError, r"Own: new_state: .* \(3, ...\), got one \(2, 4\)"),
-    ):
-        with pytest.raises(error, match=said):
-            dx.decode(llada, PROMPTS, gen_length=8, block_length=8, rule=rule)
-
-
-@pytest.mark.parametrize("bars", [[7.5, 5.0, 2.5], (7.5, 5.0), 7.5])
-def test_prophets_bars_are_three(bars: Any) -> None:
-    with pytest.raises(ValueError, match="bars: expected a tuple of three numbers, got"):
-        Prophet(0, bars=bars)
-
-
-def test_rules_keep_plain_numbers() -> None:
-    """Rules made of tensors or numpy's numbers are equal, hash alike, and have a text."""
-    two, half = torch.tensor(2), torch.tensor(0.5)
-    for rule, expected in (
-        (Prophet(two, two, (half, half, half)), Prophet(2, 2, (0.5, 0.5, 0.5))),  # type: ignore[arg-type]
-        (SchED(half, half, k=two, floor=half), SchED(0.5, 0.5, k=2, floor=0.5)),  # type: ignore[arg-type]
-        (Credit(half, half, half, two), Credit(0.5, 0.5, 0.5, 2)),  # type: ignore[arg-type]
-        (Edit(half, half, two), Edit(0.5, 0.5, 2)),  # type: ignore[arg-type]
-        (rules.EndOfText(two, half), rules.EndOfText(2, 0.5)),  # type: ignore[arg-type]
-    ):
-        assert rule == expected
-        assert hash(rule) == hash(expected)
-        assert "tensor" not in repr(rule)
-    assert rules.spec.text_of(Edit(half, half, two)) == "edit:0.5,0.5,2"  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["floor", "changes"])
-def test_scheds_shares_are_at_most_1(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected a share from 0 to 1, got 2"):
-        SchED(**{name: 2.0})  # type: ignore[arg-type]
-
-
-def test_names() -> None:
-    assert rules.parse("credit") == (Credit(), {"selector": "confidence", "threshold": 0.9})
-    assert rules.parse("credit:0.5+entropy:0.4") == (Credit(0.5), {"selector": "entropy", "threshold": 0.4})
-    assert rules.parse("sched:7.5,0,exponential,16") == (SchED(7.5, 0.0, "exponential", 16.0), {})
-    assert rules.parse("edit:0.8,0.95,4") == (Edit(0.8, 0.95, 4), {})
-    assert rules.parse("prophet:203") == (Prophet(203), {})
-    assert rules.parse("sched:5+steps:16") == (SchED(5.0), {"steps": 16})
-    assert rules.parse("credit+one") == (Credit(), {})
-    assert rules.parse("one") == (None, {})
-    assert rules.parse("entropy:0.5") == (None, {"selector": "entropy", "threshold": 0.5})
-
-
-def test_a_rule_of_a_users_own_has_a_name(llada: models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.KINDS, "sure", rules.Kind(Sure, (("bar", float),), 0, "commits what is sure"))
-    settings = {"gen_length": 8, "block_length": 8, "mask_id": MASK}
-    by_name = dx.decode(llada, PROMPTS, rule="sure:0.01", **settings)
-    by_object = dx.decode(llada, PROMPTS, rule=Sure(0.01), **settings)
-    assert torch.equal(by_name.sequences, by_object.sequences)
-    assert by_name.nfe.tolist() == by_object.nfe.tolist() != [8] * 3
-    assert dx.DecodeConfig(rule=Sure(0.01)).to_dict()["rule"] == "sure:0.01"
-    assert "sure[:BAR]" in rules.describe()
-    assert rules.menu()[-1]["name"] == "sure"
-    monkeypatch.setitem(
-        rules.KINDS, "sure", rules.Kind(Sure, (("height", float),), 0, "commits what is sure")
-    )
-    assert rules.parse("sure") == (Sure(), {})
-    with pytest.raises(ValueError, match=r"rules.KINDS\['sure'\]: expected .* of Sure, got \['height'\]"):
-        rules.parse("sure:0.5")
-
-
-@pytest.mark.parametrize(("needed", "usage"), [(0, "own[:A,B]"), (1, "own:A[,B]"), (2, "own:A,B")])
-def test_parameters_are_told_as_they_are_given(
-    needed: int, usage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(rules.KINDS, "own", rules.Kind(Rule, (("a", int), ("b", int)), needed, "commits"))
-    monkeypatch.setitem(rules.KINDS, "bare", rules.Kind(Rule, (), 0, "commits nothing"))
-    for text, expected in (("own:1,2,3", usage), ("bare:1", "bare")):
-        with pytest.raises(ValueError, match=f"^rule: expected {re.escape(expected)}, got '{text}'$"):
-            rules.parse(text)
-
-
-def test_the_rule_of_the_example() -> None:
-    """A rule of a user's own says the same in `decode` and in the engine."""
-    file = ROOT / "examples" / "custom_rule.py"
-    spec = importlib.util.spec_from_file_location("custom_rule", file)
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    sys.modules["custom_rule"] = example  # where dataclasses look for the names of annotations
-    spec.loader.exec_module(example)
-    model = registry.load("builtin:teacher")[0]
-    asked: dict[str, Any] = {"gen_length": 32, "rule": example.Steady()}
-    alone = dx.decode(model, PROMPTS, cache="dual", **asked)
-    with dx.Engine(model, lanes=2) as engine:
-        handles = [engine.submit(prompt, **asked) for prompt in PROMPTS]
-        for handle, response, passes in zip(handles, alone.responses, alone.nfe, strict=True):
-            assert handle.result().tokens == response.tolist()
-            assert handle.result().nfe == passes
 
 
 def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
