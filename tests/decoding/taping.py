@@ -1,4 +1,4 @@
-"""The fixture `taped`: batches on the CPU are recorded, on a tape."""
+"""The fixtures `seen_graphs`, the graphs of batches, and `taped`, which records batches on the CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dparallel_ext.decoding.graphs import Graphs
 
 
 @pytest.fixture
-def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
-    """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded."""
+def seen_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """The graphs of all batches that the test makes."""
     made: list[Graphs] = []
 
     class Seen(Graphs):
@@ -31,6 +31,12 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
             return super().run(form, *args, **settings)
 
     monkeypatch.setattr(workspace, "Graphs", Seen)
+    return made
+
+
+@pytest.fixture
+def taped(seen_graphs: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded."""
     monkeypatch.setattr(workspace, "can_record", lambda device: True)
     monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
@@ -39,4 +45,4 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     monkeypatch.setattr(torch.cuda, "Stream", TapeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", TapeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    return made
+    return seen_graphs

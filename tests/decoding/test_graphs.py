@@ -26,7 +26,7 @@ import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
 from dparallel_ext.decoding import batch as batches
-from dparallel_ext.decoding import inputs, padding, runner, workspace
+from dparallel_ext.decoding import inputs, padding, runner
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.models import attention
@@ -155,17 +155,9 @@ def test_the_tokens_are_the_same(
 @pytest.mark.parametrize("device", GPUS, indirect=True)
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_a_gpu_records_every_way(
-    device: str, name: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    device: str, name: str, way: dict[str, Any], seen_graphs: list[Graphs]
 ) -> None:
     """Rules, too. The second decode replays what the first has recorded."""
-    made: list[Graphs] = []
-
-    class Seen(Graphs):
-        def __init__(self, recorder: Any) -> None:
-            super().__init__(recorder)
-            made.append(self)
-
-    monkeypatch.setattr(workspace, "Graphs", Seen)
     model, prompts = golden.model(name, device=device), [each.to(device) for each in PROMPTS]
     settings = {"gen_length": 48, "block_length": 16, **way}
     expected = dx.decode(model, prompts, graphs=False, **settings)
@@ -173,9 +165,9 @@ def test_a_gpu_records_every_way(
         out = dx.decode(model, prompts, **settings)
         assert torch.equal(out.sequences, expected.sequences)
         assert torch.equal(out.nfe, expected.nfe)
-    assert made
-    assert all(graphs.recorder is not None for graphs in made), "a recording failed"
-    assert sum(graphs.replays for graphs in made) >= 2
+    assert seen_graphs
+    assert all(graphs.recorder is not None for graphs in seen_graphs), "a recording failed"
+    assert sum(graphs.replays for graphs in seen_graphs) >= 2
 
 
 @pytest.mark.parametrize(

@@ -176,20 +176,12 @@ def test_recorders_share_no_stream(taped: list[Graphs], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
-def test_recordings_of_a_gpu_outlive_a_decode(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_of_a_gpu_outlive_a_decode(device: str, seen_graphs: list[Graphs]) -> None:
     """Not weights that move; and they take no more memory each time."""
-    made: list[Graphs] = []
-
-    class Seen(Graphs):
-        def __init__(self, recorder: Any) -> None:
-            super().__init__(recorder)
-            made.append(self)
-
-    monkeypatch.setattr(workspace, "Graphs", Seen)
     model = golden.model("llada_tiny_a", dtype=torch.bfloat16, device=device)
     prompts = [prompt.to(device) for prompt in PROMPTS]
     dx.decode(model, prompts, **SETTINGS)
-    (graphs,) = made
+    (graphs,) = seen_graphs
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -205,13 +197,13 @@ def test_recordings_of_a_gpu_outlive_a_decode(device: str, monkeypatch: pytest.M
                 assert graphs.replays == before + out.forwards
             reserved.append(torch.cuda.memory_reserved())
         assert reserved[1] == reserved[3]
-    assert made == [graphs]
+    assert seen_graphs == [graphs]
     for length in range(40, 400, 40):  # more forms than are kept, and other buffers
         dx.decode(model, prompts, **{**SETTINGS, "gen_length": length, "steps": None})
     assert torch.equal(dx.decode(model, prompts, **SETTINGS).sequences, expected)
-    assert all(found.recorder is not None for found in made), "a recording failed"
+    assert all(found.recorder is not None for found in seen_graphs), "a recording failed"
     model.train().eval()
-    del made[:], graphs
+    del seen_graphs[:], graphs
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.equal(dx.decode(model, prompts, **SETTINGS).sequences, expected)
@@ -330,15 +322,7 @@ def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
 @pytest.mark.parametrize("kind", [None, "ngram", "model", *OBSERVING])
-def test_a_gpu_records_every_drafter(device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Graphs] = []
-
-    class Seen(Graphs):
-        def __init__(self, recorder: Any) -> None:
-            super().__init__(recorder)
-            made.append(self)
-
-    monkeypatch.setattr(workspace, "Graphs", Seen)
+def test_a_gpu_records_every_drafter(device: str, kind: str | None, seen_graphs: list[Graphs]) -> None:
     model, drafter = drafter_of(kind)
     model = copy.deepcopy(model).to(device)
     for temperature in (0.0, 0.8):
@@ -347,9 +331,9 @@ def test_a_gpu_records_every_drafter(device: str, kind: str | None, monkeypatch:
         for _ in range(2):
             out = dx.speculate(model, PROMPTS, **settings)  # its drafts may have other sizes
             assert torch.equal(out.sequences, expected.sequences)
-    assert made
-    assert all(graphs.recorder is not None for graphs in made), "a recording failed"
-    assert any(graphs.replays for graphs in made)
+    assert seen_graphs
+    assert all(graphs.recorder is not None for graphs in seen_graphs), "a recording failed"
+    assert any(graphs.replays for graphs in seen_graphs)
 
 
 @pytest.mark.parametrize("kind", [None, *OBSERVING])
