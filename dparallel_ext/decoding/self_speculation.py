@@ -291,7 +291,8 @@ class SelfSpeculation(Batch):
         self._copy(b, lane, beside)
 
     def _copy(self, source: int, target: int, positions: Sequence[int]) -> None:
-        """Copy the keys and values of these positions from one lane's pages to another's."""
+        """Copy the keys and values of these positions from one lane's pages to another's. `kv_move` takes at
+        most 2048 positions, and a long block may have more."""
         if not positions:
             return
         assert self.kv_cache is not None
