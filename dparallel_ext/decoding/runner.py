@@ -154,11 +154,12 @@ class Runner:
             assert self.kv_cache is not None
             with own_precision(self.model, self.tokens.device):
                 x = self.model.step(self.tokens[metadata.rows, metadata.positions], self.kv_cache, metadata)
-                logits = self.model.head(x[source])[: len(positions)]
+                x = x[source]
+                logits, hidden = self.model.head(x)[: len(positions)], x[: len(positions)]
         else:
-            logits = self._foreign(work)[source]
+            logits, hidden = self._foreign(work)[source], None
         policy = policy.view(torch.float32)[: 5 * keys.shape[1]].view(-1, 5)
-        predicted = Predicted(logits, positions, keys, progress, policy, self.lane, key.cells)
+        predicted = Predicted(logits, positions, keys, progress, policy, self.lane, key.cells, hidden)
         before = self.tokens.view(-1)[positions] if key.record else None
         decided = [
             decide(

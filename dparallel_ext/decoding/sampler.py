@@ -64,6 +64,8 @@ class Predicted(NamedTuple):
     """(W,) int64: each window's lane, ascending, the same number for each; None: one window for each lane."""
     cells: int
     """Columns of each window that rules see."""
+    hidden: Tensor | None
+    """(N, D): the head's input for each row of logits; None where the model gives logits alone."""
 
 
 class Decided(NamedTuple):
@@ -130,7 +132,7 @@ def _by_rule(
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, _, cells = predicted
+    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, _, cells, _ = predicted
     start, end, first, last = windows
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
     held = tokens.view(-1)[positions]
@@ -171,6 +173,7 @@ def _by_rule(
         policy=policy,
         cells=grid,
         rows=logits,
+        hidden_rows=predicted.hidden if rule.hidden else None,
     )
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
     # Before the rule is called, which may change what it is given.

@@ -142,6 +142,12 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
             )
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
         check_decodable("rule", rule.tokens, vocabulary(model), of_model.mask_id)
+        if rule.hidden and not isinstance(model, Model):
+            raise ValueError(
+                f"rule: {type(rule).__name__} reads hidden states, which needs one of dparallel_ext.models "
+                "(models.load, or models.wrap for a loaded Hugging Face model), "
+                f"got {type(model).__name__}"
+            )
         rule.check(model, schedule.block_length)
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)

@@ -84,6 +84,8 @@ class Where:
     cells: Cells
     rows: Tensor
     """(N, V): the logits of the pass, which `logits` reads."""
+    hidden_rows: Tensor | None
+    """(N, D): their hidden states, which `hidden` reads; None without `Rule.hidden`."""
 
     @property
     def column(self) -> Tensor:
@@ -108,6 +110,18 @@ class Where:
         columns = self.cells.gather(ids.clamp(0, self.rows.shape[1] - 1), 0)  # (N, K)
         gathered = self.rows.gather(1, columns).float().clamp(max=LARGEST)
         return self.cells.spread(gathered, torch.nan)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(W, C, D) in the model's dtype: the hidden state, after the model's final norm, of which the head
+        makes each cell's logits; NaN in cells without statistics.
+
+        So where logits are shifted, a cell has the hidden state of the position before it. Raises ValueError
+        for a rule without `Rule.hidden`.
+        """
+        if self.hidden_rows is None:
+            raise ValueError("Where.hidden: expected a rule with hidden = True")
+        return self.cells.spread(self.hidden_rows, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
         """(W, C, ...): the values of the cells in a state (lanes, columns, ...)."""
@@ -152,6 +166,8 @@ class Rule:
     """0: committed tokens stay. N > 0: they may change, or become masks again, while their block is open; a
     block without a mask is complete once a pass changes nothing, or after N such passes. The rule then needs
     `reads` "block"."""
+    hidden: bool = False
+    """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
     recorded: bool = True
     """Whether its passes can be recorded as CUDA graphs: `decide` only launches work for the device, reads no
     number on the host, and keeps nothing outside the tensors of its state."""

@@ -19,7 +19,7 @@ import torch
 from conftest import GPUS, golden
 from tape import PROMPTS, TINY, TapeGraph, kernels, prompt, recordings, tiny
 from test_infill import fast_dllm
-from test_rules import Backtrack
+from test_rules import Backtrack, Planner
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -111,6 +111,9 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("sdar_tiny_a", {"cache": "block", "rule": "edit:0.03,0.03", "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "rule": Backtrack(0.03, 0.03, 2)}),
     ("sdar_tiny_a", {"cache": "block", "rule": Backtrack(0.03, 0.03, 2), "block_length": 8}),
+    ("llada_tiny_a", {"cache": "dual", "rule": Planner(64, -1.0)}),
+    ("dream_tiny_a", {"cache": "prefix", "rule": Planner(64), "temperature": 0.7, "seed": 5}),
+    ("sdar_tiny_a", {"cache": "block", "rule": Planner(64), "block_length": 8, "active_blocks": 2}),
     ("dream_tiny_a", {"cache": "none", "rule": "prophet:6", "temperature": 0.7, "seed": 5}),
     ("sdar_tiny_a", {"cache": "block", "rule": "sched:0.4,0.1,cosine", "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "threshold": 2.0, "block_length": 8, "active_blocks": 3}),

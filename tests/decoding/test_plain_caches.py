@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import golden
+from test_rules import Planner
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -48,7 +49,7 @@ class Plain:
 
     @torch.no_grad()
     def __call__(self, ids: list[int], start: int, end: int, seen: Callable[[int], int]) -> Tensor:
-        """Logits (end - start, V) of positions [start, end); position p sees [0, seen(p))."""
+        """Final hidden states (end - start, D) of positions [start, end); position p sees [0, seen(p))."""
         model, s = self.model, self.model.shape
         positions = torch.arange(start, end)
         visible = torch.arange(len(ids)) < torch.tensor([[seen(p)] for p in range(start, end)])
@@ -71,7 +72,11 @@ class Plain:
             y = self.norm(x, block.norm2)
             gate = self.linear(y, block.gate)
             x = x + self.linear(gate * gate.sigmoid() * self.linear(y, block.up), block.down)
-        return self.linear(self.norm(x, model.norm), model.lm_head) * s.logit_scale
+        return self.norm(x, model.norm)
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.model.lm_head) * self.model.shape.logit_scale
 
 
 class Case:
@@ -106,28 +111,50 @@ class Case:
             start, end, turn = max(begin, first), min(begin + self.block, length), 0
             while MASK in self.ids[start:end]:
                 low, high = self.computed(start, end, turn)
-                z = plain(self.ids, low, high, self.seen)
+                states = plain(self.ids, low, high, self.seen)
                 has = range(start, end) if self.cache in ("dual", "block") else range(max(low, first), high)
-                rows = {c: z[max(c - shift - low, 0)] for c in has}
+                hidden = {c: states[max(c - shift - low, 0)] for c in has}
+                rows = {c: plain.head(x) for c, x in hidden.items()}
                 masked = [c for c in range(start, end) if self.ids[c] == MASK]
                 if shift and turn == 0 and masked[0] == start and self.cache in ("prefix", "dual"):
                     masked = masked[:1]  # as published, Dream's full pass fills one position
                 self.passes, turn = self.passes + 1, turn + 1
-                odds = {c: rows[c].log_softmax(0) for c in masked}
-                surprise = {c: -float((odds[c].exp() * odds[c]).sum()) for c in masked}
-                chosen = [c for c in masked if self.least(entropy, surprise[c])]
-                if not chosen:
-                    best, *others = sorted(masked, key=lambda c: surprise[c])
-                    chosen = [best]
-                    self.closest = min([self.closest, *(surprise[c] - surprise[best] for c in others)])
                 two = {c: row.index_fill(0, torch.tensor(MASK), -math.inf).topk(2) for c, row in rows.items()}
                 gaps = {c: float(values[0] - values[1]) for c, (values, _) in two.items()}
                 tokens = {c: int(ids[0]) for c, (_, ids) in two.items()}
-                if self.ends(gaps, tokens):
+                planned = isinstance(self.rule, Planner)
+                chosen = self.planned(masked, hidden, rows) if planned else self.sure(masked, rows, entropy)
+                if not planned and self.ends(gaps, tokens):
                     chosen, self.early = [c for c in has if self.ids[c] == MASK], self.early + 1
                 for c in chosen:
                     self.closest = min(self.closest, gaps[c])
                     self.ids[c] = tokens[c]
+
+    def sure(self, masked: list[int], rows: dict[int, Tensor], entropy: float) -> list[int]:
+        """The masks of an entropy up to a bar, at least the one of the least."""
+        odds = {c: rows[c].log_softmax(0) for c in masked}
+        surprise = {c: -float((odds[c].exp() * odds[c]).sum()) for c in masked}
+        return [c for c in masked if self.least(entropy, surprise[c])] or self.first(surprise)
+
+    def planned(self, masked: list[int], hidden: dict[int, Tensor], rows: dict[int, Tensor]) -> list[int]:
+        """The masks that a planner commits by their hidden states, at least the one of most confidence."""
+        columns = masked if self.rule.reads == "masked" else [c for c in rows if self.ids[c] == MASK]
+        weight, bar = self.rule.weight.double(), self.rule.bar
+        chosen = [c for c in columns if self.least(float(hidden[c] @ weight), bar)]
+        self.early += len(set(chosen) - set(masked))
+        if set(chosen) & set(masked):
+            return chosen
+        doubt = {
+            c: -float(rows[c].index_fill(0, torch.tensor(MASK), -math.inf).max() - rows[c].logsumexp(0))
+            for c in masked
+        }
+        return chosen + self.first(doubt)
+
+    def first(self, score: dict[int, float]) -> list[int]:
+        """The column of the least score."""
+        best, *others = sorted(score, key=lambda c: score[c])
+        self.closest = min([self.closest, *(score[c] - score[best] for c in others)])
+        return [best]
 
     def computed(self, start: int, end: int, turn: int) -> tuple[int, int]:
         """The positions that pass `turn` over the block [start, end) computes. What a block-causal model has
@@ -181,3 +208,31 @@ def test_early_rules_are_their_formulas_under_every_cache(name: str, cache: str)
                     compared, early = compared + 1, early + case.early
     assert compared >= 20
     assert early
+
+
+@pytest.mark.parametrize(("name", "cache"), WAYS)
+def test_a_planner_sees_the_hidden_states_under_every_cache(name: str, cache: str) -> None:
+    """A linear head of them, in ragged batches and in an engine."""
+    model, compared, early = golden.model(name), 0, 0
+    prompts = [torch.randint(0, MASK, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 14)]
+    for reads in ("masked", "response"):
+        for block, lengths, bar in ((4, [17, 9, 2], 0.3), (8, [13, 8, 21], -0.2)):
+            rule = Planner(model.shape.width, bar, reads)
+            settings: dict[str, Any] = {"block_length": block, "cache": cache}
+            out = dx.decode(model, prompts, gen_length=lengths, rule=rule, **settings)
+            with dx.Engine(model, lanes=2, suppress=None, **settings) as engine:
+                handles = [
+                    engine.submit(prompt, gen_length=length, rule=rule)
+                    for prompt, length in zip(prompts, lengths, strict=True)
+                ]
+                done = [handle.result(30) for handle in handles]
+            for b, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+                case = Case(model, prompt.tolist(), length, block, cache, rule)
+                case.decode(0.0)
+                if case.closest > CLOSE:
+                    assert out.sequences[b, : len(case.ids)].tolist() == case.ids, (rule, block, b)
+                    assert done[b].tokens == case.ids[len(prompt) :][:length]
+                    assert int(out.nfe[b]) == done[b].nfe == case.passes
+                    compared, early = compared + 1, early + case.early
+    assert compared >= 8
+    assert early or cache in ("dual", "block")

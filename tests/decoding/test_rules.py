@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -385,6 +385,95 @@ def test_end_of_text_is_its_formula(llada: models.Model, cache: str) -> None:
         assert int(out.nfe) <= int(full.nfe)
 
 
+@dataclass(frozen=True)
+class Planner(Rule):
+    """Commits where a linear head of the hidden state is above `bar`, as an unmasking planner does."""
+
+    width: int
+    bar: float = 0.0
+    reads: Any = "masked"
+
+    hidden = True
+
+    @property
+    def weight(self) -> Tensor:
+        """(width,) float32"""
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(7)) * self.width**-0.5
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (self.weight.to(device),)
+
+    def reset(self, state: tuple[Tensor, ...], lane: int) -> None:
+        pass
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        return Decision(where.open & ((where.hidden.float() * state[0]).sum(-1) > self.bar))
+
+
+@dataclass(frozen=True)
+class HeadsAgree(Rule):
+    """Compares the logits of every cell with those of its hidden state; commits by the policy row."""
+
+    model: Any
+    reads: Any = "response"
+    seen: list[int] = field(default_factory=list, compare=False)
+
+    hidden, recorded = True, False
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        logits = where.cells.spread(where.rows, math.nan)
+        torch.testing.assert_close(self.model.head(where.hidden), logits, equal_nan=True)
+        assert bool((where.hidden.isnan().all(-1) == ~where.read).all())
+        assert where.hidden.dtype == self.model.dtype
+        self.seen.append(int(where.read.sum()))
+        return Decision()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("llada_tiny_a", {"cache": "none", "block_length": 8, "active_blocks": 3}),
+        ("llada_tiny_a", {"cache": "dual", "block_length": 8, "active_blocks": 2, "refresh": 3}),
+        ("dream_tiny_a", {"cache": "prefix", "block_length": 8, "infill": True}),
+        ("dream_tiny_a", {"cache": "dual", "block_length": 8, "batch_invariant": True}),
+        ("sdar_tiny_a", {"cache": "block", "block_length": 8, "sub_block_length": 4}),
+        ("sdar_tiny_a", {"cache": "dual", "block_length": 8, "sub_block_length": 4}),
+        ("fast_dllm", {"cache": "block"}),
+        ("fast_dllm", {"cache": "dual", "sub_block_length": 4}),
+    ],
+)
+@torch.no_grad()
+def test_the_head_of_hidden_states_gives_the_logits(
+    name: str, way: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """In every cell with statistics, and in no other."""
+    model = fast_dllm().to(dtype) if name == "fast_dllm" else golden.model(name, dtype=dtype)
+    several = way.get("active_blocks", 1) > 1
+    for reads in ("masked", "block") if several else ("masked", "block", "response"):
+        rule = HeadsAgree(model, reads)
+        settings: dict[str, Any] = {"threshold": 3.0, "gen_length": [24, 20, 5], **way}
+        by_row = dx.decode(model, PROMPTS, **settings)
+        out = dx.decode(model, PROMPTS, rule=rule, **settings)
+        assert rule.seen
+        if reads == "masked":
+            assert torch.equal(out.sequences, by_row.sequences)
+            assert torch.equal(out.nfe, by_row.nfe)
+
+
+def test_hidden_states_are_asked_for_by_name(llada: models.Model) -> None:
+    @dataclass(frozen=True)
+    class Silent(Planner):
+        hidden = False
+
+    with pytest.raises(ValueError, match=r"Where.hidden: expected a rule with hidden = True"):
+        dx.decode(llada, PROMPTS, gen_length=8, rule=Silent(llada.shape.width))
+    with pytest.raises(ValueError, match=r"rule: Planner reads hidden states, .* got Sharp"):
+        dx.decode(Sharp(llada, 1.0), PROMPTS[0], gen_length=8, mask_id=MASK, rule=Planner(64))
+    with pytest.raises(ValueError, match=r"draft_size: .* got the rule Planner"):
+        dx.decode(llada, PROMPTS, gen_length=8, rule=Planner(llada.shape.width), draft_size=2)
+
+
 RULES = [
     "edit:0.03,0.04,5",
     "credit+confidence:0.03",
@@ -396,9 +485,9 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, Planner(64)])
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-def test_a_sequence_does_not_depend_on_the_batch(llada: models.Model, rule: str, cache: str) -> None:
+def test_a_sequence_does_not_depend_on_the_batch(llada: models.Model, rule: Any, cache: str) -> None:
     settings: dict[str, Any] = {"block_length": 8, "cache": cache, "rule": rule, "batch_invariant": True}
     together = dx.decode(llada, PROMPTS, gen_length=[24, 20, 5], **settings)
     assert not bool((together.sequences == MASK)[together.masked].any())
@@ -412,6 +501,7 @@ def test_requests_with_rules_of_their_own(llada: models.Model) -> None:
     """In one engine, in the same passes."""
     ways: list[dict[str, Any]] = [{"rule": rule} for rule in RULES] + [{"threshold": 2.0}, {}]
     ways += [
+        {"rule": Planner(llada.shape.width)},
         {"rule": lambda stats, masked, step: masked},
         {"rule": "sched:0.3,0.05", "temperature": 0.8, "seed": 3},
     ]
