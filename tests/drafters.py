@@ -32,13 +32,34 @@ SIZES = {
 }
 
 
+_EXPERTS = {
+    **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    **{"mask_token_id": 60, "mlp_only_layers": [1], "num_hidden_layers": 3},
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _EXPERTS,
+    "sdar_moe": {**_EXPERTS, "block_size": 8},
+    "lladamoe": {
+        **{"num_experts": 8, "num_experts_per_tok": 3, "expert_intermediate_size": 24, "mask_token_id": 60},
+        **{"num_hidden_layers": 3, "moe_layer_freq": [1, 0, 1], "qk_layernorm": True},
+    },
+    "llada2_moe": {
+        **_EXPERTS,
+        **{"num_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+        **{"partial_rotary_factor": 0.5, "use_bias": False, "block_length": 8},
+    },
+}
+"""What `model_of` takes for the families with mixtures of experts: layers of both kinds, widths that one
+product for all experts takes."""
+
+
 def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
     """Random weights, large enough that every token tells."""
     torch.manual_seed(3)
-    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES, **changes}
-    model = models.FAMILIES[family](config)
-    for p in model.parameters():
-        if p.ndim == 2:
+    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES}
+    model = models.FAMILIES[family]({**config, **MIXTURES.get(family, {}), **changes})
+    for p in (*model.parameters(), *model.buffers()):
+        if p.ndim >= 2 or not p.requires_grad:
             torch.nn.init.normal_(p, std=0.4)
     return model.to(dtype).eval()
 

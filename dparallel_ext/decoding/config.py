@@ -138,9 +138,9 @@ class DecodeConfig:
     matrix library may round the same row otherwise in another batch."""
     graphs: bool = True
     """On a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the same
-    without; nothing is recorded where a layer has hooks or adapters. Recordings stay with the model for the
-    next calls of about this length and batch size, at most four and 1 GB of keys and values, until it is
-    trained, moved or deleted."""
+    without; nothing is recorded where a layer has hooks or adapters, or experts for which the host waits
+    (`Model.waits`). Recordings stay with the model for the next calls of about this length and batch size, at
+    most four and 1 GB of keys and values, until it is trained, moved or deleted."""
     temperature: float = 0.0
     """0, or anything below 1e-5, is greedy; above, tokens are Gumbel-max samples of softmax(logits / T). A T
     above 2^100 (1.3e30) counts as 2^100."""

@@ -19,10 +19,10 @@ the GPU 0.3 ms for 512 rows of LLaDA-8B); and a recording would hold as much mem
 
 def recorded_rows(model: Any) -> int:
     """The most rows with which a pass of the model is recorded."""
-    if not isinstance(model, Model):
+    if not isinstance(model, Model) or model.waits:
         return 0
     s = model.shape
-    weights = s.width * (2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.mlp_width)  # of one layer
+    weights = s.width * (2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.active_width)  # of one layer
     return RECORDED // weights
 
 

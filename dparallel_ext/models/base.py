@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import kept
 from ..arguments import check_tensor
 from ..cache import AttentionMetadata, KVCache, Span
-from . import fused_weights, rope
+from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
 from .fp8 import Fp8Linear
@@ -372,7 +372,8 @@ class Model(Named):
         or other methods, so that passes cannot be recorded.
         """
         known = {
-            Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self)
+            Block, RMSNorm, nn.Linear, Fp8Linear, nn.Embedding, nn.ModuleList, nn.Module, type(self),
+            experts.Router, experts.Experts, experts.SharedExpert,
         }  # fmt: skip
         parts = {"hidden", "step", "embedded", "run_layers", "final_norm", "head"}
         if not parts.isdisjoint(vars(self)):
@@ -387,6 +388,12 @@ class Model(Named):
                 if held:
                     tensors += held.values()
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+    @property
+    def waits(self) -> bool:
+        """Whether passes wait for the device, so that they cannot be recorded: see `experts.waits`."""
+        sizes = self.shape.experts
+        return sizes is not None and bool(sizes.layers) and experts.waits(sizes, self.embed.weight)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""

@@ -94,6 +94,12 @@ class ModelConfig:
     """Length of a block-causal model's blocks; None for others."""
     experts: ExpertsConfig | None = None
 
+    @property
+    def active_width(self) -> int:
+        """Of the MLPs that a token takes in a layer; of a layer with experts, if there are any."""
+        e = self.experts
+        return e.per_token * e.width + e.shared_width if e is not None and e.layers else self.mlp_width
+
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"config: expected heads of even size, got {self.head_dim}")

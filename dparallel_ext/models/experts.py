@@ -20,11 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import linear, swiglu
-from ..ops.inputs import compiled
-from .config import GroupRouting, ModelConfig
+from ..ops import linear
+from . import fused_weights
+from .config import ExpertsConfig, GroupRouting, ModelConfig
 
 LEAVES = ("gate_up_proj", "down_proj")
+
+
+def by_one_product(sizes: ExpertsConfig, like: Tensor) -> bool:
+    """Whether one product serves all experts of rows like those of `like` (..., width). Torch's takes
+    bfloat16 on a GPU, rows of multiples of 16 bytes, and fewer than 1024 experts."""
+    fits = not (like.shape[-1] % 8 or sizes.width % 8) and sizes.count < 1024
+    return like.is_cuda and like.dtype == torch.bfloat16 and fits
+
+
+def waits(sizes: ExpertsConfig, like: Tensor) -> bool:
+    """Whether a mixture of rows like those of `like` (..., width) waits for the device, so that passes cannot
+    be recorded as CUDA graphs.
+
+    Expert by expert the host must know how many tokens each has. Torch's product of all experts leaves that
+    to the GPU where it has a kernel for them, for compute capability 9.x and 10.x; elsewhere it copies the
+    numbers to the host and goes expert by expert (ATen/native/GroupedMMUtils.h of torch 2.13).
+    """
+    return not by_one_product(sizes, like) or torch.cuda.get_device_capability(like.device)[0] not in (9, 10)
 
 
 class Router(nn.Module):
@@ -56,7 +74,7 @@ class Router(nn.Module):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
         by_group = (scores + self.expert_bias).unflatten(-1, (routing.groups, -1))
         best = by_group.topk(2).values.sum(-1).topk(routing.per_token).indices  # (N, groups for a token)
-        outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=x.device).scatter(1, best, False)
+        outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, False)
         among = by_group.masked_fill(outside[..., None], -torch.inf).flatten(1)
         chosen = among.topk(self.sizes.per_token).indices
         share = scores.gather(1, chosen)
@@ -85,9 +103,7 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = _activated(torch.cat((self.gate_proj(x), self.up_proj(x)), -1))
-        y: Tensor = self.down_proj(hidden)
-        return y
+        return fused_weights.apply(self.down_proj, fused_weights.gated(x, self.gate_proj, self.up_proj))
 
 
 class Experts(nn.Module):
@@ -107,43 +123,35 @@ class Experts(nn.Module):
         """The mixture (N, width) of x (N, width). share, chosen: of the `Router`. The sums are in the dtype
         of `share`, or that of x if it is wider."""
         # Pairs of a token and one of its experts, by expert, then by token.
-        order = chosen.flatten().argsort(stable=True)
+        of_pair, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.sizes.count, device=x.device)
-        ends = torch.searchsorted(chosen.flatten()[order], experts, right=True)  # of each expert's pairs
-        # The product of all reads rows of multiples of 16 bytes alone.
-        fits = x.is_cuda and x.dtype == torch.bfloat16 and not (x.shape[-1] % 8 or self.sizes.width % 8)
-        mix = self.grouped if fits else self.one_by_one
-        return mix(x, order, share.flatten()[order, None], ends).to(x.dtype)
+        ends = torch.searchsorted(of_pair, experts, right=True, out_int32=True)  # of each expert's pairs
+        mix = self.grouped if by_one_product(self.sizes, x) else self.one_by_one
+        return mix(x, share, order, ends).to(x.dtype)
 
-    def one_by_one(self, x: Tensor, order: Tensor, share: Tensor, ends: Tensor) -> Tensor:
+    def one_by_one(self, x: Tensor, share: Tensor, order: Tensor, ends: Tensor) -> Tensor:
         """Expert by expert, as published: the order of the sums, and their roundings, are the same."""
-        dtype, tokens, first = torch.promote_types(x.dtype, share.dtype), order // self.sizes.per_token, 0
-        mixed = torch.zeros_like(x, dtype=dtype)
+        mixed = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, share.dtype))
+        tokens, share, first = order // self.sizes.per_token, share.flatten()[order, None], 0
         # On the meta device there are no numbers, so the first expert stands for all.
         for expert, end in enumerate([len(order)] if ends.is_meta else ends.tolist()):
             if first < end or not len(order):  # without a token, gradients are zeros, as of dense layers
                 token = tokens[first:end]
-                hidden = _activated(linear(x[token], self.gate_up_proj[expert]))
+                product = linear(x[token], self.gate_up_proj[expert])
+                hidden = fused_weights.activated(*product.chunk(2, -1))
                 parts = linear(hidden, self.down_proj[expert]) * share[first:end]
-                mixed.index_add_(0, token, parts.to(dtype))  # narrower under autocast
+                mixed.index_add_(0, token, parts.to(mixed.dtype))  # narrower under autocast
             first = end
         return mixed
 
-    def grouped(self, x: Tensor, order: Tensor, share: Tensor, ends: Tensor) -> Tensor:
-        """By two products for all experts, without a wait for the device; sums are in float32."""
-        tokens, ends = order // self.sizes.per_token, ends.to(torch.int32)
-        hidden = _activated(F.grouped_mm(x[tokens], self.gate_up_proj.transpose(1, 2), offs=ends))
-        parts = F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends) * share
-        by_token = torch.empty_like(parts).index_copy(0, order, parts)
-        return by_token.unflatten(0, (-1, self.sizes.per_token)).sum(1, dtype=torch.float32)
-
-
-def _activated(both: Tensor) -> Tensor:
-    """silu(gate) * up of gate and up side by side, (N, 2 * width) -> (N, width)."""
-    if compiled(both):
-        return swiglu(both)
-    gate, up = both.chunk(2, -1)
-    return F.silu(gate) * up
+    def grouped(self, x: Tensor, share: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+        """By two products for all experts."""
+        rows = x[order // self.sizes.per_token]
+        product = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends)
+        hidden = fused_weights.activated(*product.chunk(2, -1))
+        parts = F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+        by_token = torch.empty_like(parts).index_copy_(0, order, parts).unflatten(0, share.shape)
+        return (by_token * share[..., None]).sum(1)  # rounded once
 
 
 def _together(

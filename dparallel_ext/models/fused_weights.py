@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import fp8_linear, linear
+from ..ops import fp8_linear, linear, linear_swiglu, swiglu
+from ..ops.inputs import compiled
 from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -96,6 +98,18 @@ def apply(layer: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not is_unmodified(layer, nn.Linear):
         return layer(x)
     return linear(x, layer.weight, layer.bias, constant=True)
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """silu(gate x) * (up x), (..., width), of x (..., in), by one product if their weights are fused."""
+    if compiled(x) and (w := joined((gate, up))):
+        return linear_swiglu(x, w.weight, w.bias, scale=w.scale, constant=True)
+    return activated(*project(x, (gate, up)))
+
+
+def activated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, (..., width) all three."""
+    return swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
 
 
 LEAVES: dict[type[nn.Module], tuple[str, ...]] = {

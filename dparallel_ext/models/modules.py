@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ops import linear_swiglu, rms_norm, swiglu
+from ..ops import rms_norm
 from ..ops.fp8_linear import fp8_scale
 from ..ops.inputs import compiled
 from . import fused_weights
@@ -243,23 +242,19 @@ class Block(Named):
             rows = y.reshape(-1, y.shape[-1])
             mixed: Tensor = self.experts(rows, *self.router(rows)).view(y.shape)
             return mixed if self.shared is None else mixed + self.shared(y)
-        return fused_weights.apply(self.down, self._activated(y))
-
-    def _activated(self, y: Tensor) -> Tensor:
-        """silu(gate y) * (up y), (..., mlp_width)"""
-        layers = (self.gate, self.up)
-        if compiled(y) and (w := fused_weights.joined(layers)):
-            return linear_swiglu(y, w.weight, w.bias, scale=w.scale, constant=True)
-        gate, up = fused_weights.project(y, layers)
-        return swiglu(gate, up) if compiled(gate, up) else F.silu(gate) * up
+        return fused_weights.apply(self.down, fused_weights.gated(y, self.gate, self.up))
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The groups of weights (and of biases) to fuse, without groups that have an adapter."""
         return fused_weights.parameters(self._of_one_input())
 
     def _of_one_input(self) -> list[list[nn.Module]]:
-        attention: list[list[nn.Module]] = [] if self.shape.fused_qkv else [[self.q, self.k, self.v]]
-        return attention if self.sparse else [*attention, [self.gate, self.up]]
+        groups: list[list[nn.Module]] = [] if self.shape.fused_qkv else [[self.q, self.k, self.v]]
+        if not self.sparse:
+            groups.append([self.gate, self.up])
+        elif self.shared is not None:
+            groups.append([self.shared.gate_proj, self.shared.up_proj])
+        return groups
 
     def _linear(self) -> list[str]:
         return [name for name in LINEAR if hasattr(self, name)]

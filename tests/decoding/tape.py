@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,14 +29,18 @@ WAITS = {
     aten.is_nonzero.default,
     aten.equal.default,
     aten.nonzero.default,
+    aten.where.default,  # of a condition alone: where it holds
     aten.masked_select.default,
     aten.repeat_interleave.Tensor,
+    aten.repeat_interleave.self_Tensor,
     aten._unique2.default,
     aten.bincount.default,
     aten.isin.Tensor_Tensor,  # of many ids: it sorts them, and waits for the number of different ones
     aten.lift_fresh.default,  # a tensor of numbers from the host
 }
 """What a GPU's recording does not permit; so with an index that is a mask."""
+READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
+"""The same of what reads numbers by no operator."""
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 LOOKS = {
     "_check",
@@ -50,12 +55,28 @@ LOOKS = {
 """Functions that read values on the CPU alone."""
 
 
+class NoReads(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS and not looks():
+            raise RuntimeError(f"{func}: not permitted while recording")
+        return func(*args, **(kwargs or {}))
+
+
 class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
+        self.no_reads = NoReads()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.written: list[tuple[Tensor, Tensor]] = []
         """Before each call, what it changes and a copy of it."""
+
+    def __enter__(self) -> Tape:
+        self.no_reads.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.no_reads.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

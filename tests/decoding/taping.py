@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dparallel_ext.decoding import padding, workspace
 from dparallel_ext.decoding.graphs import Graphs
+from dparallel_ext.models import experts
 
 
 @pytest.fixture
@@ -36,9 +37,12 @@ def seen_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
 
 @pytest.fixture
 def taped(seen_graphs: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
-    """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded."""
+    """Batches on the CPU whose passes take the forms they have on a GPU, and are recorded; with one product
+    for all experts, as on an H100."""
     monkeypatch.setattr(workspace, "can_record", lambda device: True)
     monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(experts, "by_one_product", lambda sizes, like: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", TapeGraph)
     monkeypatch.setattr(TapeGraph, "pools", {})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)

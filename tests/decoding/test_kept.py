@@ -310,12 +310,15 @@ def lost(made: list[Graphs]) -> list[str]:
         {"rule": "credit+confidence:0.03", "active_blocks": 2},
         {"rule": "edit:0.03,0.05,4"},
         {"threshold": 0.1, "suppress": [3, 77], "eos_id": 5, "temperature": 0.7},
+        {"threshold": 2.0, "cache": "block"},
     ],
     ids=str,
 )
 def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict[str, Any]) -> None:
+    """The last by a mixture of experts."""
     settings = {"gen_length": 48, "block_length": 8, "cache": "dual", **way}
-    model = golden.model("llada_tiny_a")
+    of_experts = settings["cache"] == "block"
+    model = drafters.model_of("llada2_moe") if of_experts else golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS, record=True, **settings)
     assert not lost(taped)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import LLaDAMoE, Qwen3MoE, SDARMoE
-from dparallel_ext.models.experts import in_parts
+from dparallel_ext.models.experts import in_parts, waits
 
 transformers = pytest.importorskip("transformers")
 
@@ -222,6 +222,40 @@ def test_a_gpu_s_product_is_not_asked_for_rows_that_it_does_not_read() -> None:
         assert torch.equal(experts(x.as_subclass(OnGpu), *chosen).as_subclass(Tensor), experts(x, *chosen))
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "changes", "expected"),
+    [
+        ((9, 0), torch.bfloat16, {}, False),
+        ((10, 3), torch.bfloat16, {}, False),
+        ((8, 0), torch.bfloat16, {}, True),
+        ((12, 0), torch.bfloat16, {}, True),
+        ((9, 0), torch.float16, {}, True),
+        ((9, 0), torch.float32, {}, True),
+        ((9, 0), torch.bfloat16, {"moe_intermediate_size": 20}, True),
+        ((9, 0), torch.bfloat16, {"hidden_size": 36}, True),
+        ((9, 0), torch.bfloat16, {"num_experts": 1024}, True),
+    ],
+)
+def test_where_passes_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    changes: dict[str, int],
+    expected: bool,
+) -> None:
+    """On a GPU those, and on a CPU all; never those of a model whose config names experts that no layer
+    has."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = {**SIZES, "model_type": "qwen3_moe", **changes}
+    with torch.device("meta"):
+        model = Qwen3MoE(config).to(dtype)
+        dense = Qwen3MoE({**config, "mlp_only_layers": [0, 1, 2]})
+    assert model.waits
+    assert not dense.waits
+    assert model.shape.experts is not None
+    assert waits(model.shape.experts, model.embed.weight.as_subclass(OnGpu)) == expected
+
+
 def test_gradients_are_those_of_transformers() -> None:
     theirs, x = theirs_of(), ids(2, 9)
     model = models.wrap(theirs_of()).train()
@@ -410,7 +444,6 @@ def test_experts_are_not_quantised() -> None:
     with pytest.raises(ValueError, match="model: expected one without mixtures of experts"):
         model.quantize()
     assert not model.quantized
-    assert model.addresses() is None  # so no pass is recorded
 
 
 @torch.no_grad()

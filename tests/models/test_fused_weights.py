@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drafters
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,11 +275,11 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@both
+@pytest.mark.parametrize("name", [*NAMES, "llada2_moe"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_addresses_tell_of_every_change_to_any_part(name: str, change: str) -> None:
-    """In any module, the model itself excepted where it is of another class."""
-    model = golden.model(name)
+    """In any module, experts among them, the model itself excepted where it is of another class."""
+    model = golden.model(name) if name in NAMES else drafters.model_of(name)
     addresses = model.addresses()
     assert addresses is not None
     assert set(addresses) == {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -289,9 +290,9 @@ def test_the_addresses_tell_of_every_change_to_any_part(name: str, change: str) 
         assert (changed.addresses() is None) == (path != "" or change != "another class"), path
 
 
-@both
+@pytest.mark.parametrize("name", [*NAMES, "llada2_moe"])
 def test_the_addresses_tell_of_every_tensor_that_moves(name: str) -> None:
-    model = golden.model(name)
+    model = golden.model(name) if name in NAMES else drafters.model_of(name)
     model.blocks[1].register_buffer("beside", torch.zeros(3))
     before = model.addresses()
     assert model.addresses() == before
@@ -300,8 +301,8 @@ def test_the_addresses_tell_of_every_tensor_that_moves(name: str) -> None:
         after = model.addresses()
         assert after != before
         before = after
-    for quantised in (model.blocks[0].quantize, model.blocks[1].quantize):
-        quantised()
+    for block in model.blocks[:2] if name in NAMES else ():
+        block.quantize()
         after = model.addresses()
         assert after is not None
         assert after != before

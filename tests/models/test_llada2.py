@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.models import LLaDA2
+from dparallel_ext.models import LLaDA2, fused_weights
 from dparallel_ext.models.fp8 import Fp8Linear
 
 MASK, EOS, BLOCK = 96, 2, 8
@@ -133,6 +133,20 @@ def test_logits_are_those_of_the_plain_form(changes: dict[str, Any], tmp_path: P
     assert type(again) is LLaDA2
     assert torch.equal(again(x).logits, model(x).logits)
     assert (again.block_length, again.mask_id, again.eos_ids, again.shift) == (BLOCK, MASK, (EOS,), False)
+
+
+@torch.no_grad()
+def test_fused_layers_of_experts(tmp_path: Path) -> None:
+    """The shared expert's gate and up lie side by side, as a dense layer's."""
+    model, x = model_of(), ids(2, 21)
+    models.save(model, tmp_path)
+    for fused in (models.load(tmp_path, fuse=True), copy.deepcopy(model).fuse()):
+        groups = list(fused.groups())
+        assert [[p.shape[0] for p in group] for group in groups] == [[48, 48]] * 3
+        assert all(fused_weights.joined_view(group) is not None for group in groups)
+        torch.testing.assert_close(fused(x).logits, model(x).logits)
+        fused.train()
+        assert all(fused_weights.joined_view(group) is None for group in groups)
 
 
 def published(
