@@ -17,8 +17,8 @@ COUNTING = array("q", range(2**16))
 
 def unpack(numbers: Tensor, shapes: Shapes) -> list[Tensor]:
     """The tensors of these shapes, as views of the packed `numbers` (n,)."""
-    parts = numbers.split([math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = torch.split_with_sizes(numbers, [math.prod(shape) for shape in shapes])
+    return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Packing:
@@ -64,7 +64,7 @@ class Packing:
     def tensors(self, tensors: Iterable[Tensor]) -> None:
         """Add int64 tensors, each with its shape."""
         for tensor in tensors:
-            self._append(tensor.reshape(-1))
+            self._append(tensor if tensor.ndim == 1 else tensor.reshape(-1))
             self.shapes.append(tuple(tensor.shape))
 
     def pack(self) -> tuple[Tensor, Shapes]:

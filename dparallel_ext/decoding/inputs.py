@@ -145,12 +145,14 @@ class InputPacker:
                 first, last = lane_work.spans[0].start, lane_work.spans[-1].end
                 of_lane.append(columns)
                 low, high = (columns[0], columns[-1]) if columns else (first, first)
-                if first <= low - self.shift and high - self.shift < last and isinstance(columns, range):
-                    to = offset - first - self.shift
-                    packing.ascending(columns.start + to, columns.stop + to)
-                else:
+                to = offset - first - self.shift
+                if not (first <= low - self.shift and high - self.shift < last):
                     near = (min(max(column - self.shift, first), last - 1) for column in columns)
                     packing.add(at - first + offset for at in near)
+                elif isinstance(columns, range):
+                    packing.ascending(columns.start + to, columns.stop + to)
+                else:
+                    packing.add([column + to for column in columns])
                 offset += last - first
             count += len(of_lane[-1])
         padded = count if self._pad_to is None else self._pad_to(count)
@@ -161,7 +163,7 @@ class InputPacker:
             if isinstance(columns, range):
                 packing.ascending(columns.start + b * length, columns.stop + b * length)
             else:
-                packing.add(column + b * length for column in columns)
+                packing.add([column + b * length for column in columns])
         packing.close(count)
 
     def _put_windows(

@@ -181,10 +181,9 @@ class Model(Named):
         Raises TypeError or ValueError for ids of a wrong type, shape or (on the CPU, where a check needs no
         synchronisation) range, and for a mask of another shape or dtype.
         """
-        self._check(input_ids, 2)
+        x = self._embed(input_ids, 2)
         s, visible = self.shape, self._visible(input_ids, attention_mask)
         triangle = self.causal and visible is None
-        x = self.embed(input_ids)
         rope_dtype = torch.promote_types(x.dtype, torch.float32) if s.rope_in_float32 else x.dtype
         cos, sin = (t[: x.shape[1], None].to(rope_dtype) for t in self._rope_of(x.shape[1]))
 
@@ -239,8 +238,7 @@ class Model(Named):
 
     def embedded(self, input_ids: Tensor) -> Stream:
         """The first layer's input for input_ids (N,). Raises TypeError or ValueError as `hidden` does."""
-        self._check(input_ids, 1)
-        return Stream(self.embed(input_ids))
+        return Stream(self._embed(input_ids, 1))
 
     def run_layers(
         self,
@@ -259,8 +257,8 @@ class Model(Named):
         attention = PagedAttention(kv_cache, metadata)
         if taps is not None and start == 0:
             taps.take(-1, stream)
-        for layer in range(start, len(self.blocks) if stop is None else stop):
-            block, attend = self.blocks[layer], attention.layer(layer)
+        for layer, block in list(enumerate(self.blocks))[start:stop]:
+            attend = attention.layer(layer)
             if fused_weights.is_unmodified(block, Block):
                 stream = block.layers(stream, attend)
             else:
@@ -452,19 +450,23 @@ class Model(Named):
             return visible & (position[:, None] >= position) | (position[:, None] == position)
         return visible if earlier is None else visible & earlier
 
-    def _check(self, input_ids: Tensor, ndim: int) -> None:
+    def _embed(self, input_ids: Tensor, ndim: int) -> Tensor:
+        """Embeddings (B, L, width) or (N, width). Raises TypeError or ValueError as `hidden` does."""
         check_tensor("input_ids", input_ids)
         if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
             wanted = "(B, L)" if ndim == 2 else "(N,)"
             raise ValueError(
                 f"input_ids: expected int64 {wanted}, got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
-        on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and input_ids.numel():
-            low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.shape.embedding_size:
-                worst = low if low < 0 else high
-                raise ValueError(f"input_ids: expected ids in [0, {self.shape.embedding_size}), got {worst}")
+        try:
+            x: Tensor = self.embed(input_ids)
+        except IndexError as error:
+            size, (low, high) = self.shape.embedding_size, map(int, input_ids.aminmax())
+            if 0 <= low and high < size:
+                raise
+            worst = low if low < 0 else high
+            raise ValueError(f"input_ids: expected ids in [0, {size}), got {worst}") from error
+        return x
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:

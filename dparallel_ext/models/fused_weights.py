@@ -20,6 +20,7 @@ from ..ops.inputs import compiled
 from .fp8 import Fp8Linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
+PLAIN = (nn.Parameter, Tensor)
 
 
 def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
@@ -28,7 +29,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     if torch.compiler.is_compiling() or first.is_meta:
         return None
     for part in parts:
-        if type(part) not in (nn.Parameter, Tensor):  # sharded, fake or quantised
+        if type(part) not in PLAIN:  # sharded, fake or quantised
             return None
     dtype, stride, end, rows = first.dtype, first.stride(), first.data_ptr(), 0
     for part in parts:
@@ -41,7 +42,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
         ):
             return None
         end += part.nbytes
-        rows += part.size(0)
+        rows += part.shape[0]
     storage = first.untyped_storage()
     if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
         return None
@@ -56,6 +57,13 @@ def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
     )
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)`; a parameter is found at once, where torch's search takes as long as a small
+    operator."""
+    parameters = module.__dict__["_parameters"]
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 class Joined(NamedTuple):
@@ -74,9 +82,16 @@ def joined(layers: Sequence[nn.Module]) -> Joined | None:
     kind = type(layers[0])
     if kind not in LEAVES or torch.is_grad_enabled():
         return None
-    if not all(is_unmodified(layer, kind) for layer in layers):
-        return None
-    return _joined(layers, LEAVES[kind])
+    for layer in layers:
+        if not is_unmodified(layer, kind):
+            return None
+    tensors: list[Any] = []
+    for leaf in LEAVES[kind]:
+        parts = [part for layer in layers if (part := tensor_of(layer, leaf)) is not None]
+        tensors.append(joined_view(parts) if len(parts) == len(layers) else None)
+        if parts and tensors[-1] is None:
+            return None
+    return Joined(*tensors)
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
@@ -97,7 +112,7 @@ def apply(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer's output of x, by `linear` where the layer is torch's and does nothing else."""
     if torch.is_grad_enabled() or not is_unmodified(layer, nn.Linear):
         return layer(x)
-    return linear(x, layer.weight, layer.bias, constant=True)
+    return linear(x, tensor_of(layer, "weight"), tensor_of(layer, "bias"), constant=True)
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
@@ -117,17 +132,6 @@ LEAVES: dict[type[nn.Module], tuple[str, ...]] = {
     Fp8Linear: ("weight", "bias", "scale"),
 }
 """Kind of layer -> the names of its tensors, as in `Joined`."""
-
-
-def _joined(layers: Sequence[Any], leaves: Sequence[str]) -> Joined | None:
-    """None if the tensors of one name are not side by side."""
-    tensors: dict[str, Any] = {}
-    for leaf in leaves:
-        parts = [part for layer in layers if (part := getattr(layer, leaf)) is not None]
-        tensors[leaf] = joined_view(parts) if len(parts) == len(layers) else None
-        if parts and tensors[leaf] is None:
-            return None
-    return Joined(**tensors)
 
 
 def parameters(groups: Sequence[Sequence[nn.Module]]) -> Iterator[list[nn.Parameter]]:

@@ -125,9 +125,11 @@ def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
     x, delta = stream
     if delta is None:
         return x, norm(x)
-    if fused_weights.is_unmodified(norm, RMSNorm) and compiled(x, delta, norm.weight):
-        y, x = rms_norm(x, norm.weight, eps=norm.eps, bias=norm.bias, delta=delta)
-        return x, y
+    if fused_weights.is_unmodified(norm, RMSNorm):
+        weight, bias = (fused_weights.tensor_of(norm, name) for name in ("weight", "bias"))
+        if compiled(x, delta, weight):
+            y, x = rms_norm(x, weight, eps=norm.eps, bias=bias, delta=delta)
+            return x, y
     x = x + delta
     return x, norm(x)
 

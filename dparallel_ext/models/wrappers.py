@@ -116,7 +116,9 @@ def for_decoding(model: Any) -> Any:
 def own_precision(model: Any, device: torch.device) -> AbstractContextManager[Any]:
     """A context without autocast for a native model, which decodes in its own dtypes: its cached keys have
     them, and the Engine's thread has no autocast. Other models keep the caller's autocast."""
-    return torch.autocast(device.type, enabled=False) if isinstance(model, Model) else nullcontext()
+    if isinstance(model, Model) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def logits_of(model: Any, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def block_attention(
         raise ValueError(f"block_table: expected int64 (S, P), got {got}")
     for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
         expect(name, tensor, (block_table.shape[0],), torch.int64)
-    expect("block_table", block_table, tuple(block_table.shape), torch.int64)
+    expect("block_table", block_table, block_table.shape, torch.int64)
     capacity = block_table.shape[1] * k_cache.shape[2]
     if type(scale) is not float or not -math.inf < scale < math.inf:
         scale = max(1, q.shape[2]) ** -0.5 if scale is None else number("scale", scale, -math.inf)
@@ -116,7 +116,7 @@ def block_attention(
         causal,
         ancestors,
     )
-    return out.view(shape)
+    return out if len(shape) == 3 else out.view(shape)
 
 
 def _in_float64(

@@ -23,7 +23,9 @@ _DEVICES = {"cpu", *_C.build_info()["backends"].split()}
 
 def compiled(first: Tensor, *others: Tensor) -> bool:
     """Whether the ops can compute with these inputs: of one dtype, on a built backend, without a gradient."""
-    if torch.is_grad_enabled() or first.dtype not in DTYPES or first.device.type not in _DEVICES:
+    if torch.is_grad_enabled() or first.dtype not in DTYPES:
+        return False
+    if not first.is_cpu and first.device.type not in _DEVICES:
         return False
     for other in others:  # noqa: SIM110 (every layer of every pass asks: `all` would take twice as long)
         if other.dtype != first.dtype:
@@ -132,7 +134,7 @@ def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Te
         raise ValueError(
             f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
         )
-    return values.to(torch.int64).expand(batch)
+    return values if values.ndim and values.dtype == torch.int64 else values.to(torch.int64).expand(batch)
 
 
 def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
@@ -170,11 +172,12 @@ def check_caches(q_shape: Sequence[int], k_cache: Tensor, v_cache: Tensor) -> No
         )
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
     check_tensor(name, tensor)
-    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+    if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
         raise ValueError(
-            f"{name}: expected {dtype or tensor.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            f"{name}: expected {dtype or tensor.dtype} {tuple(shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
         )
 
 

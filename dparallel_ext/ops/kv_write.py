@@ -97,7 +97,7 @@ def kv_write(
     check_heads("v_cache", v_cache, 4, like=q)
     check_caches(q.shape, k_cache, v_cache)
     for name, tensor in (("k", k), ("v", v)):
-        expect(name, tensor, (len(q), k_cache.shape[1], q.shape[2]))
+        expect(name, tensor, (q.shape[0], k_cache.shape[1], q.shape[2]))
     check_places(q.shape, positions, slot_mapping, cos, sin)
     for name, weight, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
         if weight is not None:
@@ -106,6 +106,24 @@ def kv_write(
             raise ValueError(f"{name}: expected a norm for both or neither of q and k, got None")
     if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number("eps", eps)
+    write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
+
+
+def write_checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """`kv_write` of arguments that fit each other; only indices are still checked, on the CPU."""
     if q.dtype == torch.float64:
         on_device_of_q(q, positions=positions, slot_mapping=slot_mapping, cos=cos, sin=sin)
         within("positions", positions, 0, len(cos))
@@ -130,7 +148,7 @@ def check_places(
         got = tuple(cos.shape) if isinstance(cos, Tensor) else type(cos).__name__
         raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {got}")
     for name, tensor in (("cos", cos), ("sin", sin)):
-        expect(name, tensor, tuple(cos.shape), torch.float32)
+        expect(name, tensor, cos.shape, torch.float32)
 
 
 def _in_float64(

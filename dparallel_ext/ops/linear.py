@@ -101,10 +101,11 @@ def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
+    if not (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device)):
+        return False
     others = [t for t in (weight, bias) if t is not None]
     return (
-        (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device))
-        and not _casts(x)
+        not _casts(x)
         and x.numel() > 0
         and all(t.dtype == x.dtype and t.device == x.device for t in others)
         and all(type(t) in (Tensor, Parameter) for t in (x, *others))  # not sharded or quantised

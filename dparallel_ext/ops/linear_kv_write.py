@@ -10,7 +10,7 @@ from ..arguments import check_tensor
 from .fake import register_fake
 from .fp8_linear import fp8_linear
 from .inputs import check_caches, check_heads, check_like, refuse_gradient
-from .kv_write import check_places, kv_write
+from .kv_write import check_places, write_checked
 from .linear import check_product, ends_in_more, linear
 
 
@@ -68,12 +68,12 @@ def linear_kv_write(
         )
     if bias is not None:
         check_like("bias", bias, x, weight.shape[:1])
+    check_heads("v_cache", v_cache, 4, like=x)
+    shape = (x.shape[0], heads, dim)
+    check_caches(shape, k_cache, v_cache)
+    check_places(shape, positions, slot_mapping, cos, sin)
     if ends_in_more(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
-        check_heads("v_cache", v_cache, 4, like=x)
-        shape = (x.shape[0], heads, dim)
-        check_caches(shape, k_cache, v_cache)
-        check_places(shape, positions, slot_mapping, cos, sin)
         return torch.ops.dparallel.linear_kv_write(
             x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant
         )
@@ -81,8 +81,9 @@ def linear_kv_write(
         product = fp8_linear(x, weight, scale, bias, constant=constant)
     else:
         product = linear(x, weight, bias, constant=constant)
-    q, k, v = product.unflatten(-1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
-    kv_write(q, k, v, k_cache, v_cache, positions=positions, slot_mapping=slot_mapping, cos=cos, sin=sin)
+    rows = product.unflatten(-1, (-1, dim))
+    q, k, v = torch.split_with_sizes(rows, (heads, kv_heads, kv_heads), 1)
+    write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
     return q
 
 
