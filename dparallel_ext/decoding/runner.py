@@ -187,9 +187,9 @@ class Runner:
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:
         """Write what the rules decided, and count the blocks in columns `counted` (2, lanes * k)."""
         commit, token = None, None
-        flat = self.tokens.view(-1)
         for each in decided:  # groups have sequences, and so rows, of their own
             if each.remask is not None:
+                flat = self.tokens.view(-1)
                 flat[positions] = torch.where(each.remask, self.mask_id, flat[positions])
             if each.commit is not None and each.token is not None:
                 token = each.token if token is None else torch.where(each.commit, each.token, token)

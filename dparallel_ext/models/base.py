@@ -462,7 +462,7 @@ class Model(Named):
             x: Tensor = self.embed(input_ids)
         except IndexError as error:
             size, (low, high) = self.shape.embedding_size, map(int, input_ids.aminmax())
-            if 0 <= low and high < size:
+            if low >= 0 and high < size:
                 raise
             worst = low if low < 0 else high
             raise ValueError(f"input_ids: expected ids in [0, {size}), got {worst}") from error

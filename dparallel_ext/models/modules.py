@@ -126,7 +126,7 @@ def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
     if delta is None:
         return x, norm(x)
     if fused_weights.is_unmodified(norm, RMSNorm):
-        weight, bias = (fused_weights.tensor_of(norm, name) for name in ("weight", "bias"))
+        weight, bias = fused_weights.tensor_of(norm, "weight"), fused_weights.tensor_of(norm, "bias")
         if compiled(x, delta, weight):
             y, x = rms_norm(x, weight, eps=norm.eps, bias=bias, delta=delta)
             return x, y

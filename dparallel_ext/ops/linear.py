@@ -99,6 +99,8 @@ def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     if not (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device)):
@@ -114,12 +116,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_faster_on_gpu(x: Tensor) -> bool:
-    return (
-        x.numel() <= FEW * x.shape[-1]
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.shape[-1] % 64 == 0
-        and _has_clusters(x.get_device())
-    )
+    return x.numel() <= FEW * x.shape[-1] and x.shape[-1] % 64 == 0 and _has_clusters(x.get_device())
 
 
 @functools.cache
