@@ -69,11 +69,15 @@ class Packing:
 
     def pack(self) -> tuple[Tensor, Shapes]:
         """All tensors in one (n,) int64, and their shapes."""
-        self._append(torch.empty(0, dtype=torch.int64, device="cpu"))
-        return torch.cat(self._parts), tuple(self.shapes)
+        self._end_last()
+        parts = self._parts or [torch.empty(0, dtype=torch.int64, device="cpu")]
+        return torch.cat(parts), tuple(self.shapes)
 
     def _append(self, part: Tensor) -> None:
+        self._end_last()
+        self._parts.append(part)
+
+    def _end_last(self) -> None:
         if self._last:
             self._parts.append(torch.frombuffer(self._last, dtype=torch.int64))
             self._last = array("q")
-        self._parts.append(part)

@@ -188,6 +188,10 @@ def score_of(row: Sequence[float]) -> str:
     return score or next(name for name, number in SCORES.items() if number == row[4])
 
 
+_SELECTOR_IDS = f"ids 0..{len(RULES) - 1} of {list(RULES)}"
+_SCORE_IDS = f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"
+
+
 def _check_rows(rows: Iterable[Sequence[float]]) -> None:
     sound = set()  # most batches repeat one row
     for row, values in enumerate(map(tuple, rows)):
@@ -198,12 +202,12 @@ def _check_rows(rows: Iterable[Sequence[float]]) -> None:
         least, most, rule, expected_of = _BY_ID.get(selector, _BY_ID[0])
         fits = least <= threshold <= most and (not rule.whole or _is_whole(threshold))
         for name, value, ok, expected in (
-            ("selector", selector, selector in _BY_ID, f"ids 0..{len(RULES) - 1} of {list(RULES)}"),
+            ("selector", selector, selector in _BY_ID, _SELECTOR_IDS),
             ("threshold", threshold, fits, expected_of),
             ("min_commit", low, _within(low, "min_commit"), f"a whole number >= 0 and <= {MOST}"),
             ("max_commit", high, _within(high, "max_commit"), "a whole number >= 1, or inf"),
             ("max_commit", high, high >= low, "at least min_commit"),
-            ("score", score, _within(score, "score"), f"ids 0..{len(SCORES) - 1} of {list(SCORES)}"),
+            ("score", score, _within(score, "score"), _SCORE_IDS),
         ):
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {value:g} in policy row {row}")

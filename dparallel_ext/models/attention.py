@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache
-from ..ops import block_attention, kv_write, linear_kv_write, varlen_attention
+from ..ops import kv_write, varlen_attention
+from ..ops.block_attention import attend_checked, check_segments
 from ..ops.inputs import compiled
+from ..ops.kv_write import check_places
+from ..ops.linear_kv_write import write_product
 from .fused_weights import Joined, is_unmodified
 from .modules import CachedAttend, HeadNorms, RMSNorm
 
@@ -21,8 +24,20 @@ class PagedAttention:
         self.kv_cache, self.metadata = kv_cache, metadata
         cos, sin = kv_cache.rope
         self.turn: dict[str, Any] = {"positions": metadata.positions, "cos": cos, "sin": sin}
-        """Arguments of `kv_write`."""
-        self.some_whole = len(metadata.seqused_k) > 0
+        """Arguments of `kv_write`, checked here for all layers, as those below are."""
+        self.segments: dict[str, Any] = {
+            "kv_lens": metadata.kv_lens,
+            "block_table": metadata.block_table,
+            "q_start": metadata.q_start,
+            "q_end": metadata.q_end,
+            "causal": metadata.causal,
+            "ancestors": metadata.ancestors,
+        }
+        """Arguments of `block_attention`."""
+        count, head_dim = metadata.positions.shape[0], kv_cache.slots.shape[5]
+        check_places((count, 1, head_dim), metadata.positions, metadata.slot_mapping, cos, sin)
+        check_segments(count, **self.segments)
+        self.some_whole = metadata.seqused_k.shape[0] > 0
         if self.some_whole:
             self.nowhere = torch.full_like(metadata.slot_mapping, -1)
             self.whole = metadata.cu_seqlens.int(), metadata.seqused_k.int()
@@ -62,7 +77,7 @@ class LayerAttention(CachedAttend):
             return None
         weight, bias, scale = weights
         return self._attend(
-            linear_kv_write(
+            write_product(
                 x,
                 weight,
                 bias,
@@ -75,19 +90,14 @@ class LayerAttention(CachedAttend):
         )
 
     def _attend(self, q: Tensor) -> Tensor:
-        """q (N, H, D), rotated."""
-        metadata = self.of_pass.metadata
-        return block_attention(
+        """q (N, H, D), rotated: `kv_write` has checked it, and the caches."""
+        of_pass, metadata = self.of_pass, self.of_pass.metadata
+        return attend_checked(
             q,
             *self.caches,
-            metadata.kv_lens,
-            block_table=metadata.block_table,
-            q_start=metadata.q_start,
-            q_end=metadata.q_end,
-            causal=metadata.causal,
-            ancestors=metadata.ancestors,
             max_q_len=metadata.max_q_len,
             max_kv_len=metadata.max_kv_len,
+            **of_pass.segments,
         )
 
 

@@ -61,8 +61,8 @@ def block_attention(
         ValueError: naming the argument that does not fit. Indices are checked on the CPU alone.
         TypeError: naming an argument that should be a tensor and is not.
     """
-    for name, tensor in (("q", q), ("kv_lens", kv_lens)):
-        check_tensor(name, tensor)
+    check_tensor("q", q)
+    check_tensor("kv_lens", kv_lens)
     shape = q.shape
     if q.ndim == 4:
         if q_start is not None or q_end is not None:
@@ -81,28 +81,76 @@ def block_attention(
         raise ValueError(f"{missing}: expected int64 (S,) with q of (N, H, D), got None")
     if block_table is None:
         block_table = torch.arange(len(kv_lens) if kv_lens.ndim == 1 else 0, device=q.device)[:, None]
+    check_segments(q.shape[0], kv_lens, block_table, q_start, q_end, causal, ancestors)
+    capacity = block_table.shape[1] * k_cache.shape[2]
+    if scale is not None and (type(scale) is not float or not -math.inf < scale < math.inf):
+        scale = number("scale", scale, -math.inf)
+    out = attend_checked(
+        q,
+        k_cache,
+        v_cache,
+        kv_lens,
+        block_table=block_table,
+        q_start=q_start,
+        q_end=q_end,
+        causal=causal,
+        ancestors=ancestors,
+        scale=scale,
+        max_q_len=q.shape[0] if max_q_len is None else max_q_len,
+        max_kv_len=capacity if max_kv_len is None else max_kv_len,
+    )
+    return out if len(shape) == 3 else out.view(shape)
+
+
+def check_segments(
+    count: int,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    causal: bool,
+    ancestors: Tensor | None,
+) -> None:
+    """Raise unless they are segments of q (count, H, D)."""
     if not isinstance(block_table, Tensor) or block_table.ndim != 2:
         got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
         raise ValueError(f"block_table: expected int64 (S, P), got {got}")
     for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
         expect(name, tensor, (block_table.shape[0],), torch.int64)
     expect("block_table", block_table, block_table.shape, torch.int64)
-    capacity = block_table.shape[1] * k_cache.shape[2]
-    if type(scale) is not float or not -math.inf < scale < math.inf:
-        scale = max(1, q.shape[2]) ** -0.5 if scale is None else number("scale", scale, -math.inf)
     if ancestors is not None:
         if causal:
             raise ValueError("ancestors: expected instead of causal, got both")
         if not isinstance(ancestors, Tensor) or ancestors.ndim != 2:
             got = tuple(ancestors.shape) if isinstance(ancestors, Tensor) else type(ancestors).__name__
-            raise ValueError(f"ancestors: expected int64 ({len(q)}, W), got {got}")
-        expect("ancestors", ancestors, (len(q), ancestors.shape[1]), torch.int64)
+            raise ValueError(f"ancestors: expected int64 ({count}, W), got {got}")
+        expect("ancestors", ancestors, (count, ancestors.shape[1]), torch.int64)
+
+
+def attend_checked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_lens: Tensor,
+    *,
+    block_table: Tensor,
+    q_start: Tensor,
+    q_end: Tensor,
+    causal: bool,
+    ancestors: Tensor | None,
+    scale: float | None = None,
+    max_q_len: int,
+    max_kv_len: int,
+) -> Tensor:
+    """`block_attention` of q (N, H, D), of arguments that fit each other; only indices are still checked, on
+    the CPU."""
+    scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
     if q.dtype == torch.float64:
         indices = {"q_start": q_start, "q_end": q_end, "kv_lens": kv_lens, "block_table": block_table}
         on_device_of_q(q, **indices, ancestors=ancestors)
         segments = q_start, q_end, kv_lens, block_table
-        return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors).view(shape)
-    out = torch.ops.dparallel.block_attention(
+        return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors)
+    out: Tensor = torch.ops.dparallel.block_attention(
         q,
         k_cache,
         v_cache,
@@ -110,13 +158,13 @@ def block_attention(
         q_end,
         kv_lens,
         block_table,
-        q.shape[0] if max_q_len is None else max_q_len,
-        capacity if max_kv_len is None else max_kv_len,
+        max_q_len,
+        max_kv_len,
         scale,
         causal,
         ancestors,
     )
-    return out if len(shape) == 3 else out.view(shape)
+    return out
 
 
 def _in_float64(

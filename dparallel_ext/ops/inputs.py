@@ -219,6 +219,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> No
             f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
             f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         )
+    refuse_tangent(name, tensor)
     refuse_gradient(name, tensor)
 
 

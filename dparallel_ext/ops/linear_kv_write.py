@@ -9,7 +9,7 @@ from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .fake import register_fake
 from .fp8_linear import fp8_linear
-from .inputs import check_caches, check_heads, check_like, refuse_gradient
+from .inputs import check_caches, check_heads, check_like, refuse_gradient, refuse_tangent
 from .kv_write import check_places, write_checked
 from .linear import check_product, ends_in_more, linear
 
@@ -54,9 +54,43 @@ def linear_kv_write(
         TypeError: naming an argument that should be a tensor and is not.
     """
     check_heads("x", x, 2)
+    check_heads("k_cache", k_cache, 4, like=x)
+    check_places((x.shape[0], 1, k_cache.shape[3]), positions, slot_mapping, cos, sin)
+    return write_product(
+        x,
+        weight,
+        bias,
+        k_cache,
+        v_cache,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        cos=cos,
+        sin=sin,
+        scale=scale,
+        constant=constant,
+    )
+
+
+def write_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None,
+    constant: bool,
+) -> Tensor:
+    """`linear_kv_write` after `check_places`, which a pass does once for all layers."""
+    check_heads("x", x, 2)
     check_tensor("weight", weight)
     for name, factor in (("x", x), ("weight", weight)):
         refuse_gradient(name, factor)
+        refuse_tangent(name, factor)
     check_heads("k_cache", k_cache, 4, like=x)
     _, kv_heads, _, dim = k_cache.shape
     whole_heads = dim > 0 and weight.ndim == 2 and weight.shape[0] % dim == 0
@@ -71,7 +105,6 @@ def linear_kv_write(
     check_heads("v_cache", v_cache, 4, like=x)
     shape = (x.shape[0], heads, dim)
     check_caches(shape, k_cache, v_cache)
-    check_places(shape, positions, slot_mapping, cos, sin)
     if ends_in_more(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
         return torch.ops.dparallel.linear_kv_write(
@@ -81,7 +114,7 @@ def linear_kv_write(
         product = fp8_linear(x, weight, scale, bias, constant=constant)
     else:
         product = linear(x, weight, bias, constant=constant)
-    rows = product.unflatten(-1, (-1, dim))
+    rows = product.view(x.shape[0], heads + 2 * kv_heads, dim)
     q, k, v = torch.split_with_sizes(rows, (heads, kv_heads, kv_heads), 1)
     write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
     return q
