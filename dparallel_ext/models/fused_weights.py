@@ -87,7 +87,8 @@ def joined(layers: Sequence[nn.Module]) -> Joined | None:
             return None
     tensors: list[Any] = []
     for leaf in LEAVES[kind]:
-        parts = [part for layer in layers if (part := tensor_of(layer, leaf)) is not None]
+        of_layers = [tensor_of(layer, leaf) for layer in layers]
+        parts = [part for part in of_layers if part is not None]
         tensors.append(joined_view(parts) if len(parts) == len(layers) else None)
         if parts and tensors[-1] is None:
             return None

@@ -55,6 +55,14 @@ def joined(model: Model) -> bool:
     return found.pop()
 
 
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph() -> None:
+    model = golden.model("llada_tiny_a", fuse=True)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.arange(5)[None]
+    torch.testing.assert_close(run(x).logits, model(x).logits)
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()

@@ -107,7 +107,9 @@ def test_a_tangent_of_a_layer_or_a_loss_is_refused() -> None:
         "hidden": lambda z: dx.linear_certainty_forcing_loss(z, head, *given).loss,
         "lm_head_weight": lambda z: dx.linear_certainty_forcing_loss(head, z, *given).loss,
         "x": lambda z: ops.rms_norm(z, x[0], eps=1e-5),
+        "delta": lambda z: ops.rms_norm(x, x[0], eps=1e-5, delta=z),
         "gate": lambda z: ops.swiglu(z, z),
+        "up": lambda z: ops.swiglu(x, z),
     }
     for name, call in calls.items():
         with torch.no_grad(), pytest.raises(ValueError, match=f"{name}: has a tangent"):
