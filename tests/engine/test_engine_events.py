@@ -208,9 +208,15 @@ def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit([1], gen_length=8)
     engine.close()  # again
+    gate = Gate(monkeypatch)
     engine = dx.Engine(LLADA, lanes=1, max_length=64)
     handles = [engine.submit([1], gen_length=60) for _ in range(3)]
-    engine.close(cancel=True)
+    closing = threading.Thread(target=engine.close, kwargs={"cancel": True})
+    closing.start()
+    until(lambda: engine.closed)
+    gate.passes.release(100)
+    closing.join(60)
+    assert not closing.is_alive()
     assert {len(h.events.all) and h.events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
 
 
@@ -289,7 +295,9 @@ def test_a_callback_that_raises_ends_its_request_alone(
     assert "enough" in caplog.text
 
 
-def test_what_a_callback_raises_of_the_last_event_changes_nothing() -> None:
+def test_what_a_callback_raises_of_the_last_event_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+
     def fail(event: Any) -> None:
         if isinstance(event, dx.Completion):
             raise SystemExit
@@ -297,6 +305,7 @@ def test_what_a_callback_raises_of_the_last_event_changes_nothing() -> None:
     with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
         handle = engine.submit([1], gen_length=8)
         handle.subscribe(fail)
+        gate.passes.release(8)
         assert len(handle.result(60).tokens) == 8
         with pytest.raises(SystemExit):  # here it is the caller's
             handle.subscribe(fail)

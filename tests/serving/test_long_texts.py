@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 import dparallel_ext as dx
-from benchmarks.serving import percentile
 
 pytest_plugins = ["servers"]
 
@@ -43,31 +41,37 @@ def test_long_prompts_do_not_stop_other_requests(odd_model: Path, tmp_path: Path
     """Two clients send prompts that take long to encode; others get their answers meanwhile."""
     place, made = byte_level(odd_model, tmp_path)
     long = "the cat sat on the mat " * 20000
-    began = time.perf_counter()
-    made.encode_batch([long])
-    alone = time.perf_counter() - began
-    assert alone > 0.1
-    model = registry.load(str(odd_model))[0]
-    with serving((model, made), place, max_length=2**15) as here:
-        stopping, answers = threading.Event(), []
+    begun, ended, answers, stopping = list[int](), list[int](), list[Any](), threading.Event()
+
+    class Watched:
+        def encode_batch(self, *args: Any, **more: Any) -> Any:
+            begun.append(1)
+            encoded = made.encode_batch(*args, **more)
+            ended.append(1)
+            return encoded
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(made, name)
+
+    with serving((registry.load(str(odd_model))[0], Watched()), place, max_length=2**15) as here:
 
         def send() -> None:
             while not stopping.is_set():
                 answers.append(here.ask({"model": MODEL, "prompt": long}))
 
+        def answers_while_it_encodes_both() -> bool:
+            before = len(ended)
+            both = len(begun) - before == 2
+            assert [here.get("/health")[0] for _ in range(3)] == [200] * 3
+            return both and len(ended) == before
+
         senders = [threading.Thread(target=send) for _ in range(2)]
         for sender in senders:
             sender.start()
-        time.sleep(0.1)
-        times, ends = [], time.monotonic() + 1.5
-        while time.monotonic() < ends:
-            began = time.perf_counter()
-            assert here.get("/health")[0] == 200
-            times.append(time.perf_counter() - began)
+        until(answers_while_it_encodes_both)
         stopping.set()
         for sender in senders:
             sender.join()
-        assert percentile(times, 0.5) < alone / 4, (times, alone)
         assert {(status, answer["error"]["code"]) for status, answer in answers} == {
             (400, "context_length_exceeded")
         }
@@ -167,8 +171,11 @@ def test_variables_of_the_chat_template(
         assert (status, answer["error"]["param"]) == (400, "chat_template_kwargs")
 
 
-def test_a_template_without_end_stops_nobody(with_template: Path, student: tuple[Any, Any]) -> None:
+def test_a_template_without_end_stops_nobody(
+    with_template: Path, student: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other prompts are encoded meanwhile, and the server ends in its time of grace."""
+    monkeypatch.setattr(templates, "SECONDS", 600.0)  # so that none is refused here
     path, asked = "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
     endless = json.dumps({**asked, "chat_template_kwargs": {"loop_it": True}}).encode()
     with serving(student, with_template, grace=0.2) as here, contextlib.ExitStack() as held:
@@ -176,9 +183,8 @@ def test_a_template_without_end_stops_nobody(with_template: Path, student: tuple
         for wire in wires:
             wire.sendall(post(path, endless))
         until(lambda: here.gate.answering == 10)
-        began = time.monotonic()
         assert here.ask({**FIRST, "max_tokens": 2})[0] == 200
-        assert time.monotonic() - began < 2
+        assert here.gate.answering == 10
         assert here.stop() < 3
         for wire in wires:
             assert b" 503 " in all_of(wire)
