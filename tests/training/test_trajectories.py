@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,17 +109,31 @@ def command(out: Path) -> list[str]:
             "--shard", "3"]  # fmt: skip
 
 
+KILLED = """
+import os, signal, sys
+shards = []
+
+def audit(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(".parquet"):
+        if len(shards) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        shards.append(arguments[1])
+
+sys.addaudithook(audit)
+from dparallel.__main__ import main
+main()
+"""
+"""The command line, killed before the third of its shards gets its name."""
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(whole: Path, tmp_path: Path):
-    process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("part-*.parquet")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command(tmp_path)[1:]], stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("part-00002.parquet.*.partial"))
     done = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("part-*.parquet")}
-    assert 1 <= len(done) < 5, "killed too late to show anything"
-    with pytest.raises(ValueError, match=r"not finished: \d of 5 shards are missing"):
+    assert sorted(done) == ["part-00000.parquet", "part-00001.parquet"]
+    with pytest.raises(ValueError, match="not finished: 3 of 5 shards are missing"):
         Trajectories(tmp_path)
     (tmp_path / "part-00004.parquet.partial").write_text("half a shard")
     subprocess.run(command(tmp_path), check=True, stderr=subprocess.DEVNULL)
