@@ -423,10 +423,14 @@ def test_pip_install_of_the_sdist(sdist: Path, tmp_path: Path):
     environment, wheels = tmp_path / "environment", tmp_path / "wheels"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    for name in requirements_of("torch") | requirements_of("safetensors"):
-        distribution = metadata.distribution(name)
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            (packages / top).symlink_to(distribution.locate_file(top))
+    found = [
+        metadata.distribution(name) for name in requirements_of("torch") | requirements_of("safetensors")
+    ]
+    # Some have a folder in common: those of a CUDA build of torch have "nvidia".
+    tops = {each.locate_file(file.parts[0]) for each in found for file in each.files or []}
+    for top in tops:
+        if top.name not in ("..", "__pycache__"):
+            (packages / top.name).symlink_to(top)
     wheels.mkdir()
     for name in ("setuptools", "ninja", "pybind11"):
         repack(name, wheels)
