@@ -262,6 +262,21 @@ def test_guesses_of_self_speculation_are_a_row_beside():
     assert first["nfe_mean"] == tasks.GEN_LENGTH
 
 
+def test_plain_decoding_has_no_size_of_a_draft() -> None:
+    """One row of it serves drafts of every size."""
+
+    def sweep(known: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+        names, drafters = ["builtin:causal"], ["plain", "ngram"]
+        return [*sweeping.sweep(names, [], known, drafters=drafters, draft_size=size, problems=2)]
+
+    plain, guessed = sweep([], 4)
+    assert (plain["config"], guessed["config"]) == ({}, {"draft_size": 4})
+    again, other = sweep([plain, guessed], 8)
+    assert again is plain
+    assert other["config"] == {"draft_size": 8}
+    assert other["same_texts"] == 2
+
+
 def test_each_model_of_a_sweep_has_a_template_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the models before it have one or not."""
     asked: list[bool] = []

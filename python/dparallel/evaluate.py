@@ -237,7 +237,7 @@ def evaluate_drafter(
     config = config or dx.DecodeConfig()
     check_named(drafter)
     check_causal(vars(config))
-    changed = changed_fields(config) | ({} if draft_size is None else {"draft_size": draft_size})
+    changed = drafter_fields(config, drafter, draft_size)
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model = asked.model
     correct = passes = drafts = tokens = layers = 0
@@ -435,6 +435,11 @@ def passes_to_eos(steps: Tensor, nfe: Tensor, ends: Tensor, block_length: int, s
     # A rule that edits has passes that commit nothing before the next block begins.
     after = torch.where(index == held + 1, steps, nfe[:, None] + 1).amin(1) - 1
     return torch.where(held[:, 0] == index[-1], nfe, torch.maximum(last, after))
+
+
+def drafter_fields(config: dx.DecodeConfig, drafter: str | None, size: int | None) -> dict[str, Any]:
+    """The `config` of a result of `evaluate_drafter`: plain decoding has no size of a draft."""
+    return changed_fields(config) | ({} if drafter is None or size is None else {"draft_size": size})
 
 
 def drafted_by(size: int | None) -> dict[str, int]:

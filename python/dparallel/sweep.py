@@ -18,7 +18,16 @@ from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
 from . import registry
 from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
-from .evaluate import PLAIN, Answer, check_named, drafted_by, evaluate, evaluate_adaptive, evaluate_drafter
+from .evaluate import (
+    PLAIN,
+    Answer,
+    check_named,
+    drafted_by,
+    drafter_fields,
+    evaluate,
+    evaluate_adaptive,
+    evaluate_drafter,
+)
 from .problems import Problems, held_out
 from .recording import Recording
 
@@ -149,16 +158,17 @@ def _drafted(
 ) -> Iterable[dict[str, Any]]:
     """The rows of an autoregressive model. conditions, settings: see `_by_policy`."""
     loaded: tuple[Any, Any] | None = None
-    changed = changed_fields(config) | ({} if draft_size is None else {"draft_size": draft_size})
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
         check_named(drafter)
         compares |= drafter == PLAIN
+        drafter_name = None if drafter == PLAIN else drafter
+        changed = drafter_fields(config, drafter_name, draft_size)
         row = known.get(_key({"model": name, "policy": drafter, "config": changed, **conditions}))
         if row is None:
             loaded = loaded or loading.load(name)
-            drafter_name, answers = None if drafter == PLAIN else drafter, list[Answer]()
+            answers = list[Answer]()
             arguments: dict[str, Any] = {"config": config, "draft_size": draft_size, "loaded": loaded}
             row = evaluate_drafter(name, drafter_name, answers=answers, **arguments, **settings)
             if drafter == PLAIN:
