@@ -48,7 +48,7 @@ def train(
         bool, typer.Option("--causal", help="train the autoregressive built-in model instead")
     ] = False,
 ) -> None:
-    """Train the built-in model from scratch (76 minutes on two cores; with --causal 20)."""
+    """Train the built-in model from scratch (76 minutes on two cores; with --causal 56)."""
     from ..toy.train import Settings
     from ..toy.train import train as run
 
