@@ -371,7 +371,7 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="directory to write to")
     parser.add_argument("--minutes", type=float, default=30.0, help="the most minutes the command takes")
     parser.add_argument("--small", action="store_true", help="tiny sizes, no measurement; without a GPU too")
     parser.add_argument("--only", default="", help="run the cases and checks whose names match this regex")
