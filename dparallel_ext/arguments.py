@@ -80,6 +80,12 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless the value is a `kind`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+
+
 def function(name: str, value: Any) -> Any:
     if not callable(value):
         raise ValueError(f"{name}: expected a function, got {type(value).__name__}")

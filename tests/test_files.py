@@ -234,5 +234,7 @@ def test_what_is_said_of_a_checkpoint_is_not_said_of_the_next(tmp_path: Path):
 
 
 def test_the_models_that_ship_are_loaded_by_the_registry():
-    with pytest.raises(FileNotFoundError, match=r"dparallel\.registry\.load knows 'builtin:student'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"builtin:student; dparallel\.registry\.load loads the models that ship"
+    ):
         dx.models.load("builtin:student")

@@ -57,7 +57,9 @@ def locate(path: str | Path) -> Path:
     if os.path.isdir(directory):  # Path.is_dir raises for a name that is too long
         return directory
     if name.startswith("builtin:"):
-        raise FileNotFoundError(f"path: no directory {name}; dparallel.registry.load knows {name!r}")
+        raise FileNotFoundError(
+            f"path: no directory {name}; dparallel.registry.load loads the models that ship"
+        )
     if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"path: no directory {name:.200}")
     return fetched(name)

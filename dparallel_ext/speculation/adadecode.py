@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import shown, whole
+from ..arguments import instance, shown, whole
 from ..cache import AttentionMetadata, KVCache, Span
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
@@ -125,6 +125,7 @@ class AdaDecode:
         most: int | None = None,
         source: str = "drafter",
     ) -> None:
+        instance("heads", heads, ExitHeads)
         layout = heads.layout
         gamma = layout.gamma if gamma is None else gamma
         if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
+from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache, Span
 from ..models import Model, Qwen3, fused_weights, own_precision, rope
 from ..models.attention import PagedAttention
@@ -174,7 +175,7 @@ class BlockDrafter:
     """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
-        model: in evaluation mode and without gradients from now on.
+        model: the weights, such as `load(path).model`; in evaluation mode and without gradients from now on.
         source: names the drafter in errors.
     """
 
@@ -182,6 +183,7 @@ class BlockDrafter:
     """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
 
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
+        instance("model", model, DraftModel)
         self.model, self.source = model.eval().requires_grad_(False), source
         self.layout = model.layout
         self.most = self.layout.block - 1

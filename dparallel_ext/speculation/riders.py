@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..arguments import instance
 from ..cache import KVCache
 from ..models import Model
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
@@ -93,6 +94,7 @@ class RiderDrafter:
     most = MOST
 
     def __init__(self, birth: Birth, ranks: Ranks, source: str = "drafter") -> None:
+        instance("birth", birth, Birth)
         self.birth, self.source = birth.eval().requires_grad_(False), source
         self.ranks = _checked(ranks, birth.most)
         self.plan = functools.cache(functools.partial(plan, self.ranks))

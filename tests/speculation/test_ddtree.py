@@ -20,7 +20,7 @@ from test_speculate import PROMPTS, plain
 import dparallel_ext as dx
 from dparallel_ext import _C
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import Measured, TreeDrafter, drafter_of
+from dparallel_ext.speculation import AdaDecode, BlockDrafter, Measured, RiderDrafter, TreeDrafter, drafter_of
 from dparallel_ext.speculation.drafter import Expecting
 from dparallel_ext.speculation.sizing import sizer_for
 
@@ -261,6 +261,22 @@ def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             drafter_of(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (BlockDrafter, "model: expected DraftModel"),
+        (TreeDrafter, "model: expected DraftModel"),
+        (RiderDrafter, "birth: expected Birth"),
+        (AdaDecode, "heads: expected ExitHeads"),
+    ],
+)
+def test_a_drafter_is_made_of_its_own_weights(kind: Any, expected: str) -> None:
+    """And not of the model that it drafts for, nor of a drafter."""
+    for given in (model_of(), tree_of("dflash"), "builtin:dflash"):
+        with pytest.raises(ValueError, match=f"^{expected}, got {type(given).__name__}$"):
+            kind(given, {}) if kind is RiderDrafter else kind(given)
 
 
 def test_a_width_that_does_not_fit_is_named() -> None:
