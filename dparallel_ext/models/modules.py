@@ -217,7 +217,11 @@ class Block(Named):
 
     def layers(self, stream: Stream, attend: Attend) -> Stream:
         """The stream (..., width) after the block, as a sum still to be computed."""
-        x, y = norm_of_sum(self.norm1, stream)
+        return self.behind(*norm_of_sum(self.norm1, stream), attend)
+
+    def behind(self, x: Tensor, y: Tensor, attend: Attend) -> Stream:
+        """The stream after the block, of the stream x (..., width) before it, and y, the input of queries,
+        keys and values: the norm of x, unless a kind of block has another."""
         y = self._attended(y, attend).flatten(-2)
         x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, y)))
         return Stream(x, self._mlp(y))

@@ -10,6 +10,7 @@ from .ddtree import TreeDrafter
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, Observation
+from .eagle import EagleDrafter, EagleTrees
 from .hidden_transfer import HiddenTransfer
 from .loading import NAMED, drafter_of, load
 from .ngram import NGram
@@ -31,6 +32,8 @@ __all__ = [
     "DraftModel",
     "DraftSession",
     "Drafter",
+    "EagleDrafter",
+    "EagleTrees",
     "Fixed",
     "HiddenTransfer",
     "Lane",

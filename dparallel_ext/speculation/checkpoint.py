@@ -66,15 +66,17 @@ class DraftCheckpoint(NamedTuple):
 
         Raises ValueError naming missing, extra and misshapen tensors.
         """
-        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        wanted = model.state_dict()
         faults = []
-        for name, shape in wanted.items():
+        for name, like in wanted.items():
             tensor = self.tensors.get(name)
             if tensor is None:
                 faults.append(f"{name} is missing")
-            elif tuple(tensor.shape) != shape:
-                faults.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
-            elif tensor.dtype not in DTYPES:
+            elif tensor.shape != like.shape:
+                faults.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+            elif not like.is_floating_point() and tensor.dtype != like.dtype:
+                faults.append(f"{name} is {tensor.dtype}, expected {like.dtype}")
+            elif like.is_floating_point() and tensor.dtype not in DTYPES:
                 faults.append(f"{name} is {tensor.dtype}, expected a floating-point type of 16 or 32 bits")
         faults += [f"{name:.200} is unexpected" for name in sorted(self.tensors.keys() - wanted.keys())]
         if faults:
@@ -96,7 +98,9 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     directory = path.parent if is_file else files.locate(path)
     file = path if is_file else directory / "model.safetensors"
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"path: no file {file!s:.200}")
+        others = [] if is_file else sorted(other.name for other in directory.glob("*.bin"))
+        hint = f"; {others[0]} is not read, safetensors.torch.save_file writes its tensors" if others else ""
+        raise FileNotFoundError(f"path: no file {file!s:.200}{hint}")
     files.refuse_pointer(file)
     try:
         # Tensors made outside inference mode can be trained or copied anywhere.
@@ -139,7 +143,10 @@ def write_checkpoint(
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
     path = files.as_path("path", path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
-    tensors = {name: t.to("cpu", dtype, copy=True).contiguous() for name, t in model.state_dict().items()}
+    tensors = {
+        name: t.to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True).contiguous()
+        for name, t in model.state_dict().items()
+    }
     is_file = _is_file(path)
     metadata = {METADATA: json.dumps(config)} if is_file else {"format": "pt"}
     weights = path if is_file else path / "model.safetensors"

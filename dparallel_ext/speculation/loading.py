@@ -14,11 +14,12 @@ from ..arguments import number, shown, whole
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import read_json
-from . import adadecode, dflash
+from . import adadecode, dflash, eagle
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
 from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
 from .drafter import Apart, Drafter, Expecting
+from .eagle import EagleDrafter, EagleTrees
 from .hidden_transfer import HiddenTransfer
 from .ngram import NGram
 from .ppd import PromptTokens
@@ -30,11 +31,9 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
     **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
     adadecode.KIND: adadecode.drafter_of_heads,
+    eagle.KIND: eagle.drafter_of_eagle,
 }
 """Kind that a file names -> what makes a drafter of it, or raises ValueError."""
-PUBLISHED = "dflash"
-"""The kind of a file that names none."""
-
 NAMED: dict[str, Path | Drafter] = {"recycling": Recycling()}
 """Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
 models too; a drafter of your own has the name that you give it here."""
@@ -44,8 +43,9 @@ def load(path: str | Path) -> Drafter:
     """Read a drafter with weights: a directory with config.json and model.safetensors, or one .safetensors
     file, of any of `KINDS`.
 
-    A directory may be one of the published DFlash checkpoints (z-lab), by ORG/NAME too, see `models.locate`.
-    Layers that see a window of the text alone, and what DFlash2 adds, are not supported.
+    A directory may be one of the published DFlash checkpoints (z-lab), or a published EAGLE-3 or P-EAGLE head
+    in safetensors (SafeAILab, SpecForge, ModelOpt, NeMo, speculators), by ORG/NAME too, see `models.locate`.
+    Layers that see a window of the text alone, and what DFlash2 and EAGLE-3.1 add, are not supported.
 
     Raises:
         FileNotFoundError: naming the missing file or directory.
@@ -53,7 +53,9 @@ def load(path: str | Path) -> Drafter:
     """
     checkpoint = read_checkpoint(path)
     try:
-        kind = Origin.of(checkpoint.config).kind or PUBLISHED
+        kind = Origin.of(checkpoint.config).kind
+        if kind is None:  # a published file
+            kind = eagle.KIND if eagle.is_config(checkpoint.config) else "dflash"
         if kind not in KINDS:
             raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(KINDS)}")
         return KINDS[kind](checkpoint)
@@ -93,6 +95,8 @@ def drafter_of(
                 raise ValueError(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
                 )
+            if isinstance(blocks, EagleDrafter):
+                return EagleTrees(blocks.model, blocks.source)
             return TreeDrafter(blocks.model, blocks.source)
     if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         try:
@@ -130,4 +134,5 @@ def _is_path(text: str) -> bool:
 def _is_model(path: Path) -> bool:
     """Whether a directory holds a language model, and not a drafter, whose config may name a family too."""
     config = read_json(path / "config.json")
-    return str(config.get("model_type")) in FAMILIES and not ("dflash_config" in config or OURS in config)
+    drafts = "dflash_config" in config or OURS in config or eagle.is_config(config)
+    return str(config.get("model_type")) in FAMILIES and not drafts
