@@ -17,13 +17,15 @@ from dparallel_ext.speculation import (
     Draft,
     DraftModel,
     DraftSession,
+    EagleDrafter,
     HiddenTransfer,
     Lane,
     PromptTokens,
     RiderDrafter,
 )
 from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
-from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.checkpoint import DraftCheckpoint, Origin
+from dparallel_ext.speculation.eagle import drafter_of_eagle
 from dparallel_ext.speculation.riders import config_of as config_of_riders
 
 SIZES = {
@@ -143,6 +145,64 @@ def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
     for p in birth.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return RiderDrafter(birth, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
+
+
+def eagle_tensors(
+    target: Model = MODEL,
+    *,
+    width: int = 32,
+    layers: int = 1,
+    taps: int = 3,
+    vocabulary: int = 40,
+    qk_norm: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of P-EAGLE with the names of speculators: random weights, large enough that every pair
+    tells."""
+    every = target.shape.embedding_size
+    g = torch.Generator().manual_seed(7)
+
+    def matrix(rows: int, columns: int, std: float = 0.4) -> Tensor:
+        return torch.randn(rows, columns, generator=g) * std
+
+    def scale(size: int) -> Tensor:
+        return torch.rand(size, generator=g) + 0.5
+
+    t = {"fc.weight": matrix(width, taps * target.shape.width, 0.2), "norm.weight": scale(width)}
+    for i in range(layers):
+        at, inputs = f"layers.{i}.", width if i else 2 * width
+        for name, rows in (("q", 32), ("k", 16), ("v", 16)):
+            t[f"{at}self_attn.{name}_proj.weight"] = matrix(rows, inputs)
+        t[f"{at}self_attn.o_proj.weight"] = matrix(width, 32)
+        for name, rows, columns in (("gate", 40, width), ("up", 40, width), ("down", width, 40)):
+            t[f"{at}mlp.{name}_proj.weight"] = matrix(rows, columns)
+        for name in ("input_layernorm", "post_attention_layernorm", *(() if i else ("hidden_norm",))):
+            t[f"{at}{name}.weight"] = scale(width)
+        for name in "qk" if qk_norm else "":
+            t[f"{at}self_attn.{name}_norm.weight"] = scale(8)
+    t["lm_head.weight"] = matrix(vocabulary, width)
+    if vocabulary < every:
+        ids = torch.randperm(every, generator=g)[:vocabulary].sort().values
+        t["d2t"] = ids - torch.arange(vocabulary)
+        t["t2d"] = torch.zeros(every, dtype=torch.bool).index_fill_(0, ids, True)
+    t["embed_tokens.weight"] = matrix(every, width, 1.0)
+    t["mask_hidden"] = matrix(1, taps * target.shape.width, 1.0)
+    return t
+
+
+def eagle(kind: str, target: Model = MODEL) -> EagleDrafter:
+    """EAGLE-3, or P-EAGLE."""
+    parallel = {"eagle3": False, "p-eagle": True}[kind]
+    layers, size = (2 if parallel else 1), target.shape.embedding_size
+    tensors = eagle_tensors(target, layers=layers, vocabulary=size - 21)
+    config = {
+        **{"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "head_dim": 8},
+        **{"num_key_value_heads": 2, "intermediate_size": 40, "vocab_size": size, "rope_theta": 5000.0},
+        **{"draft_vocab_size": size - 21, "target_hidden_size": target.shape.width, "mask_token_id": 60},
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0, target.shape.layers - 1]},
+    }
+    if not parallel:
+        del tensors["mask_hidden"]
+    return drafter_of_eagle(DraftCheckpoint("drafter", config, tensors))
 
 
 class Knowing(DraftSession):

@@ -294,14 +294,17 @@ class _Session(RecordedSession):
         self._nowhere = kv_cache.slots.shape[2] * self._page_size
         """The row of `features` for tokens without a slot; the mask's is behind it."""
         self.features = zeros((self._nowhere + 2, s.width))
-        if self._layers.mask_hidden is not None:
-            self.features[-1] = self._layers.fc(self._layers.mask_hidden)
         slots = zeros((s.layers, 2, lanes, s.kv_heads, length, s.head_dim))
         table = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, model.device)
         self.kv_cache = KVCache(slots, table)
         self._computed = [0] * lanes
         """For each lane, the pairs of known tokens whose keys and values are there."""
         self.size = self.features.nbytes + slots.nbytes
+        self.begin()
+
+    def begin(self) -> None:
+        if self._layers.mask_hidden is not None:
+            self.features[-1] = self._layers.fc(self._layers.mask_hidden)
 
     def reset(self, lane: int) -> None:
         super().reset(lane)

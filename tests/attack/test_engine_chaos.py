@@ -20,7 +20,7 @@ import pytest
 import run_engine_ends
 import torch
 from conftest import golden
-from drafters import KINDS, Knowing, drafter_with, exits, model_of, riding
+from drafters import KINDS, Knowing, drafter_with, eagle, exits, model_of, riding
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -39,7 +39,8 @@ DIFFUSION = [
 """Models and caches."""
 RIDING = ("ppd", "hidden_transfer")
 LISTED = ("plain", "ngram", "recycling", "chains", "trees", "model", "canvas", "exits", "tree")
-GUESSERS = (*LISTED, *KINDS, *RIDING)
+EAGLES = ("eagle3", "p-eagle")
+GUESSERS = (*LISTED, *KINDS, *RIDING, *EAGLES)
 CAUSAL = [("causal", way) for way in GUESSERS]
 """And drafters."""
 BLOCK, LONGEST = 8, 56
@@ -220,6 +221,7 @@ DRAFTERS = {
     "tree": TreeDrafter(drafter_with("dflash", MODELS["causal"]).model),
     **{kind: drafter_with(kind, MODELS["causal"]) for kind in KINDS},
     **{kind: riding(kind, MODELS["causal"]) for kind in RIDING},
+    **{kind: eagle(kind, MODELS["causal"]) for kind in EAGLES},
 }
 
 

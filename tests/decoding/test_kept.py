@@ -280,14 +280,18 @@ def drafter_of(kind: str | None) -> tuple[models.Model, Any]:
         return (model := drafters.model_of()), drafters.drafter_with(kind, model)
     if kind in ("ppd", "hidden_transfer"):
         return (model := drafters.model_of()), drafters.riding(kind, model)
+    if kind in ("eagle3", "p-eagle"):
+        return (model := drafters.model_of()), drafters.eagle(kind, model)
     if kind == "adadecode":
         return (model := drafters.deep_model()), drafters.exits(target=model)
     return drafters.model_of(), drafters.model_of("llama") if kind == "model" else kind
 
 
-OBSERVING = ["dflash", "parallelspec", "ppd", "hidden_transfer", "adadecode", "recycling"]
+OBSERVING = [
+    *("dflash", "parallelspec", "eagle3", "p-eagle", "ppd", "hidden_transfer", "adadecode", "recycling")
+]
 """Drafters with a part in the model's passes."""
-OWN_PASSES = ["dflash", "parallelspec", "adadecode", "recycling"]
+OWN_PASSES = ["dflash", "parallelspec", "eagle3", "p-eagle", "adadecode", "recycling"]
 
 
 def lost(made: list[Graphs]) -> list[str]:
@@ -385,8 +389,8 @@ def test_plain_passes_and_those_over_guesses_without_weights_share_what_is_kept(
 @pytest.mark.parametrize(
     ("how", "kind"),
     [
-        *itertools.product(["deleted", "moved", "replaced"], [None, "dflash", "ppd", "adadecode"]),
-        *itertools.product(["drafter replaced"], ["dflash", "ppd", "adadecode"]),
+        *itertools.product(["deleted", "moved", "replaced"], [None, "dflash", "p-eagle", "ppd", "adadecode"]),
+        *itertools.product(["drafter replaced"], ["dflash", "p-eagle", "ppd", "adadecode"]),
     ],
 )
 def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: str | None, how: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from drafters import Knowing, model_of
+from drafters import Knowing, eagle_tensors, model_of
 from safetensors.torch import load_file, save_file
 from test_dflash import Heard, attended, layer, norm, turned
 from test_speculate import PROMPTS, plain
@@ -43,40 +43,6 @@ class Head(NamedTuple):
         return path
 
 
-def tensors_of(
-    *, width: int = WIDTH, layers: int = 1, taps: int = 3, vocabulary: int = 40, qk_norm: bool = False
-) -> dict[str, Tensor]:
-    """Random weights with the names of speculators, large enough that every pair tells."""
-    g = torch.Generator().manual_seed(7)
-
-    def matrix(rows: int, columns: int, std: float = 0.4) -> Tensor:
-        return torch.randn(rows, columns, generator=g) * std
-
-    def scale(size: int) -> Tensor:
-        return torch.rand(size, generator=g) + 0.5
-
-    t = {"fc.weight": matrix(width, taps * WIDTH, 0.2), "norm.weight": scale(width)}
-    for i in range(layers):
-        at, inputs = f"layers.{i}.", width if i else 2 * width
-        for name, rows in (("q", 32), ("k", 16), ("v", 16)):
-            t[f"{at}self_attn.{name}_proj.weight"] = matrix(rows, inputs)
-        t[f"{at}self_attn.o_proj.weight"] = matrix(width, 32)
-        for name, rows, columns in (("gate", 40, width), ("up", 40, width), ("down", width, 40)):
-            t[f"{at}mlp.{name}_proj.weight"] = matrix(rows, columns)
-        for name in ("input_layernorm", "post_attention_layernorm", *(() if i else ("hidden_norm",))):
-            t[f"{at}{name}.weight"] = scale(width)
-        for name in "qk" if qk_norm else "":
-            t[f"{at}self_attn.{name}_norm.weight"] = scale(8)
-    t["lm_head.weight"] = matrix(vocabulary, width)
-    if vocabulary < VOCABULARY:
-        ids = torch.randperm(VOCABULARY, generator=g)[:vocabulary].sort().values
-        t["d2t"] = ids - torch.arange(vocabulary)
-        t["t2d"] = torch.zeros(VOCABULARY, dtype=torch.bool).index_fill_(0, ids, True)
-    t["embed_tokens.weight"] = matrix(VOCABULARY, width, 1.0)
-    t["mask_hidden"] = matrix(1, taps * WIDTH, 1.0)
-    return t
-
-
 def layers_config(**changes: Any) -> dict[str, Any]:
     return {
         **{"model_type": "llama", "hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_hidden_layers": 1},
@@ -90,14 +56,14 @@ def layers_config(**changes: Any) -> dict[str, Any]:
 def first(kind: str) -> Head:
     """The head of a kind."""
     if kind == "eagle3":  # SafeAILab's, and SpecForge's with another architecture
-        t = tensors_of()
+        t = eagle_tensors()
         for name in ("embed_tokens.weight", "mask_hidden"):
             del t[name]
         t = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in t.items()}
         config = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 40, **layers_config()}
         return Head(config, t, (1, 3, 4), False)
     if kind == "p-eagle":  # NeMo's, narrower than its target
-        t = tensors_of(width=24, layers=3)
+        t = eagle_tensors(width=24, layers=3)
         t["mask_hidden"] = t["mask_hidden"].view(1, 1, -1)
         t = {name if "lm_head" in name else f"model.{name}": tensor for name, tensor in t.items()}
         config = layers_config(hidden_size=24, num_hidden_layers=3, draft_vocab_size=40, mask_token_id=60)
@@ -106,7 +72,7 @@ def first(kind: str) -> Head:
         return Head(config, t, (1, 3, 6), True)
     parallel = kind == "speculators-p-eagle"
     size = {"layers": 2, "taps": 4} if parallel else {"qk_norm": True, "vocabulary": VOCABULARY}
-    t = tensors_of(**size)  # type: ignore[arg-type]
+    t = eagle_tensors(**size)  # type: ignore[arg-type]
     ids = [2, 4, 6, 8] if parallel else [0, 3, 8]
     config = {
         **{"speculators_model_type": "peagle" if parallel else "eagle3", "norm_before_residual": True},
