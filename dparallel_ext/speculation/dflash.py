@@ -200,7 +200,7 @@ class BlockDrafter:
         sizes = {"vocabulary": s.embedding_size, "width": s.width, "layers": layout.target_layers}
         check_target(self.source, origin, model, **sizes)
 
-    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:

@@ -70,8 +70,6 @@ class Layout(NamedTuple):
     """Tokens that it can guess."""
     taps: tuple[int, ...] | None
     """Layers of the target, ascending, counted from 0; None: those of `taps_of`."""
-    tapped: int
-    """The number of taps."""
     block: int
     """The most guesses of a draft, and the root."""
     mask_id: int | None
@@ -101,7 +99,7 @@ class Layout(NamedTuple):
         fields = {
             # vLLM and speculators have different defaults for the latter's files, which do name it.
             "norm_before_residual": NO if form is None else Field(bool),
-            "draft_vocab_size": VOCABULARY,
+            "draft_vocab_size": replace(VOCABULARY, default=shape.embedding_size),
             "target_hidden_size": replace(WIDTH, default=shape.width),
             "parallel_drafting": NO,
             "eagle_config": Field(dict, {}),
@@ -116,12 +114,10 @@ class Layout(NamedTuple):
             raise ValueError(
                 f"config: expected the mask's id as one of {', '.join(_MASKS)}, and there is none"
             )
-        taps = _taps(config, c["eagle_config"])
         return cls(
             shape=shape,
             vocabulary=c["draft_vocab_size"],
-            taps=taps,
-            tapped=3 if taps is None else len(taps),
+            taps=_taps(config, c["eagle_config"]),
             block=1 + (c["num_depths"] or c["para_depths"] or MOST),
             mask_id=masks[0] if parallel else None,
             target_width=c["target_hidden_size"],
@@ -177,13 +173,12 @@ class EagleModel(nn.Module):
     def __init__(self, config: Mapping[str, Any], layout: Layout) -> None:
         super().__init__()
         self.config, self.layout, s = dict(config), layout, layout.shape
-        prefix, of = _LAYER, Qwen3 if s.qk_norm else Llama
-        names = {
-            ours: name.removeprefix(prefix) for ours, name in of.NAMES.items() if name.startswith(prefix)
-        }
+        of = (Qwen3 if s.qk_norm else Llama).NAMES
+        names = {ours: name.removeprefix(_LAYER) for ours, name in of.items() if name.startswith(_LAYER)}
         first: list[Block] = [FirstLayer(s, names, layout.norm_before_residual)]
         self.layers = nn.ModuleList(first + [Block(s, names) for _ in range(s.layers - 1)])
-        self.fc = nn.Linear(layout.tapped * layout.target_width, s.width, bias=False)
+        taps = 3 if layout.taps is None else len(layout.taps)
+        self.fc = nn.Linear(taps * layout.target_width, s.width, bias=False)
         self.norm = RMSNorm(s)
         self.lm_head = nn.Linear(s.width, layout.vocabulary, bias=False)
         self.embed_tokens = nn.Embedding(s.embedding_size, s.width) if layout.embeds else None
@@ -224,9 +219,7 @@ class EagleDrafter(BlockDrafter):
         check_target(self.source, Origin(None, None, None), model, **sizes)
         self.layout.taps_of(model.shape.layers)
 
-    def session(  # type: ignore[override]
-        self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True
-    ) -> _Session:
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, lanes, graphs)
 
 
@@ -252,7 +245,9 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
         model = EagleModel(checkpoint.config, layout)
     if "mask_hidden" in tensors:
         tensors["mask_hidden"] = tensors["mask_hidden"].flatten()  # (1, n) and (1, 1, n) are published
-    if layout.vocabulary == layout.shape.embedding_size:
+    if (d2t := tensors.get("d2t")) is not None and not d2t.is_floating_point():
+        tensors["d2t"] = d2t.to(torch.int64)
+    elif layout.vocabulary == layout.shape.embedding_size:
         tensors.setdefault("d2t", torch.zeros(layout.vocabulary, dtype=torch.int64, device="cpu"))
     checkpoint._replace(tensors=tensors).fill(model)
     ids = model.d2t + torch.arange(layout.vocabulary, device="cpu")

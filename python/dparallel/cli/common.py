@@ -55,7 +55,7 @@ ConfigOption = Annotated[
 ]
 DRAFTERS = (
     "for an autoregressive model: ngram, ngram:N, recycling, the path of a drafter or model, tree: before a "
-    "drafter of blocks (DFlash, ParallelSpec); for builtin:causal also "
+    "drafter of blocks (DFlash, ParallelSpec, P-EAGLE); for builtin:causal also "
     "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
     "builtin:student; default: none"
 )
