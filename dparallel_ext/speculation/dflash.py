@@ -181,9 +181,10 @@ class BlockDrafter:
 
     width = 1
     """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
+    model_class: type[nn.Module] = DraftModel
 
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
-        instance("model", model, DraftModel)
+        instance("model", model, self.model_class)
         self.model, self.source = model.eval().requires_grad_(False), source
         self.layout = model.layout
         self.most = self.layout.block - 1

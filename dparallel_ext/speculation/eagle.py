@@ -205,6 +205,7 @@ class EagleDrafter(BlockDrafter):
 
     model: EagleModel  # type: ignore[assignment]
     layout: Layout  # type: ignore[assignment]
+    model_class = EagleModel
 
     def __init__(self, model: EagleModel, source: str = "drafter") -> None:
         super().__init__(cast(Any, model), source)
