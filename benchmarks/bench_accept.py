@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 import dparallel_ext as dx
 
 from .bench_unmask import VOCAB, inputs
-from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
+from .harness import CPU, OURS, Case, Work, copies, on_cpu
 
 BLOCK = 16
 ROWS = (1, 16, 64)
@@ -44,8 +44,7 @@ def eager(logits: Tensor, draft: Tensor, parent: Tensor, q_start: Tensor, q_end:
 def work(device: torch.device, small: bool, rows: int, vocab: int) -> Work:
     """Lanes of up to 16 rows; the first half of each lane's draft is accepted."""
     logits = inputs(rows, vocab, vocab - 1, device)[1][0]
-    sets = sets_of(logits.nbytes, device, small)
-    data = [logits, *(logits.clone() for _ in range(sets - 1))]
+    data = copies(logits, device, small)
     q_start = torch.arange(0, rows, BLOCK, device=device)
     q_end = (q_start + BLOCK).clamp(max=rows)
     index = torch.arange(rows, device=device) % BLOCK
@@ -73,7 +72,7 @@ def work(device: torch.device, small: bool, rows: int, vocab: int) -> Work:
     return Work(
         {"eager": lambda turn, at: eager(data[at], *lanes), OURS: ours},
         [(rows * vocab * 2, 0, 1)],
-        sets=sets,
+        sets=len(data),
         graphs=(OURS,),
         agree=agree,
     )

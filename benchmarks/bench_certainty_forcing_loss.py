@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ import dparallel_ext as dx
 from dparallel_ext import backends
 
 from . import baselines
-from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
+from .harness import CPU, OURS, Case, Work, copies, on_cpu
 
 VOCAB, ROWS, ACTIVE = 126464, 256, slice(96, 160)
 
@@ -65,37 +65,42 @@ def work(
     inplace: add the contender that writes over the logits, which each step gets anew.
     """
     chosen = active or slice(0, rows)
-    logits, *rest = inputs(rows, chosen, vocab, device)
-    data, spent = copies(logits, device, small), [logits]
+    logits, labels, is_active = inputs(rows, chosen, vocab, device)
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        name: lambda z, loss_of=loss_of: loss_of(z, labels, is_active) for name, loss_of in CONTENDERS.items()
+    }
+    if inplace:
+        losses[INPLACE] = lambda z: dx.certainty_forcing_loss(z, labels, is_active, inplace=True).loss
+    bytes_ = (2 * len(range(*chosen.indices(rows))) + rows) * vocab * 2
+    return loss_work(device, small, logits, losses, bytes_, graphs=(OURS,))
 
-    def of(
-        loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+
+def loss_work(
+    device: torch.device,
+    small: bool,
+    logits: Tensor,
+    losses: Mapping[str, Callable[[Tensor], Tensor]],
+    bytes_: float,
+    graphs: tuple[str, ...],
+) -> Work:
+    """Forward and backward of losses of `logits`; with `INPLACE` among them, each step gets the logits
+    anew."""
+    data = copies(logits, device, small)
+
+    def of(loss_of: Callable[[Tensor], Tensor]) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
-            loss = loss_of(data[at], *rest)
+            loss = loss_of(data[at])
             return loss.detach(), torch.autograd.grad(loss, data[at])[0]
 
         return run
 
-    def over_the_logits(turn: int, at: int) -> tuple[Tensor, Tensor]:
-        loss = dx.certainty_forcing_loss(spent[0], *rest, inplace=True).loss
-        return loss.detach(), torch.autograd.grad(loss, spent[0])[0]
-
     def reset() -> None:
-        spent[0] = logits.clone()
+        data[0] = logits.clone()
 
-    run = {name: of(loss_of) for name, loss_of in CONTENDERS.items()}
-    bytes_ = (2 * len(range(*chosen.indices(rows))) + rows) * vocab * 2
-    if inplace:
-        return Work({**run, INPLACE: over_the_logits}, [(bytes_, 0, 1)], reset=reset, agree=alike)
-    return Work(run, [(bytes_, 0, 1)], sets=len(data), graphs=(OURS,), agree=alike)
-
-
-def copies(logits: Tensor, device: torch.device, small: bool) -> list[Tensor]:
-    """`logits`, and as many copies, each with a gradient of its own, as make up the data sets of a
-    graph."""
-    sets = sets_of(logits.nbytes, device, small)
-    return [logits, *(logits.detach().clone().requires_grad_() for _ in range(sets - 1))]
+    run = {name: of(loss_of) for name, loss_of in losses.items()}
+    if INPLACE in losses:
+        return Work(run, [(bytes_, 0, 1)], reset=reset, agree=alike)
+    return Work(run, [(bytes_, 0, 1)], sets=len(data), graphs=graphs, agree=alike)
 
 
 def alike(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
@@ -184,10 +189,12 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
 
         run["Liger (cross entropy alone)"] = of_liger
 
-    def agree(result: Tensor | None, expected: Tensor) -> bool:
-        return result is None or bool((result - expected).norm() <= 0.01 * expected.norm())
+    return Work(run, [(3 * head.nbytes, 6 * rows * width * vocab, 1)], agree=same_gradient)
 
-    return Work(run, [(3 * head.nbytes, 6 * rows * width * vocab, 1)], agree=agree)
+
+def same_gradient(result: Tensor | None, expected: Tensor) -> bool:
+    """Whether gradients agree, by norm, within a hundredth; None: it was not computed."""
+    return result is None or bool((result - expected).norm() <= 0.01 * expected.norm())
 
 
 def linear_case() -> Case:

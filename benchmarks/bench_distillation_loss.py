@@ -22,10 +22,10 @@ from .bench_certainty_forcing_loss import (
     PRODUCTS,
     VOCAB,
     WIDTH,
-    alike,
     chunk_rows,
-    copies,
     linear_inputs,
+    loss_work,
+    same_gradient,
 )
 from .harness import CPU, OURS, Case, Work, on_cpu
 
@@ -55,29 +55,12 @@ def work(
 ) -> Work:
     """inplace: add the contender that writes over the student's logits, which each step gets anew."""
     student, teacher = inputs(rows, vocab, device)
-    data, spent = copies(student, device, small), [student]
-
-    def of(
-        loss_of: Callable[[Tensor, Tensor, float], Tensor],
-    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-        def run(turn: int, at: int) -> tuple[Tensor, Tensor]:
-            loss = loss_of(data[at], teacher, l1)
-            return loss.detach(), torch.autograd.grad(loss, data[at])[0]
-
-        return run
-
-    def over_the_logits(turn: int, at: int) -> tuple[Tensor, Tensor]:
-        loss = dx.distillation_loss(spent[0], teacher, l1_weight=l1, inplace=True)
-        return loss.detach(), torch.autograd.grad(loss, spent[0])[0]
-
-    def reset() -> None:
-        spent[0] = student.clone()
-
-    run = {name: of(loss_of) for name, loss_of in CONTENDERS.items()}
-    bytes_ = ((7 if l1 else 5) * student.nbytes, 0, 1)
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        name: lambda z, loss_of=loss_of: loss_of(z, teacher, l1) for name, loss_of in CONTENDERS.items()
+    }
     if inplace:
-        return Work({**run, INPLACE: over_the_logits}, [bytes_], reset=reset, agree=alike)
-    return Work(run, [bytes_], sets=len(data), graphs=(OURS, "eager"), agree=alike)
+        losses[INPLACE] = lambda z: dx.distillation_loss(z, teacher, l1_weight=l1, inplace=True)
+    return loss_work(device, small, student, losses, (7 if l1 else 5) * student.nbytes, (OURS, "eager"))
 
 
 def case(l1: float) -> Case:
@@ -124,10 +107,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
         PRODUCTS: products,
     }
 
-    def agree(result: Tensor | None, expected: Tensor) -> bool:
-        return result is None or bool((result - expected).norm() <= 0.01 * expected.norm())
-
-    return Work(run, [(5 * head.nbytes, 10 * rows * width * vocab, 1)], agree=agree)
+    return Work(run, [(5 * head.nbytes, 10 * rows * width * vocab, 1)], agree=same_gradient)
 
 
 def linear_case() -> Case:

@@ -15,7 +15,7 @@ import dparallel_ext as dx
 
 from . import baselines
 from .bench_unmask import VOCAB, inputs
-from .harness import CPU, OURS, Case, Work, close, on_cpu, sets_of
+from .harness import CPU, OURS, Case, Work, close, copies, on_cpu
 
 BEST = 8
 ON_CPU = "torch: topk, logsumexp"
@@ -26,8 +26,7 @@ def work(
     device: torch.device, small: bool, rows: int, vocab: int, k: int = BEST, eager: str = "eager"
 ) -> Work:
     logits = inputs(rows, vocab, vocab - 1, device)[1][0]
-    sets = sets_of(logits.nbytes, device, small)
-    data = [logits, *(logits.clone() for _ in range(sets - 1))]
+    data = copies(logits, device, small)
     compiled = baselines.compile_(baselines.topk)
 
     def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
@@ -43,7 +42,7 @@ def work(
             OURS: lambda turn, at: dx.row_topk(data[at], k),
         },
         [(logits.nbytes, 0, 1)],
-        sets=sets,
+        sets=len(data),
         graphs=(OURS, "eager"),
         agree=agree,
     )

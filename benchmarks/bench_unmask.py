@@ -16,7 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from . import baselines
-from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
+from .harness import CPU, OURS, Case, Work, copies, on_cpu
 
 VOCAB, MASK, THRESHOLD = 126464, 126336, 0.5
 WINDOW = 32
@@ -71,9 +71,8 @@ def work(device: torch.device, small: bool, rows: int, vocab: int, window: int |
     """A step over the first `window` of `rows` positions, all masked. window: None: all."""
     mask, end = min(MASK, vocab - 1), window or rows
     tokens, logits = inputs(rows, vocab, mask, device)
-    sets = sets_of(logits.nbytes, device, small)
-    data = [logits, *(logits.clone() for _ in range(sets - 1))]
-    board = tokens.expand(sets, -1, -1).clone()
+    data = copies(logits, device, small)
+    board = tokens.expand(len(data), -1, -1).clone()
 
     def of(step: Callable[..., None]) -> Callable[[int, int], Tensor]:
         def run(turn: int, at: int) -> Tensor:
@@ -85,7 +84,7 @@ def work(device: torch.device, small: bool, rows: int, vocab: int, window: int |
     return Work(
         {name: of(step) for name, step in CONTENDERS.items()},
         [(end * vocab * 2, 0, 1)],
-        sets=sets,
+        sets=len(data),
         graphs=(OURS,),
         reset=lambda: board.copy_(tokens.expand_as(board)),
         agree=torch.equal,

@@ -92,6 +92,12 @@ def sets_of(bytes_: float, device: torch.device, small: bool) -> int:
     return 2 if small else max(2, -(-(2**28) // int(bytes_)))
 
 
+def copies(data: Tensor, device: torch.device, small: bool) -> list[Tensor]:
+    """`data`, and as many copies, each with a gradient of its own, as make up the data sets of a graph."""
+    sets = sets_of(data.nbytes, device, small)
+    return [data, *(data.detach().clone().requires_grad_(data.requires_grad) for _ in range(sets - 1))]
+
+
 def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
 
