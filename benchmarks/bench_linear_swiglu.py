@@ -17,15 +17,11 @@ from torch import Tensor
 import dparallel_ext as dx
 
 from .bench_fp8_linear import error_of
+from .bench_swiglu import eager
 from .harness import CPU, OURS, Case, Work, on_cpu, random, sets_of
 
 WIDTH = 4096
 STEPS = f"{OURS}, linear and swiglu"
-
-
-def eager(x: Tensor, weight: Tensor) -> Tensor:
-    gate, up = F.linear(x, weight).chunk(2, -1)
-    return F.silu(gate) * up
 
 
 def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
@@ -35,7 +31,7 @@ def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
     weights = [random(device, 6 * inner, inner) * inner**-0.5 for _ in range(sets)]
     x = random(device, tokens, inner)
     steps: dict[str, Callable[[Tensor], Tensor]] = {
-        "torch": lambda weight: eager(x, weight),
+        "torch": lambda weight: eager(F.linear(x, weight)),
         STEPS: lambda weight: dx.swiglu(dx.linear(x, weight, constant=True)),
         OURS: lambda weight: dx.linear_swiglu(x, weight, constant=True),
     }

@@ -38,6 +38,7 @@ from .cases import CASES
 from .harness import OURS, Case, Clock, OutOfTime, Work, result_of, time_contender
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 STALL = 240.0
 """The seconds without a new figure after which a case counts as hung."""
 
@@ -48,7 +49,7 @@ class Run:
     """The results in DIR."""
 
     def __init__(self, out: Path, results: dict[str, Any]) -> None:
-        self.out, self.found = out, results
+        self.out, self.results = out, results
 
     @classmethod
     def load(cls, out: Path) -> Run:
@@ -56,24 +57,24 @@ class Run:
 
     def save(self) -> None:
         self.save_results()
-        write_text(self.out / "report.md", report.markdown(self.found))
+        write_text(self.out / "report.md", report.markdown(self.results))
 
     def save_results(self) -> None:
-        write_text(self.out / "results.json", records.dump(self.found))
+        write_text(self.out / "results.json", records.dump(self.results))
 
     def add(self, **record: Any) -> None:
-        self.found["records"].append(record)
+        self.results["records"].append(record)
         self.save_results()
         took = f"{1e6 * record['median']:.1f} us" if "median" in record else record["failed"]
         print(f"{record['case']}: {record['contender']}, {record.get('condition', '')}: {took}", flush=True)
 
     def leave_out(self, case: str, why: str) -> None:
-        self.found["left_out"] = [o for o in self.found["left_out"] if o["case"] != case]
-        self.found["left_out"].append({"case": case, "why": why})
+        self.results["left_out"] = [o for o in self.results["left_out"] if o["case"] != case]
+        self.results["left_out"].append({"case": case, "why": why})
 
     def ceiling(self, of: str, amount: str) -> float | None:
         """The measured bytes or FLOP (`amount`) a second of the ceiling `of`; None before it is measured."""
-        for record in self.found["records"]:
+        for record in self.results["records"]:
             if record["case"] == of and "median" in record:
                 return record[amount] / record["median"]
         return None
@@ -97,16 +98,16 @@ def measure(run: Run, device: torch.device, small: bool, only: str, peers: str, 
     clock = Clock(device, deadline, small)
     ceilings = (cases.COPY, cases.MATMUL)
     chosen = [c for c in CASES if c in ceilings or re.search(only, c.name)]
-    todo = [c for c in chosen if c.name not in run.found["done"]]
+    todo = [c for c in chosen if c.name not in run.results["done"]]
     for number, case in enumerate(todo):
         left = deadline - time.monotonic()
         if left <= 0:
             run.leave_out(case.name, "the minutes were over")
             continue
-        run.found["running"] = case.name
+        run.results["running"] = case.name
         run.save()
         measure_case(run, clock, case, small, left / (8 * (len(todo) - number)), peers)
-        run.found["running"] = None
+        run.results["running"] = None
         baselines.forget_compiled()
         if clock.cuda:
             torch.cuda.empty_cache()
@@ -121,7 +122,7 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
         names = sorted(chosen, key=lambda name: name != OURS)
         expected = result_of(work, next(iter(work.run)))
     except Exception as error:
-        run.found["done"].append(case.name)
+        run.results["done"].append(case.name)
         run.add(**about, contender=OURS, failed=f"{type(error).__name__}: {error}"[:500])
         clock.wait()  # after an error that broke the CUDA context, the process ends here
         return
@@ -151,8 +152,8 @@ def measure_case(run: Run, clock: Clock, case: Case, small: bool, share: float, 
     if over:
         run.leave_out(case.name, "the minutes were over within it")
     else:
-        run.found["done"].append(case.name)
-        run.found["left_out"] = [o for o in run.found["left_out"] if o["case"] != case.name]
+        run.results["done"].append(case.name)
+        run.results["left_out"] = [o for o in run.results["left_out"] if o["case"] != case.name]
 
 
 def peak_memory(clock: Clock, work: Work, name: str, expected: Any) -> int | None:
@@ -238,26 +239,12 @@ def check(name: str, out: Path, seconds: float) -> dict[str, Any]:
     else:
         tool = shutil.which("compute-sanitizer")
         if tool is None:
-            return {
-                "name": name,
-                "status": "absent",
-                "detail": "no compute-sanitizer on PATH",
-                "seconds": 0.0,
-            }
+            absent = "no compute-sanitizer on PATH"
+            return {"name": name, "status": "absent", "detail": absent, "seconds": 0.0}
         known = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
         option = next((o for o in ("--kernel-name", "--filter") if o in known), None)
         profiled = [option, "kns=dparallel"] if option else []  # our kernels only, not torch's
-        command = [
-            tool,
-            "--tool",
-            name,
-            "--error-exitcode",
-            "9",
-            *profiled,
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-        ]
+        command = [tool, "--tool", name, "--error-exitcode", "9", *profiled, *COMMAND]
         environment = {}
         if name == "memcheck":  # torch's memory cache would hide accesses beyond an allocation
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -341,15 +328,7 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
     file = out / "results.json"
     while True:
         minutes = max(0.0, deadline - time.monotonic()) / 60
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--measure",
-            f"--minutes={minutes:.4f}",
-            *arguments,
-        ]
-        process = start(command)
+        process = start([*COMMAND, "--measure", f"--minutes={minutes:.4f}", *arguments])
         why = ""
         while process.poll() is None:
             time.sleep(0.2)
@@ -357,13 +336,13 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
                 process.kill()
                 why = f"no figure in {STALL:.0f} s: hung"
         run = Run.load(out)
-        case = run.found["running"]
+        case = run.results["running"]
         if case is None:
             if process.returncode:
                 sys.exit(f"benchmarks.gpu: measuring ended with exit code {process.returncode}")
             return
-        run.found["running"] = None
-        run.found["done"].append(case)
+        run.results["running"] = None
+        run.results["done"].append(case)
         failed = why or f"the process ended with exit code {process.returncode}"
         run.add(case=case, op=next(c.op for c in CASES if c.name == case), contender=OURS, failed=failed)
         run.save()
@@ -404,13 +383,13 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     run = begin(options.out, device, options.small, options.commit or commit_of(ROOT))
     run.save()
-    known = [c["name"] for c in run.found["checks"] if c["status"] == "passed"]
+    known = [c["name"] for c in run.results["checks"] if c["status"] == "passed"]
     for name, share in CHECKS.items():
         if device.type == "cuda" and name not in known and re.search(options.only, name):
             print(f"{name} ...", flush=True)
             seconds = min(share * 60 * options.minutes, deadline - time.monotonic())
             outcome = check(name, options.out, seconds)
-            run.found["checks"] = [c for c in run.found["checks"] if c["name"] != name] + [outcome]
+            run.results["checks"] = [c for c in run.results["checks"] if c["name"] != name] + [outcome]
             run.save()
             print(f"{name}: {outcome['status']}, {outcome['detail']}", flush=True)
     passed_on = ["--out", str(options.out), "--only", options.only, "--peers", options.peers]

@@ -102,10 +102,12 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
     return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
 
 
-def close(result: Tensor, expected: Tensor, rtol: float | None = None, atol: float | None = None) -> bool:
-    """Whether tensors agree: on a CPU as `torch.testing.assert_close` says, on a GPU within a hundredth of
-    the largest number.
+def close(result: Any, expected: Any, rtol: float | None = None, atol: float | None = None) -> bool:
+    """Whether tensors, or tuples of them, agree: on a CPU as `torch.testing.assert_close` says, on a GPU
+    within a hundredth of the largest number.
     """
+    if isinstance(expected, tuple):
+        return all(close(a, b, rtol, atol) for a, b in zip(result, expected, strict=True))
     if expected.is_cuda:
         return bool((result - expected).abs().max() <= 0.01 * expected.abs().max())
     try:

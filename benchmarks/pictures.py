@@ -7,17 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dparallel.plots import load_pyplot
+
 from .harness import OURS
 from .records import curves_of_passes, grouped, own
 
 
 def figure_of(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = load_pyplot().subplots(figsize=(width, height), layout="constrained")
+    return figure, axes
 
 
 def draw_shares(results: dict[str, Any], path: Path) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .pictures import figure_of
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "python/dparallel/toy/builtin"
 
@@ -123,15 +125,10 @@ def table() -> str:
 
 def draw(path: Path) -> None:
     """Passes of each system as bars, its accuracy and tokens a pass beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row_of(system) for system in SYSTEMS]
     passes = [row["nfe_mean"] for row in rows]
     colours = ["#0b5cad" if row["model"] == "builtin:causal" else "#2a9d8f" for row in rows]
-    figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(SYSTEMS) + 1), layout="constrained")
+    figure, axes = figure_of(9, 0.36 * len(SYSTEMS) + 1)
     axes.barh(range(len(rows)), passes, color=colours, height=0.62)
     for at, (row, count) in enumerate(zip(rows, passes, strict=True)):
         caption = f"{count:.1f} passes, {row['accuracy']:.1%} right"
@@ -147,4 +144,3 @@ def draw(path: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)

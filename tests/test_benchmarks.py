@@ -185,7 +185,7 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     def start(command: list[str]) -> subprocess.Popen[bytes]:
         started.append(command)
         if len(started) == 1:
-            begun.found["running"] = "select, batch 64, 512 positions"
+            begun.results["running"] = "select, batch 64, 512 positions"
             begun.save()
         return subprocess.Popen([sys.executable, "-c", programs[len(started) - 1]])
 
@@ -218,7 +218,7 @@ def test_a_contender_that_fails_does_not_hide_the_others(tmp_path: Path) -> None
         "c", "select", lambda **_: harness.Work(contenders, [(8, 0, 1)], agree=torch.equal), {}, ("warm",)
     )
     gpu.measure_case(begun, harness.Clock(device, float("inf"), True), case, True, 1.0)
-    by = {r["contender"]: r for r in begun.found["records"]}
+    by = {r["contender"]: r for r in begun.results["records"]}
     assert by[harness.OURS]["failed"] == "ValueError: its result is not that of eager"
     assert by["compiled"]["failed"] == "RuntimeError: no"
     assert by["eager"]["median"] > 0
@@ -228,7 +228,7 @@ def test_the_floor_is_the_longer_of_moving_and_computing(tmp_path: Path) -> None
     begun = gpu.begin(tmp_path, torch.device("cpu"), True, COMMIT)
     assert begun.floor([(1, 1, 1)]) is None  # no ceiling was measured
     for name, amount in ((cases.COPY.name, "bytes"), (cases.MATMUL.name, "flop")):
-        begun.found["records"].append({"case": name, "contender": "torch", "median": 2.0, amount: 200.0})
+        begun.results["records"].append({"case": name, "contender": "torch", "median": 2.0, amount: 200.0})
     assert begun.floor([(300, 100, 1), (10, 50, 4)]) == pytest.approx(3.0 + 4 * 0.5)
 
 
@@ -239,7 +239,7 @@ def test_peers_are_chosen_by_name(tmp_path: Path) -> None:
     contenders = dict.fromkeys(names, lambda turn, at: torch.ones(3))
     case = harness.Case("c", "select", lambda **_: harness.Work(contenders, [(8, 0, 1)]), {}, ("warm",))
     gpu.measure_case(begun, harness.Clock(device, float("inf"), True), case, True, 1.0, peers="^eager")
-    assert [r["contender"] for r in begun.found["records"]] == [harness.OURS, names[2], "eager"]
+    assert [r["contender"] for r in begun.results["records"]] == [harness.OURS, names[2], "eager"]
 
 
 def test_it_runs_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
