@@ -159,9 +159,8 @@ def policy_in(content: Mapping[str, Any]) -> str | None:
     return policy
 
 
-def causal_config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
-    """`config_of` for an autoregressive model, which takes no policy."""
-    assert policy is None
+def config_without_policy(content: Mapping[str, Any], **options: Any) -> DecodeConfig:
+    """`config_of` without an option or a default for the policy."""
     fields: Any = {name: value for name, value in options.items() if value is not None}
     return DecodeConfig.from_dict(content).replace(**fields)
 

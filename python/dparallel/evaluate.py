@@ -38,8 +38,6 @@ def evaluate(
     problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
-    block_length: int | None = None,
-    cache: str | None = None,
     chat: bool | None = None,
     draft_size: int | None = None,
     loading: registry.Loading | None = None,
@@ -51,8 +49,7 @@ def evaluate(
     `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
-    rule; `config` has all other fields but those of `SET_HERE`. `block_length` and `cache`: default the
-    config's.
+    rule; `config` has all other fields but those of `SET_HERE`.
     `chat`: put problems into the checkpoint's chat template; default: if it has one. With `loaded`, a model
     and its tokenizer, there is no template unless `chat` is true, which takes that of `model_name`.
     `draft_size`: see `decode`. `answers`: a list that receives whole responses, in the order of the problems.
@@ -68,31 +65,29 @@ def evaluate(
     """
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
-    if block_length is not None:
-        config = config.replace(block_length=block_length)
-    if cache is not None:
-        config = config.replace(cache=cache)
     changed = changed_fields(config) | drafted_by(draft_size)
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
-    model, tokenizer, length, beyond = asked.model, asked.tokenizer, asked.length, asked.problems.beyond_end
+    model, length = asked.model, asked.length
     dx.models.check_diffusion(model)
     config = config.replace(gen_length=length, record=True)
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
-    answer_of: dict[int, Answer] = {}
+    how = label({"policy": policy, "config": changed})
+    by_number: dict[int, Answer] = {}
     began = time.perf_counter()
-    for part in _batches(asked, batch):
+    for part in _batches(asked):
         out = dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
         responses = [response.tolist() for response in out.responses]
         kept = [
             kept_of(response[: min(length, end)], model.eos_ids)
             for response, end in zip(responses, out.kept.tolist(), strict=True)
         ]
-        shown = responses if beyond else [r[:n] for r, n in zip(responses, kept, strict=True)]
-        texts = tokenizer.decode_batch(shown)
+        whole_texts = asked.problems.beyond_end
+        judged = responses if whole_texts else [r[:n] for r, n in zip(responses, kept, strict=True)]
+        texts = asked.tokenizer.decode_batch(judged)
         correct += _count_right(asked.problems, part, texts)
-        answer_of |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
+        by_number |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
         passes += int(out.nfe.sum())
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
         tokens += sum(kept)
@@ -104,18 +99,17 @@ def evaluate(
             to_eos += int(passes_to_eos(steps[None], out.nfe[i : i + 1], ends[None], block, start))
         padded += int(out.generated.sum())
         if recording is not None:
-            how = label({"policy": policy, "config": changed})
             _record(recording, asked, how, part, texts, out, kept)
     if answers is not None:
-        answers += [answer_of[number] for number in range(len(asked.problems.prompts))]
+        answers += [by_number[number] for number in range(len(by_number))]
     count = len(asked.problems.prompts)
-    of_drafts = {"canvases_mean": canvases / count if count else 0.0} if draft_size else {}
+    of_drafts = {"canvases_mean": ratio(canvases, count)} if draft_size else {}
     return {
         **_judged(asked, policy, changed, correct, threshold),
-        "nfe_mean": passes / count if count else 0.0,
-        "nfe_to_eos": to_eos / count if count else 0.0,
-        "tokens_per_forward": tokens / passes if passes else 0.0,
-        "padded_tokens_per_forward": padded / passes if passes else 0.0,
+        "nfe_mean": ratio(passes, count),
+        "nfe_to_eos": ratio(to_eos, count),
+        "tokens_per_forward": ratio(tokens, passes),
+        "padded_tokens_per_forward": ratio(padded, passes),
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": length,
         "block_length": block,
@@ -124,6 +118,10 @@ def evaluate(
         **registry.conditions_of(model),
         **of_drafts,
     }
+
+
+def ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
 
 
 class Asked(NamedTuple):
@@ -138,6 +136,7 @@ class Asked(NamedTuple):
     """Whether `encode` puts prompts into a chat template."""
     length: int
     """Tokens of a response."""
+    batch: int
 
 
 SET_HERE = ("gen_length", "record", "logprobs")
@@ -168,7 +167,7 @@ def _asked(
     model, tokenizer = loaded or (loading or registry.Loading()).load(name)
     model = dx.models.for_decoding(model)
     encode = registry.encoder_of(name, model, tokenizer, template, length)
-    return Asked(problems, name, model, tokenizer, encode, template is not None, length)
+    return Asked(problems, name, model, tokenizer, encode, template is not None, length, batch)
 
 
 def _count_right(problems: Problems, part: Sequence[Encoded], texts: Sequence[str]) -> int:
@@ -186,7 +185,7 @@ def _judged(
         "config": config,
         "threshold": threshold,
         **asked.problems.description,
-        "accuracy": correct / count if count else 0.0,
+        "accuracy": ratio(correct, count),
         "accuracy_interval": wilson(correct, count),
     }
 
@@ -254,7 +253,7 @@ def evaluate_drafter(
         return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
     how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
-    for out, right in _to_the_end(decode, asked, batch, how, recording, answers):
+    for out, right in _to_the_end(decode, asked, how, recording, answers):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -262,20 +261,19 @@ def evaluate_drafter(
             [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
             for old, new in ((drafted, out.drafted), (accepted, out.accepted))
         )
-    seconds = time.perf_counter() - began
     count = len(asked.problems.prompts)
     return {
         **_judged(asked, drafter or PLAIN, changed, correct),
-        "nfe_mean": passes / count if count else 0.0,
-        "nfe_to_eos": passes / count if count else 0.0,
-        "draft_mean": drafts / count if count else 0.0,
-        "tokens_per_forward": tokens / passes if passes else 0.0,
-        "padded_tokens_per_forward": tokens / passes if passes else 0.0,
+        "nfe_mean": ratio(passes, count),
+        "nfe_to_eos": ratio(passes, count),
+        "draft_mean": ratio(drafts, count),
+        "tokens_per_forward": ratio(tokens, passes),
+        "padded_tokens_per_forward": ratio(tokens, passes),
         "drafted": drafted,
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
-        "layers": layers / (tokens * model.shape.layers) if tokens else 0.0,
-        "seconds": round(seconds, 3),
+        "layers": ratio(layers, tokens * model.shape.layers),
+        "seconds": round(time.perf_counter() - began, 3),
         "gen_length": asked.length,
         "batch": batch,
         "chat": asked.chat,
@@ -295,7 +293,6 @@ def check_named(drafter: Any) -> None:
 def _to_the_end(
     decode: Callable[[Sequence[Encoded]], Output],
     asked: Asked,
-    batch: int,
     how: str,
     recording: Recording | None,
     answers: list[Answer] | None = None,
@@ -305,17 +302,17 @@ def _to_the_end(
     how: what the recording says of the decoding. answers: receives the answers at the end, in the order of
     the problems.
     """
-    answer_of: dict[int, Answer] = {}
-    for part in _batches(asked, batch):
+    by_number: dict[int, Answer] = {}
+    for part in _batches(asked):
         out = decode(part)
         kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
         texts = asked.tokenizer.decode_batch(kept)
-        answer_of |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
+        by_number |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
         if recording is not None:
             _record(recording, asked, how, part, texts, out, out.kept.tolist())
         yield out, _count_right(asked.problems, part, texts)
     if answers is not None:
-        answers += [answer_of[number] for number in range(len(answer_of))]
+        answers += [by_number[number] for number in range(len(by_number))]
 
 
 def evaluate_adaptive(
@@ -353,18 +350,18 @@ def evaluate_adaptive(
     how = label({"policy": verifier, "config": changed})
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
-    for out, right in _to_the_end(decode, asked, batch, how, recording):
+    for out, right in _to_the_end(decode, asked, how, recording):
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
     count = len(asked.problems.prompts)
     return {
         **_judged(asked, verifier, changed, correct),
-        "nfe_mean": passes / count if count else 0.0,
-        "nfe_to_eos": passes / count if count else 0.0,
-        "verifier_mean": verified / count if count else 0.0,
-        "tokens_per_forward": kept / passes if passes else 0.0,
-        "padded_tokens_per_forward": tokens / passes if passes else 0.0,
+        "nfe_mean": ratio(passes, count),
+        "nfe_to_eos": ratio(passes, count),
+        "verifier_mean": ratio(verified, count),
+        "tokens_per_forward": ratio(kept, passes),
+        "padded_tokens_per_forward": ratio(tokens, passes),
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": asked.length,
         "chat": asked.chat,
@@ -406,13 +403,13 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
     return config.replace(seed=[config.seed + each.number for each in part])
 
 
-def _batches(asked: Asked, batch: int) -> Iterator[Sequence[Encoded]]:
-    """At most `batch` problems at a time, those of like lengths together."""
+def _batches(asked: Asked) -> Iterator[Sequence[Encoded]]:
+    """At most `asked.batch` problems at a time, those of like lengths together."""
     prompts = enumerate(asked.problems.prompts)
     encoded = [Encoded(number, prompt, asked.encode(prompt.text)) for number, prompt in prompts]
     encoded.sort(key=lambda each: len(each.ids))
-    for first in range(0, len(encoded), batch):
-        yield encoded[first : first + batch]
+    for first in range(0, len(encoded), asked.batch):
+        yield encoded[first : first + asked.batch]
 
 
 def kept_of(response: Sequence[int], eos_ids: Sequence[int]) -> int:

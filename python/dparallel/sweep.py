@@ -43,8 +43,6 @@ def sweep(
     problems: int | Problems = 500,
     seed: int = 0,
     batch: int = 100,
-    block_length: int | None = None,
-    cache: str | None = None,
     chat: bool | None = None,
     recording: Recording | None = None,
     loading: registry.Loading | None = None,
@@ -56,8 +54,8 @@ def sweep(
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
     models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
     number of responses equal to the same policy's without it. config: the fields of all results; those of
-    masked diffusion, block_length and cache too, are refused where all models are autoregressive, and for
-    diffusion models alone if there are both kinds. known: results of an earlier run, which are not
+    masked diffusion are refused where all models are autoregressive, and are for diffusion models alone if
+    there are both kinds. known: results of an earlier run, which are not
     measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
     for. The other arguments are those of `evaluate`.
     """
@@ -69,10 +67,7 @@ def sweep(
         if "verifier" in entry:
             registry.check_verifier(entry["verifier"])
     known, loading = list(known), loading or registry.Loading()
-    of_all = {"block_length": block_length, "cache": cache}
-    for_all: Any = {name: value for name, value in of_all.items() if value is not None}
-    config = (config or dx.DecodeConfig()).replace(**for_all)
-    causal_config = config
+    config = causal_config = config or dx.DecodeConfig()
     asked = problems if isinstance(problems, Problems) else held_out(problems, seed)
     models = [(name, registry.is_causal(name)) for name in names]
     if all(causal for _, causal in models):

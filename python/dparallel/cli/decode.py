@@ -14,7 +14,7 @@ from rich.console import Console
 from dparallel_ext.arguments import whole
 
 from .. import files, registry
-from ..configs import causal_config_of, config_of, with_ends
+from ..configs import config_of, config_without_policy, with_ends
 from ..problems import read_prompts
 from ..text import Message
 from .common import (
@@ -120,18 +120,17 @@ def decode(
             check_drafted(drafters, draft_size)
         others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
         numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
-        asked = (causal_config_of if causal or verifier else config_of)(
-            content,
-            policy,
-            gen_length=gen_length,
-            infill=infill,
-            block_length=block_length,
-            cache=cache,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-        )
+        options: dict[str, Any] = {
+            "gen_length": gen_length,
+            "infill": infill,
+            "block_length": block_length,
+            "cache": cache,
+        }
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        if causal or verifier:
+            asked = config_without_policy(content, **options)
+        else:
+            asked = config_of(content, policy, **options)
         if asked.seed is None:
             torch.seed()  # else every process would draw the same samples
         # A text with gaps is no chat message, so it gets a template only with --chat.

@@ -16,7 +16,7 @@ from dparallel_ext import backends
 from dparallel_ext.arguments import whole
 
 from .. import files, registry
-from ..configs import Fields, policy_in, read_rows
+from ..configs import Fields, config_without_policy, policy_in, read_rows
 from ..evaluate import ONE, PLAIN
 from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
@@ -172,8 +172,8 @@ def evaluate(
         causal = {registry.is_causal(name) for name in model}
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
-        of_file = content.pop("gen_length", None)
-        gen_length = of_file if gen_length is None else gen_length
+        length_of_file = content.pop("gen_length", None)
+        gen_length = length_of_file if gen_length is None else gen_length
         if data is None:
             for option, value in (("checker", checker), ("gen_length", gen_length)):
                 if value is not None:
@@ -207,8 +207,8 @@ def evaluate(
         if rows is not None:
             policies += read_rows(rows)
         elif not policy:
-            of_file = policy_in(content) if False in causal else None
-            policies += [of_file] if of_file else EVALUATED
+            policy_of_file = policy_in(content) if False in causal else None
+            policies += [policy_of_file] if policy_of_file else EVALUATED
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         if data is None:
             say_what_is_asked("data", model)
@@ -218,11 +218,9 @@ def evaluate(
             model,
             policies,
             known,
-            config=dx.DecodeConfig.from_dict(content),
+            config=config_without_policy(content, block_length=block_length, cache=cache),
             problems=asked,
             batch=batch,
-            block_length=block_length,
-            cache=cache,
             chat=chat,
             loading=loading,
             drafters=drafter or (PLAIN, "ngram"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import registry
-from ..configs import causal_config_of, config_of
+from ..configs import config_of, config_without_policy
 from ..evaluate import PLAIN
 from .common import (
     DRAFTERS,
@@ -140,7 +140,7 @@ def serve(
             fields = {"gen_length": registry.gen_length(each), **content}
             shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
             if causal[each]:
-                asked = causal_config_of(fields, None, **shared)
+                asked = config_without_policy(fields, **shared)
                 several = len(drafter or ()) > 1
                 for guessing in drafter or (PLAIN,):
                     drafter_name = None if guessing == PLAIN else guessing
@@ -148,7 +148,7 @@ def serve(
                     as_asked = replace(loading, mask_id=None)
                     models.append(runner.Model(called, each, asked, as_asked, drafter_name, draft_size))
             elif verifier:
-                asked = causal_config_of(fields, None, **shared)
+                asked = config_without_policy(fields, **shared)
                 models.append(runner.Model(each, each, asked, loading, verifier=verifier, numbers=numbers))
             else:
                 asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
