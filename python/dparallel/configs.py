@@ -66,7 +66,7 @@ def read_fields(file: Path | None) -> dict[str, Any]:
     """
     if file is None:
         return {}
-    content = files.json_object("config", file, 1, files.read_text("config", file))
+    content = files.json_object("config", file)
     try:
         DecodeConfig.from_dict({name: value for name, value in content.items() if name not in BESIDE})
         if not isinstance(drafter := content.get("drafter"), str | None):

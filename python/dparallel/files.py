@@ -54,10 +54,9 @@ def lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\r")
 
 
-def json_object(argument: str, file: str | Path, number: int, line: str) -> dict[str, Any]:
-    """The JSON object in a line. Raises ValueError naming the line."""
-    place = f"{argument}: {file}:{number}"
-    return _object(place, _json(place, line))
+def json_object(argument: str, file: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, and ValueError naming the argument."""
+    return _object_in(f"{argument}: {file}:1", read_text(argument, file))
 
 
 def json_list(argument: str, file: str | Path) -> list[Any]:
@@ -75,6 +74,10 @@ def _json(place: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     return content
+
+
+def _object_in(place: str, text: str) -> dict[str, Any]:
+    return _object(place, _json(place, text))
 
 
 def _object(place: str, content: Any) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def rows(
             objects = [
                 (n, {text_field: line})
                 if text_field is not None and not line.lstrip().startswith("{")
-                else (n, json_object(argument, file, n, line))
+                else (n, _object_in(f"{argument}: {file}:{n}", line))
                 for n, line in lines(content)
             ]
     except ValueError as error:

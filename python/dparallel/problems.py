@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ def _are_messages(value: Any) -> bool:
     )
 
 
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """A hash of prompts and answers."""
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Problems:
     """What `evaluate` asks, and how it judges the answers."""
@@ -159,6 +164,6 @@ def from_file(
         if value is not None:
             whole(name, value, 1)
     right, prompts = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
-    digest = hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
-    description = {"problems": len(prompts), "data": str(data), "checker": checker, "data_sha256": digest}
+    description = {"problems": len(prompts), "data": str(data), "checker": checker}
+    description |= {"data_sha256": digest_of(prompts)}
     return Problems(prompts, right, gen_length, description, beyond_end=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import logging
 import math
 import os
@@ -23,6 +22,8 @@ import h11
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
 
 MOST = 4096
 """The most connections by default, if the limit of open files allows."""
@@ -114,8 +115,7 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True  # its own answer would come after this one
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = {"message": msg, "type": "invalid_request_error", "param": None, "code": None}
-            body = json.dumps({"error": error}).encode()
+            body = bytes(ApiError(400, msg).response.body)
             head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
             self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()

@@ -177,7 +177,7 @@ def _check_record(directory: Path, content: dict[str, Any]) -> None:
     file = directory / RECORD
     if not file.exists():  # checkpoints of an earlier version
         return
-    before = files.json_object("out", file, 1, files.read_text("out", file))
+    before = files.json_object("out", file)
     keys = sorted({*before, *content})
     other = {key: before.get(key) for key in keys if before.get(key) != content.get(key)}
     if other:

@@ -8,7 +8,6 @@ is resumed with the missing shards, and any number of processes divide them by n
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
 import json
@@ -29,7 +28,7 @@ from dparallel_ext.decoding.decode import progress_bar
 from .. import files, registry
 from ..checkers import Checker, checker_of
 from ..configs import parse_policy
-from ..problems import Prompt
+from ..problems import Prompt, digest_of
 from ..text import Encoder, Template
 from ..toy import tasks
 
@@ -240,8 +239,7 @@ def _shard(directory: Path, number: int, format: str) -> Path:
 
 def _content(prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """The content of settings.json, which identifies the run."""
-    digest = hashlib.sha256(json.dumps([asdict(p) for p in prompts]).encode()).hexdigest()
-    return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest}
+    return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest_of(prompts)}
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
@@ -258,7 +256,7 @@ def _check(directory: Path, content: dict[str, Any]) -> None:
         return
     # Defaults for runs of versions without these settings.
     older = {"chat": False, "mask_id": None, "dtype": "auto"}
-    of_directory = older | files.json_object("out", file, 1, files.read_text("out", file))
+    of_directory = older | files.json_object("out", file)
     other = {key: of_directory.get(key) for key in content if of_directory.get(key) != content[key]}
     if other:
         raise ValueError(f"out: {directory} holds a run with other settings: {other}")
@@ -326,8 +324,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         directory = Path(directory)
         if not (directory / SETTINGS).is_file():
             raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
-        content = files.read_text("trajectories", directory / SETTINGS)
-        self.settings = files.json_object("trajectories", directory / SETTINGS, 1, content)
+        self.settings = files.json_object("trajectories", directory / SETTINGS)
         try:
             numbers = range(-(-whole("prompts", self.settings["prompts"], 0) // self.settings["shard"]))
             shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
