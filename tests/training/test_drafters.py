@@ -181,7 +181,7 @@ def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp
             for part in (block.o, block.down):
                 part.weight.normal_(std=0.3)
     texts = [(torch.randint(3, 90, (n,)), prompt) for n, prompt in ((12, 3), (9, 7), (20, 2))]
-    ids, places = adadecode.places_of(texts, 4, torch.Generator().manual_seed(0))
+    ids, places = adadecode.flat_places_of(texts, 4, torch.Generator().manual_seed(0))
     assert len(places) == 4 + 2 + 4
     for b, (text, prompt) in enumerate(texts):
         own = [int(at) - b * 20 for at in places if b * 20 <= at < (b + 1) * 20]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import dparallel_ext as dx
 from dparallel_ext import models
@@ -21,7 +20,7 @@ from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout
 from dparallel_ext.speculation.drafter import check_layers
 
-from .common import Answer, Settings, Target, Trainee, drawn
+from .common import Answer, Settings, Target, Trainee, drawn, places_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Exits(Trainee):
 
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
         some, generator = drawn(answers, self._settings, step)
-        ids, places = places_of(some, self._settings.anchors, generator)
+        ids, places = flat_places_of(some, self._settings.anchors, generator)
         device = self._target.device
         return loss_of(self.module, self._target, ids.to(device), places.to(device))
 
@@ -75,16 +74,13 @@ class Exits(Trainee):
         return AdaDecode(self.module, source=source)
 
 
-def places_of(answers: Sequence[Answer], anchors: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Answers (B, L) int64, padded with arbitrary tokens, and (N,) int64 flat places in them: up to `anchors`
-    random places of each answer whose next token is in the response."""
-    ids = pad_sequence([each for each, _ in answers], batch_first=True)
-    first = torch.tensor([length - 1 for _, length in answers])[:, None]
-    last = torch.tensor([len(each) - 2 for each, _ in answers])[:, None]
-    at = torch.arange(ids.shape[1])
-    key = torch.rand(ids.shape, generator=generator).masked_fill((at < first) | (at > last), 2.0)
-    limit = key.sort(1).values[:, min(anchors, ids.shape[1]) - 1, None].clamp(max=1.0)
-    return ids, (key <= limit).flatten().nonzero()[:, 0]
+def flat_places_of(
+    answers: Sequence[Answer], anchors: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Answers (B, L) int64, padded with arbitrary tokens, and (N,) int64 flat places in them, ascending: up
+    to `anchors` random places of each answer whose next token is in the response."""
+    ids, *_, at, there = places_of(answers, anchors, generator, before=1, ahead=1)
+    return ids, (at + torch.arange(len(ids))[:, None] * ids.shape[1])[there].sort().values
 
 
 def loss_of(heads: ExitHeads, target: models.Model, ids: Tensor, places: Tensor) -> Tensor:

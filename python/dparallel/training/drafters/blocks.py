@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, whole
@@ -25,7 +24,7 @@ from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, Layout, default_taps
 from dparallel_ext.speculation.drafter import EMBEDDING, check_layers
 
-from .common import Answer, Settings, Target, Trainee, drawn
+from .common import Answer, Settings, Target, Trainee, drawn, places_of
 
 KINDS = {"dflash": {"layers": 3, "block": 16}, "parallelspec": {"layers": 1, "block": 7}}
 """Default layers, and rows of a block, the root included."""
@@ -171,28 +170,19 @@ def pack_blocks(
     """Blocks at up to `anchors` random places of each answer, whose root and next token are in the
     response."""
     block = layout.block
-    ids = pad_sequence([each for each, _ in answers], batch_first=True)
-    prompts = torch.tensor([length for _, length in answers])[:, None]
-    ends = torch.tensor([len(each) for each, _ in answers])[:, None]
-    at = torch.arange(ids.shape[1])
-    # Places in the order of random numbers, places that are not allowed last.
-    key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts) | (at > ends - 2), 2.0)
-    key, place = key.sort(1)
-    key, place = key[:, :anchors], place[:, :anchors]
-    used = int((key < 2).any(0).sum())  # the number of places of the answer with the most
-    place, there = place[:, :used], (key < 2)[:, :used]
+    ids, prompts, ends, place, there = places_of(answers, anchors, generator, before=0, ahead=1)
     place = torch.where(there, place, prompts)  # a missing block has no labels
-    count, size = ids.shape[0], used * block
+    count, used = place.shape
     offset = torch.arange(block)
     positions = place[..., None] + offset  # (B, A, N)
     token = ids.gather(1, positions.flatten(1).clamp(max=ids.shape[1] - 1)).view(count, used, block)
     labels = token.masked_fill((positions >= ends[..., None]) | ~there[..., None], -1)[..., 1:]
     rows = torch.where(offset == 0, token, layout.mask_id)
-    row = torch.arange(size)
+    row = torch.arange(used * block)
     same_block = row[:, None] // block == row // block
     if CAUSAL[layout.kind]:
         same_block &= row[:, None] >= row
-    context = at < place.repeat_interleave(block, 1)[..., None]  # (B, A N, L)
+    context = torch.arange(ids.shape[1]) < place.repeat_interleave(block, 1)[..., None]  # (B, A N, L)
     visible = torch.cat((context, same_block.expand(count, -1, -1)), -1)
     return Packed(ids, rows.flatten(1), positions.flatten(1), visible, labels)
 

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
@@ -80,6 +81,37 @@ def drawn(answers: Sequence[Answer], settings: Settings, step: int) -> tuple[lis
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     some = torch.randint(len(answers), (settings.batch,), generator=generator).tolist()
     return [answers[i] for i in some], generator
+
+
+class Places(NamedTuple):
+    """Random places of B answers, A of each: those that a step learns from."""
+
+    ids: Tensor
+    """(B, L) int64: the answers, padded with arbitrary tokens."""
+    prompts: Tensor
+    """(B, 1) int64: the prompts' lengths."""
+    ends: Tensor
+    """(B, 1) int64: the answers' lengths."""
+    at: Tensor
+    """(B, A) int64, in random order."""
+    there: Tensor
+    """(B, A) bool: False where an answer has fewer places than others."""
+
+
+def places_of(
+    answers: Sequence[Answer], anchors: int | None, generator: torch.Generator | None, before: int, ahead: int
+) -> Places:
+    """Up to `anchors` random places of each answer (None: all), from `before` tokens before the response on,
+    and with `ahead` tokens behind them."""
+    ids = pad_sequence([each for each, _ in answers], batch_first=True)
+    prompts = torch.tensor([length for _, length in answers])[:, None]
+    ends = torch.tensor([len(each) for each, _ in answers])[:, None]
+    column = torch.arange(ids.shape[1])
+    outside = (column < prompts - before) | (column >= ends - ahead)
+    key, at = torch.rand(ids.shape, generator=generator).masked_fill(outside, 2.0).sort(1)
+    most = int((key < 2).any(0).sum())  # the places of the answer with the most
+    used = most if anchors is None else min(anchors, most)
+    return Places(ids, prompts, ends, at[:, :used], key[:, :used] < 2)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
@@ -31,7 +30,7 @@ from dparallel_ext.models.modules import rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
 from dparallel_ext.speculation.riders import GUESSES, Birth, config_of
 
-from .common import Answer, Settings, Target, Trainee, drawn
+from .common import Answer, Settings, Target, Trainee, drawn, places_of
 
 DECAY = 0.8
 """The weight of a rider relative to the one before it."""
@@ -148,15 +147,8 @@ def place(
 ) -> Placed:
     """Riders behind up to `anchors` random places of each answer (None: behind all) where at least one rider
     has a token to guess."""
-    ids = pad_sequence([each for each, _ in answers], batch_first=True)
-    prompts = torch.tensor([length for _, length in answers])[:, None]
-    ends = torch.tensor([len(each) for each, _ in answers])[:, None]
-    at = torch.arange(ids.shape[1])
     # After a node at position p comes the token at p + 1; the first rider guesses the token at p + 2.
-    key = torch.rand(ids.shape, generator=generator).masked_fill((at < prompts - 1) | (at > ends - 3), 2.0)
-    key, places = key.sort(1)
-    used = int((key < 2).any(0).sum()) if anchors is None else min(anchors, int((key < 2).any(0).sum()))
-    places, there = places[:, :used], key[:, :used] < 2
+    ids, _, ends, places, there = places_of(answers, anchors, generator, before=1, ahead=2)
     target = places[..., None] + 2 + torch.arange(riders)
     return Placed(ids, places, there[..., None] & (target < ends[..., None]))
 
