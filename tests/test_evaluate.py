@@ -6,24 +6,20 @@ import functools
 import itertools
 import json
 import shutil
-import time
-import timeit
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import golden
-from dparallel import configs, evaluate, files, plots, problems, registry, results
+from dparallel import configs, evaluate, files, problems, registry, results
 from dparallel import sweep as sweeping
 from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
 
 import dparallel_ext as dx
-from dparallel_ext import backends
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +99,6 @@ def test_a_policy_that_is_none_is_named(text: str):
         parse_policy(text)
 
 
-def test_policies_are_checked_before_anything_is_decoded():
-    with pytest.raises(ValueError, match="policy"):
-        next(iter(sweeping.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
-
-
 SPREAD = {"rule": "entropy:0.5", "block_length": 8, "active_blocks": 3, "open_at": 0.0}
 
 
@@ -140,251 +131,6 @@ def test_passes_to_eos_are_those_of_decoding_to_it(fields: dict[str, Any]):
     assert found.tolist() == ended.nfe.tolist()
 
 
-def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
-    measured = []
-
-    def once(
-        name: str, policy: str, *, config: dx.DecodeConfig, problems: problems.Problems, **rest: Any
-    ) -> dict[str, Any]:
-        measured.append(policy)
-        row = measure(name, policy, config=config, problems=0, **rest)
-        return row | problems.description
-
-    measure = evaluate.evaluate
-    monkeypatch.setattr(sweeping, "evaluate", once)
-
-    def sweep(known: list[dict[str, Any]], problems: int = 5) -> list[dict[str, Any]]:
-        return list(sweeping.sweep(["builtin:student"], ["one", SPREAD], known, problems=problems))
-
-    rows = sweep([])
-    assert measured == ["one", "entropy:0.5"]
-    assert sweep(rows) == rows
-    assert sweep(rows[1:]) == rows
-    assert measured == ["one", "entropy:0.5", "one"]
-    sweep(rows, problems=6)
-    assert len(measured) == 5
-
-
-def test_a_result_in_another_dtype_is_another():
-    """And is measured again. Results of older versions name no dtype; they were loaded as they are stored."""
-    name = str(registry.directory_of("builtin:student"))
-
-    def sweep(known: list[dict[str, Any]], dtype: torch.dtype | None = None) -> dict[str, Any]:
-        loading = registry.Loading(dtype=dtype)
-        (row,) = sweeping.sweep([name], ["quota:32"], known, problems=1, loading=loading)
-        return row
-
-    stored = sweep([])
-    wide = sweep([stored], torch.float32)
-    assert (stored["dtype"], wide["dtype"]) == ("bfloat16", "float32")
-    for dtype, row in ((None, stored), (torch.bfloat16, stored), (torch.float32, wide)):
-        assert sweep([stored, wide], dtype) is row
-    older = {key: value for key, value in stored.items() if key != "dtype"}
-    assert sweep([older]) is older
-    assert sweep([older], torch.bfloat16)["dtype"] == "bfloat16"
-
-
-def test_a_result_with_another_mask_token_or_on_another_device_is_another():
-    """A mask that is named is that of the checkpoint, if it is the same."""
-    name = "builtin:student"
-    own = registry.load(name)[0].mask_id
-
-    def sweep(known: list[dict[str, Any]], **how: Any) -> dict[str, Any]:
-        (row,) = sweeping.sweep([name], ["quota:32"], known, problems=1, loading=registry.Loading(**how))
-        return row
-
-    stored = sweep([])
-    assert (stored["mask_id"], stored["device"]) == (own, "cpu")
-    for how in ({}, {"mask_id": own}, {"device": "cpu"}, {"device": "cpu:0"}):
-        assert sweep([stored], **how) is stored
-    other = sweep([stored], mask_id=own - 1)
-    assert other["mask_id"] == own - 1
-    for known in ([stored, other], [other, stored]):
-        assert sweep(known) is stored
-        assert sweep(known, mask_id=own - 1) is other
-    assert sweep([stored | {"device": "cuda"}])["device"] == "cpu"
-    older = {key: value for key, value in stored.items() if key not in ("device", "mask_id")}
-    assert sweep([older]) is older
-    assert sweep([older], mask_id=own - 1)["mask_id"] == own - 1
-    assert sweep([older], device="cpu") is not older
-
-
-def test_a_dtype_and_weights_in_8_bits():
-    """The dtype is then that of all other weights, and of the arithmetic."""
-    loading = registry.Loading(dtype=torch.float16, fp8=True)
-    given: dict[str, Any] = {"drafters": ["plain"], "problems": 1, "loading": loading}
-    rows = [*sweeping.sweep(["builtin:causal", "builtin:student"], ["quota:32"], **given)]
-    assert [(row["dtype"], row["fp8"]) for row in rows] == [("float16", True)] * 2
-    narrow, wide = (
-        registry.load("builtin:student", dtype=dtype, fp8=True)[0].state_dict()
-        for dtype in (torch.bfloat16, torch.float32)
-    )
-    for name, tensor in narrow.items():
-        kept = tensor.dtype == torch.float8_e4m3fn
-        assert wide[name].dtype == (tensor.dtype if kept else torch.float32)
-        assert torch.equal(wide[name].float(), tensor.float())
-
-
-def test_a_model_that_drafts_is_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch):
-    made: list[torch.dtype] = []
-
-    def noted(model: dx.models.Model) -> dx.speculation.ModelDrafter:
-        made.append(model.dtype)
-        return dx.speculation.ModelDrafter(model)
-
-    monkeypatch.setattr("dparallel_ext.speculation.loading.ModelDrafter", noted)
-    model, _ = registry.load("builtin:causal", dtype=torch.float16)
-    dx.speculate(model, [[5, 6]], gen_length=2, drafter="builtin:student")
-    dx.Engine(model, drafter="builtin:student", lanes=1, max_length=32).close()
-    loading = registry.Loading(dtype=torch.float16)
-    evaluate.evaluate_drafter("builtin:causal", "builtin:student", problems=1, loading=loading)
-    assert made == [torch.float16] * 3
-
-
-def test_guesses_of_self_speculation_are_a_row_beside():
-    """And not of the policies, where --draft-size is for the drafters of an autoregressive model."""
-    policies = [evaluate.ONE, {"rule": "one", "draft_size": 4}]
-    plain, guessed = sweeping.sweep(["builtin:student"], policies, problems=2)
-    assert "canvases_mean" not in plain
-    assert "same_texts" not in plain
-    assert guessed["config"] == {"draft_size": 4}
-    assert guessed["same_texts"] == 2
-    assert [*sweeping.sweep(["builtin:student"], policies, [plain], problems=2)][1]["same_texts"] == 2
-    assert guessed["nfe_mean"] < 45 < plain["nfe_mean"] < guessed["canvases_mean"] <= 5 * guessed["nfe_mean"]
-    assert guessed["nfe_to_eos"] < plain["nfe_to_eos"]
-    assert guessed["accuracy"] == plain["accuracy"]
-    table = results.table([plain, guessed]).splitlines()
-    assert table[0].endswith("canvases | texts as without | seconds |")
-    assert table[2].endswith(f"| 64.00 |  | {plain['seconds']:.1f} |")
-    assert table[3].endswith(f"| {guessed['canvases_mean']:.2f} | 2 | {guessed['seconds']:.1f} |")
-    (for_all,) = sweeping.sweep(["builtin:student"], [evaluate.ONE], problems=2, draft_size=4)
-    assert for_all["nfe_mean"] == guessed["nfe_mean"]
-    names = ["builtin:student", "builtin:causal"]
-    first, *_ = sweeping.sweep(names, [evaluate.ONE], problems=1, draft_size=4, drafters=["plain"])
-    assert first["config"] == {}
-    assert first["nfe_mean"] == tasks.GEN_LENGTH
-
-
-def test_plain_decoding_has_no_size_of_a_draft() -> None:
-    """One row of it serves drafts of every size."""
-
-    def sweep(known: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-        names, drafters = ["builtin:causal"], ["plain", "ngram"]
-        return [*sweeping.sweep(names, [], known, drafters=drafters, draft_size=size, problems=2)]
-
-    plain, guessed = sweep([], 4)
-    assert (plain["config"], guessed["config"]) == ({}, {"draft_size": 4})
-    again, other = sweep([plain, guessed], 8)
-    assert again is plain
-    assert other["config"] == {"draft_size": 8}
-    assert other["same_texts"] == 2
-
-
-def test_each_model_of_a_sweep_has_a_template_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the models before it have one or not."""
-    asked: list[bool] = []
-
-    def chatted(name: str, policy: str, *, chat: bool, **settings: Any) -> dict[str, Any]:
-        asked.append(chat)
-        return {}
-
-    def template_of(name: str, chat: bool | None = None) -> str | None:
-        return name if name == "builtin:student" and chat is not False else None
-
-    monkeypatch.setattr(sweeping, "evaluate", chatted)
-    monkeypatch.setattr(registry, "template_of", template_of)
-    names = ["builtin:teacher", "builtin:student", "builtin:teacher"]
-    list(sweeping.sweep(names, ["one"], problems=1))
-    assert asked == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "rows: .* is not JSON"),
-        ("{}", "rows: .* holds a dict, expected a list"),
-        ("[]", "holds an empty list"),
-        ('["entropy:0.5"]', "entry 1: expected an object with a \"rule\".*, got 'entropy:0.5'"),
-        (
-            '[{"rule": "one"}, {"rule": "one", "gen_length": 3}]',
-            "entry 2: expected fields of .* got 'gen_length'",
-        ),
-        ('[{"rule": "one", "active_blocks": 0}]', "entry 1: active_blocks: expected"),
-        ('[{"rule": "nonsense"}]', "entry 1: rule: expected"),
-        ('[{"rule": "one", "draft_size": -1}]', "entry 1: draft_size: expected a whole number >= 0, got -1"),
-        ('[{"verifier": 3}]', 'entry 1: expected an object with a "rule", or a "verifier"'),
-        ('[{"verifier": "builtin:verifier", "mixture": 2}]', "entry 1: mixture: expected a number"),
-        ('[{"verifier": "builtin:verifier", "window": 0}]', "entry 1: window: expected a whole number >= 1"),
-        ('[{"verifier": "builtin:verifier", "rule": "one"}]', "entry 1: expected fields of .* got 'rule'"),
-    ],
-)
-def test_a_file_of_rows_that_is_none_is_named(content: str, said: str, tmp_path: Path):
-    file = tmp_path / "rows.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=said):
-        configs.read_rows(file)
-
-
-def test_texts_are_compared_with_those_of_an_earlier_run_too():
-    given: dict[str, Any] = {"drafters": ["plain", "ngram"], "problems": 2}
-    plain, drafted = sweeping.sweep(["builtin:causal"], [], **given)
-    assert drafted["same_texts"] == 2
-    _, again = sweeping.sweep(["builtin:causal"], [], [plain], **given)
-    assert (again["same_texts"], again["gaps"]) == (2, [])
-
-
-def test_a_verifier_of_other_tokens_is_named():
-    class Tokens(NamedTuple):
-        words: dict[str, int]
-
-        def get_vocab(self) -> dict[str, int]:
-            return self.words
-
-    model, tokenizer = registry.load("builtin:student")
-    words = tokenizer.get_vocab()
-    assert registry.load_verifier(registry.VERIFIER, model, tokenizer).causal
-    names = {at: word for word, at in words.items()}
-    swapped = {**words, names[7]: 8, names[8]: 7}
-    with pytest.raises(ValueError, match=f"verifier: token 7 of builtin:verifier is '{names[7]}', and the"):
-        registry.load_verifier(registry.VERIFIER, model, Tokens(swapped))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert registry.load_verifier(registry.VERIFIER, model.to(dtype), tokenizer).dtype == dtype
-    beyond = {**words, "more": len(words)}  # which the verifier does not have
-    assert registry.load_verifier(registry.VERIFIER, model, Tokens(beyond)).causal
-
-
-def test_models_are_found_by_name_or_path(tmp_path: Path):
-    assert {registry.DEFAULT, registry.VERIFIER} <= {*registry.builtins()}
-    assert registry.directory_of("builtin:teacher") == registry.directory_of(
-        str(registry.BUILTIN / "teacher")
-    )
-    with pytest.raises(FileNotFoundError, match=r"model: 'builtin:nobody' .*builtin:teacher"):
-        registry.load("builtin:nobody")
-    with pytest.raises(FileNotFoundError, match="model: "):
-        registry.load(str(tmp_path))
-
-
-def test_bfloat16_is_fast_where_a_clock_says_so():
-    """It takes half of float32's time or less with instructions for it, and five times or more without."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        # Of the processor: what else runs here does not count.
-        timer = timeit.Timer(lambda x=x, w=weight: F.linear(x, w), timer=time.process_time)
-        seconds[dtype] = min(timer.repeat(number=4, repeat=7))
-    assert backends.fast_bfloat16("cpu") == (seconds[torch.bfloat16] < 2 * seconds[torch.float32])
-
-
-def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch):
-    """A CPU without bfloat16 products would take longer; a dtype that is given is obeyed."""
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(backends, "fast_bfloat16", lambda device=None, fast=fast: fast)
-        assert registry.load("builtin:student")[0].dtype == dtype
-    assert registry.load("builtin:student", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-    directory = str(registry.directory_of("builtin:student"))
-    assert registry.load(directory)[0].dtype == torch.bfloat16  # a checkpoint of one's own is as it is
-
-
 def test_json_is_written_whole(tmp_path: Path):
     file = tmp_path / "new" / "rows.json"
     files.write_json(file, [{"a": 1}])
@@ -392,45 +138,6 @@ def test_json_is_written_whole(tmp_path: Path):
         files.write_json(file, [{"a": object()}])
     assert json.loads(file.read_text()) == [{"a": 1}]
     assert list(file.parent.iterdir()) == [file]
-
-
-def test_pictures_are_drawn(tmp_path: Path):
-    base = {"problems": 5, "gen_length": 64}
-    rows = [
-        {**base, "model": "m", "policy": "one", "threshold": None, "nfe_mean": 64.0, "accuracy": 1.0},
-        {**base, "model": "m", "policy": "entropy:0.5", "threshold": 0.5, "nfe_mean": 9.0, "accuracy": 0.8},
-    ]
-    plots.accuracy_against_passes(rows, tmp_path / "a.png")
-    plots.response_by_pass(["a", "b", "·"] * 9, [1, 2, 3] * 9, tmp_path / "b.png", title="t")
-    plots.response_by_pass([], [], tmp_path / "c.png")
-    for name in ("a.png", "b.png", "c.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_no_two_labels_of_the_curves_overlap():
-    rows = [
-        {**row, "model": name}
-        for name in ("teacher", "student")
-        for row in json.loads((registry.BUILTIN / name / "held_out.json").read_text())
-    ]
-    (axes,) = plots.draw_accuracy(rows).axes
-    boxes = [plots.text_box(text) for text in axes.texts]
-    assert len(boxes) == sum(row["threshold"] is not None for row in rows) > 12
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
-
-
-def test_the_legend_hides_no_point_and_drafters_are_points_with_names():
-    docs = Path(__file__).parents[1] / "docs"
-    for name in ("rules", "speculation"):
-        figure = plots.draw_accuracy(json.loads((docs / f"{name}.json").read_text()))
-        for axes in figure.axes:
-            legend = axes.get_legend().get_window_extent()
-            points = [p for each in axes.containers for p in each[0].get_xydata()]
-            assert not any(legend.contains(*axes.transData.transform(point)) for point in points)
-    (drafters,) = [each for each in axes.containers if each.get_label() == "builtin:causal, by drafter"]
-    assert drafters[0].get_linestyle() == "None"
-    assert {"plain", "ngram", "dflash", "student"} <= {text.get_text() for text in axes.texts}
 
 
 def test_several_answers_in_small():
@@ -445,24 +152,6 @@ def test_several_answers_in_small():
         right, problems, passes, kept = several_answers.measure(tuned, tokenizer, config, sequences=1)
     assert problems == 4 >= right
     assert 0 < passes <= kept <= 256
-
-
-def test_many_rules_have_a_panel_for_each_model():
-    base = {"problems": 5, "gen_length": 64, "nfe_mean": 9.0, "accuracy": 0.9}
-    names = [
-        "one",
-        "entropy:0.5",
-        "credit+frechet:0.25",
-        "edit:0.9,0.9",
-        "margin:0.5",
-        "sched:14,8+entropy:0.5",
-    ]
-    rows = [{**base, "model": m, "policy": name} for m in "ab" for name in names]
-    rows.append({**base, "model": "a", "policy": "entropy:0.5", "config": {"active_blocks": 2}})
-    figure = plots.draw_accuracy(rows)
-    assert [len(axes.get_legend().get_texts()) for axes in figure.axes] == [7, 6]
-    said = {text.get_text() for text in figure.axes[0].texts}
-    assert said == {"0.5", "0.25", "0.9,0.9", "14,8+0.5"}
 
 
 def test_a_result_of_an_old_version_has_a_line():
@@ -488,20 +177,6 @@ def test_the_results_of_the_docs_are_those_of_the_recipes():
     asked = configs.read_rows(docs.parent / "recipes" / "adaptive.json")
     kinds = ["rule" if row["policy"] == evaluate.ONE else "verifier" for row in rows]
     assert asked == [{kind: row["policy"], **row["config"]} for kind, row in zip(kinds, rows, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "is not JSON"),
-        ('{"model_type": ["llada"]}', r"config\.json: model_type \['llada'\] is none of"),
-        ('{"model_type": "llada", "n_heads": 2}', r"config\.json: '\w+' is missing"),
-    ],
-)
-def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=said):
-        registry.block_length(str(tmp_path))
 
 
 # --- problems of one's own ----------------------------------------------------------------------------

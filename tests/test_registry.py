@@ -1,0 +1,81 @@
+"""Models by their names, and the dtype that they are loaded in."""
+
+from __future__ import annotations
+
+import time
+import timeit
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dparallel import registry
+
+from dparallel_ext import backends
+
+
+def test_a_verifier_of_other_tokens_is_named():
+    class Tokens(NamedTuple):
+        words: dict[str, int]
+
+        def get_vocab(self) -> dict[str, int]:
+            return self.words
+
+    model, tokenizer = registry.load("builtin:student")
+    words = tokenizer.get_vocab()
+    assert registry.load_verifier(registry.VERIFIER, model, tokenizer).causal
+    names = {at: word for word, at in words.items()}
+    swapped = {**words, names[7]: 8, names[8]: 7}
+    with pytest.raises(ValueError, match=f"verifier: token 7 of builtin:verifier is '{names[7]}', and the"):
+        registry.load_verifier(registry.VERIFIER, model, Tokens(swapped))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert registry.load_verifier(registry.VERIFIER, model.to(dtype), tokenizer).dtype == dtype
+    beyond = {**words, "more": len(words)}  # which the verifier does not have
+    assert registry.load_verifier(registry.VERIFIER, model, Tokens(beyond)).causal
+
+
+def test_models_are_found_by_name_or_path(tmp_path: Path):
+    assert {registry.DEFAULT, registry.VERIFIER} <= {*registry.builtins()}
+    assert registry.directory_of("builtin:teacher") == registry.directory_of(
+        str(registry.BUILTIN / "teacher")
+    )
+    with pytest.raises(FileNotFoundError, match=r"model: 'builtin:nobody' .*builtin:teacher"):
+        registry.load("builtin:nobody")
+    with pytest.raises(FileNotFoundError, match="model: "):
+        registry.load(str(tmp_path))
+
+
+def test_bfloat16_is_fast_where_a_clock_says_so():
+    """It takes half of float32's time or less with instructions for it, and five times or more without."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        # Of the processor: what else runs here does not count.
+        timer = timeit.Timer(lambda x=x, w=weight: F.linear(x, w), timer=time.process_time)
+        seconds[dtype] = min(timer.repeat(number=4, repeat=7))
+    assert backends.fast_bfloat16("cpu") == (seconds[torch.bfloat16] < 2 * seconds[torch.float32])
+
+
+def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch):
+    """A CPU without bfloat16 products would take longer; a dtype that is given is obeyed."""
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(backends, "fast_bfloat16", lambda device=None, fast=fast: fast)
+        assert registry.load("builtin:student")[0].dtype == dtype
+    assert registry.load("builtin:student", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    directory = str(registry.directory_of("builtin:student"))
+    assert registry.load(directory)[0].dtype == torch.bfloat16  # a checkpoint of one's own is as it is
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ('{"model_type": ["llada"]}', r"config\.json: model_type \['llada'\] is none of"),
+        ('{"model_type": "llada", "n_heads": 2}', r"config\.json: '\w+' is missing"),
+    ],
+)
+def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        registry.block_length(str(tmp_path))
