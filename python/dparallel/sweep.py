@@ -14,6 +14,7 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.arguments import temperature_in_force
 from dparallel_ext.decoding.config import DEFAULTS
+from dparallel_ext.rules import ONE
 from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
 from . import registry
@@ -31,13 +32,18 @@ from .evaluate import (
 from .problems import Problems, held_out
 from .recording import Recording
 
+POLICIES = (ONE, "confidence:0.9", "entropy:0.5")
+"""What a diffusion model is measured with if nothing is asked for."""
+DRAFTERS = (PLAIN, "ngram")
+"""The same for an autoregressive model."""
+
 
 def sweep(
     names: Iterable[str],
     policies: Iterable[str | Fields],
     known: Iterable[dict[str, Any]] = (),
     *,
-    drafters: Iterable[str] = (PLAIN, "ngram"),
+    drafters: Iterable[str] = DRAFTERS,
     draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
     problems: int | Problems = 500,

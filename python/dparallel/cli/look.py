@@ -16,8 +16,8 @@ from dparallel_ext import backends
 from dparallel_ext.arguments import whole
 
 from .. import files, registry
+from .. import sweep as sweeping
 from ..configs import Fields, config_without_policy, policy_in, read_rows
-from ..evaluate import ONE, PLAIN
 from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
 from .common import (
@@ -41,8 +41,6 @@ from .common import (
     plain_errors,
     read_config,
 )
-
-EVALUATED = (ONE, "confidence:0.9", "entropy:0.5")
 
 
 def report() -> dict[str, Any]:
@@ -100,7 +98,8 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"repeatable; default: --rows, else the config's, else {', '.join(EVALUATED)}; {POLICIES}"
+            help="repeatable; default: --rows, else the config's, else "
+            f"{', '.join(sweeping.POLICIES)}; {POLICIES}"
         ),
     ] = None,
     rows: Annotated[
@@ -163,7 +162,6 @@ def evaluate(
     from .. import plots
     from .. import results as reporting
     from ..recording import Recording
-    from ..sweep import sweep
 
     with plain_errors():
         if problems is not None:
@@ -208,13 +206,13 @@ def evaluate(
             policies += read_rows(rows)
         elif not policy:
             policy_of_file = policy_in(content) if False in causal else None
-            policies += [policy_of_file] if policy_of_file else EVALUATED
+            policies += [policy_of_file] if policy_of_file else sweeping.POLICIES
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         if data is None:
             say_what_is_asked("data", model)
         results: list[dict[str, Any]] = []
         recording = None if html is None else Recording("dparallel evaluate")
-        for row in sweep(
+        for row in sweeping.sweep(
             model,
             policies,
             known,
@@ -223,7 +221,7 @@ def evaluate(
             batch=batch,
             chat=chat,
             loading=loading,
-            drafters=drafter or (PLAIN, "ngram"),
+            drafters=drafter or sweeping.DRAFTERS,
             draft_size=draft_size,
             recording=recording,
         ):

@@ -15,7 +15,6 @@ from .. import sweep as sweeping
 from ..live import HIDDEN, LiveText
 from . import tasks
 
-POLICIES = (evaluate.ONE, "confidence:0.9", "entropy:0.5")
 LEGEND = (
     f"{HIDDEN} is a masked token, · the end of the text. A pass is one run of the model over the text, and a "
     "policy decides which predictions stay. The student is the teacher, distilled to need fewer passes. The "
@@ -51,7 +50,7 @@ def run(
     console.print(f"{problems} held-out problems, {tasks.GEN_LENGTH} tokens each:\n", highlight=False)
     console.print(results.HEADING, style="bold")
     rows = []
-    for row in sweeping.sweep(names, POLICIES, problems=problems, drafters=DRAFTERS):
+    for row in sweeping.sweep(names, sweeping.POLICIES, problems=problems, drafters=DRAFTERS):
         rows.append(row)
         console.print(results.line(row), highlight=False)
     files.write_json(directory / "table.json", rows)
