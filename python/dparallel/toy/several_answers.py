@@ -22,6 +22,7 @@ import dparallel_ext as dx
 from dparallel_ext import backends
 
 from .. import registry
+from ..training import loop
 from . import tasks, train
 
 SLOT = tasks.GEN_LENGTH
@@ -67,13 +68,7 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
     """Train by LLaDA's objective with a share of masks for each slot, so that later slots may be decoded
     first."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    optimizers = [muon, torch.optim.AdamW(rest, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)]
-    rates = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i + 1) / 20, 2 * (steps - i) / steps))
-        for o in optimizers
-    ]
+    optimizers = loop.make_optimizers(model, matrices, train.Settings(muon_lr=1e-3, adam_lr=5e-4))
     data = Problems(tokenizer, model.eos_id, seed + 7)
     generator = torch.Generator().manual_seed(seed)
     average = torch.optim.swa_utils.AveragedModel(
@@ -95,10 +90,10 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
         loss = (nll / share[masked]).sum() / (size * count * SLOT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
+        loop.set_rates(optimizers, loop.learning_rate(step, steps=steps, warmup=20, decay=0.5))
+        for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-            rate.step()
         average.update_parameters(model)
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)

@@ -19,6 +19,9 @@ import dparallel_ext as dx
 
 from .. import files
 
+Optimizers = list[tuple[torch.optim.Optimizer, float]]
+"""Optimizers and their full rates."""
+
 
 class Schedule(Protocol):
     """The steps and rates in a run's settings."""
@@ -103,9 +106,7 @@ def run(
     clock = time.monotonic()
     for step in steps:
         rate = learning_rate(step, steps=schedule.steps, warmup=schedule.warmup, decay=schedule.decay)
-        for optimizer, full in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = full * rate
+        set_rates(optimizers, rate)
         loss = loss_of(step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,12 +148,10 @@ def run(
     return Trained(seconds, curve)
 
 
-def make_optimizers(
-    model: nn.Module, matrices: list[nn.Parameter], schedule: Schedule
-) -> list[tuple[torch.optim.Optimizer, float]]:
+def make_optimizers(model: nn.Module, matrices: list[nn.Parameter], schedule: Schedule) -> Optimizers:
     """Muon for the matrices and AdamW for the other parameters, each with its full rate."""
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+    optimizers: Optimizers = []
     if matrices:
         muon = torch.optim.Muon(
             matrices,
@@ -165,6 +164,13 @@ def make_optimizers(
         adam = torch.optim.AdamW(rest, lr=schedule.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         optimizers.append((adam, schedule.adam_lr))
     return optimizers
+
+
+def set_rates(optimizers: Optimizers, share: float) -> None:
+    """Set each optimizer's rate to a share of its full one."""
+    for optimizer, full in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = full * share
 
 
 def _read(
