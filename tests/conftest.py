@@ -132,8 +132,8 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 LONGEST = (
-    "cuda_host", "distill", "benchmarks", "install", "self_speculation", "trajectories", "graphs", "docs",
-    "compat", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
+    "cuda_host", "study", "distill", "benchmarks", "install", "self_speculation", "trajectories", "graphs",
+    "docs", "compat", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
 )  # fmt: skip
 """The test files that take longest, the longest first."""
 
