@@ -9,8 +9,8 @@ held-out problems with one block open and with several.
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -143,4 +143,6 @@ def main(out: str, steps: int = 300, sequences: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", help="the directory to write the model into")
+    main(parser.parse_args().out)
