@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import policies
-from ..arguments import shown, whole
+from ..arguments import instance, shown, whole
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
@@ -84,6 +84,13 @@ KINDS: dict[str, Kind] = {
 """Name -> rule; a rule of your own has the name that you give it here."""
 
 
+def _kinds() -> dict[str, Kind]:
+    """`KINDS`. Raises ValueError for an entry that is no Kind."""
+    for name, kind in KINDS.items():
+        instance(f"rules.KINDS[{name!r}]", kind, Kind)
+    return KINDS
+
+
 def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, Any]]:
     """The rule, if any, and the arguments of `decode` for the policy row in "NAME:P,P+SELECTOR:THRESHOLD".
 
@@ -96,7 +103,7 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
     name = _name(text)
     if name not in KINDS:
         return None, _row(text)
-    kind = KINDS[name]
+    kind = _kinds()[name]
     values, beside = _parts(text, kind)
     names = [parameter for parameter, _ in kind.parameters]
     if not kind.needed <= len(values) <= len(names):
@@ -118,7 +125,7 @@ def parse(text: str, *, default: bool = True) -> tuple[Rule | None, dict[str, An
 
 def file_of(text: str) -> str | None:
     """The file that a rule's text names, and that `parse` would read; None if it names none."""
-    kind = KINDS.get(_name(text))
+    kind = _kinds().get(_name(text))
     return "".join(_parts(text, kind)[0][:1]) if kind is not None and kind.path else None
 
 
@@ -141,7 +148,7 @@ def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
 
     Raises ValueError if there is no such text.
     """
-    for name, kind in KINDS.items():
+    for name, kind in _kinds().items():
         if type(rule) is kind.make:
             values = [str(getattr(rule, parameter)) for parameter, _ in kind.parameters]
             text = f"{name}:{','.join(values)}"
@@ -204,7 +211,7 @@ def menu() -> list[dict[str, str]]:
             for name, line in policies.RULES.items()
         ),
     ]
-    for name, kind in KINDS.items():
+    for name, kind in _kinds().items():
         parameters = _usage(name).removeprefix(name).replace("[:", "[").removeprefix(":")
         rows.append((name, parameters, next(iter(NAMED), "") if kind.path else "", kind.does))
     return [dict(zip(("name", "parameters", "usual", "does"), each, strict=True)) for each in rows]
@@ -228,7 +235,7 @@ def _usage(name: str) -> str:
 
 def describe() -> str:
     """All texts that `parse` takes, for `--help`."""
-    kinds = "; ".join(f"{_usage(name)} ({kind.does})" for name, kind in KINDS.items())
+    kinds = "; ".join(f"{_usage(name)} ({kind.does})" for name, kind in _kinds().items())
     return (
         f"{ONE!r} (one token a pass), steps:N (the fixed schedule), or one of {policies.describe()}; or "
         f"a rule with memory, alone or with one of the former behind a plus sign: {kinds}"

@@ -236,6 +236,10 @@ def test_a_rule_of_a_users_own_has_a_name(llada: models.Model, monkeypatch: pyte
     assert rules.parse("sure") == (Sure(), {})
     with pytest.raises(ValueError, match=r"rules.KINDS\['sure'\]: expected .* of Sure, got \['height'\]"):
         rules.parse("sure:0.5")
+    monkeypatch.setitem(rules.KINDS, "sure", Sure())
+    for call in (lambda: rules.parse("sure:0.5"), rules.describe, rules.menu):
+        with pytest.raises(ValueError, match=r"rules.KINDS\['sure'\]: expected Kind, got Sure"):
+            call()
 
 
 @pytest.mark.parametrize(("needed", "usage"), [(0, "own[:A,B]"), (1, "own:A[,B]"), (2, "own:A,B")])
