@@ -458,15 +458,28 @@ class Model(Named):
             raise ValueError(
                 f"input_ids: expected int64 {wanted}, got {input_ids.dtype} {tuple(input_ids.shape)}"
             )
+        # torch's own embedding refuses ids out of range; a user's may take -1 from its end.
+        table = self.embed
+        if (
+            not fused_weights.is_unmodified(table, nn.Embedding)
+            or len(table.weight) != self.shape.embedding_size
+        ):
+            self._check_range(input_ids)
         try:
             x: Tensor = self.embed(input_ids)
-        except IndexError as error:
-            size, (low, high) = self.shape.embedding_size, map(int, input_ids.aminmax())
-            if low >= 0 and high < size:
-                raise
-            worst = low if low < 0 else high
-            raise ValueError(f"input_ids: expected ids in [0, {size}), got {worst}") from error
+        except IndexError:
+            self._check_range(input_ids)
+            raise
         return x
+
+    def _check_range(self, input_ids: Tensor) -> None:
+        """Raise ValueError for an id out of range on the CPU, where a check needs no synchronisation."""
+        on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and input_ids.numel():
+            size, (low, high) = self.shape.embedding_size, map(int, input_ids.aminmax())
+            if low < 0 or high >= size:
+                worst = low if low < 0 else high
+                raise ValueError(f"input_ids: expected ids in [0, {size}), got {worst}")
 
 
 def _without_tied_head(model: Model, state: MutableMapping[str, Any], prefix: str, _metadata: object) -> None:

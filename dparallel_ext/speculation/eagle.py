@@ -110,9 +110,9 @@ class Layout(NamedTuple):
         check_supported(c["eagle_config"], {"use_aux_hidden_state": True})
         masks = [token for name in _MASKS for token in token_ids(config, name, shape.embedding_size)]
         parallel = "mask_hidden" in names or form == "peagle" or bool(c["parallel_drafting"])
-        if parallel and not masks:
+        if parallel and len(set(masks)) != 1:
             raise ValueError(
-                f"config: expected the mask's id as one of {', '.join(_MASKS)}, and there is none"
+                f"config: expected the mask's id as one of {', '.join(_MASKS)}, got {masks or 'none'}"
             )
         return cls(
             shape=shape,
@@ -236,17 +236,19 @@ class EagleTrees(TreeDrafter, EagleDrafter):
 
 def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
     """The drafter in a published file. Raises ValueError for a config key or tensors that do not fit."""
-    tensors = {
-        name.removeprefix("model.").replace("midlayer.", "layers.0.", 1): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.removeprefix("model.") != "t2d"  # which says the same as d2t
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        plain = name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        if plain in tensors:
+            raise ValueError(f"{checkpoint.source}: {name}: expected {plain} once, got it by two names")
+        if plain != "t2d":  # which says the same as d2t
+            tensors[plain] = tensor
     layout = Layout.of(checkpoint.config, tensors)
     with shapes_only():
         model = EagleModel(checkpoint.config, layout)
     if "mask_hidden" in tensors:
         tensors["mask_hidden"] = tensors["mask_hidden"].flatten()  # (1, n) and (1, 1, n) are published
-    if (d2t := tensors.get("d2t")) is not None and not d2t.is_floating_point():
+    if (d2t := tensors.get("d2t")) is not None and d2t.dtype in (torch.int16, torch.int32):
         tensors["d2t"] = d2t.to(torch.int64)
     elif layout.vocabulary == layout.shape.embedding_size:
         tensors.setdefault("d2t", torch.zeros(layout.vocabulary, dtype=torch.int64, device="cpu"))

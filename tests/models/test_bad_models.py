@@ -183,3 +183,23 @@ def test_bad_attention_masks() -> None:
             model(ids(2, 4), attention_mask=mask)
     with pytest.raises(ValueError, match="a visible position in every row, got none in row 1"):
         model(ids(2, 4), attention_mask=torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))
+
+
+def test_ids_out_of_range_are_named_whatever_embeds_them() -> None:
+    """An embedding of a user's own may take negative ids from its end, and has other errors for others."""
+
+    class Table(torch.nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.weight[input]
+
+    model = LLaDA(config_of("llada_tiny_a"))
+    size, width = model.embed.weight.shape
+    for table in (model.embed, Table(size, width), torch.nn.Embedding(size + 8, width)):
+        model.embed = table
+        for wrong in (-1, size):
+            for dtype in (torch.int64, torch.int32):
+                with pytest.raises(
+                    ValueError, match=rf"input_ids: expected ids in \[0, {size}\), got {wrong}"
+                ):
+                    model(torch.tensor([[1, wrong]], dtype=dtype))
+        assert model(torch.zeros(2, 0, dtype=torch.int64)).logits.shape == (2, 0, model.shape.vocab_size)

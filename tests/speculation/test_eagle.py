@@ -337,6 +337,7 @@ def test_a_saved_file_is_read_again(paths: dict[str, Path], kind: str, tmp_path:
             "expected the mask's id as one of pard_token, ptd_token_id, mask",
         ),
         ("p-eagle", {"mask_token_id": None}, "expected the mask's id as one of"),
+        ("p-eagle", {"pard_token": 3}, r"expected the mask's id as one of .*, got \[3, 60\]"),
         ("p-eagle", {"mask_token_id": 61}, "mask_token_id=61, expected an id below 61"),
         (
             "speculators-eagle3",
@@ -369,6 +370,12 @@ def test_a_default_that_libraries_disagree_about_is_not_taken(tmp_path: Path) ->
     [
         ("eagle3", {"d2t": None}, "d2t is missing"),
         ("eagle3", {"d2t": torch.zeros(40)}, "d2t is torch.float32, expected torch.int64"),
+        ("eagle3", {"d2t": torch.zeros(40, dtype=torch.bool)}, "d2t is torch.bool, expected torch.int64"),
+        (
+            "eagle3",
+            {"model.fc.weight": torch.zeros(32, 96)},
+            "fc.weight: expected fc.weight once, got it by two",
+        ),
         ("eagle3", {"d2t": torch.full((40,), 22)}, "d2t: expected the target's ids below 61, got 22 to 61"),
         ("eagle3", {"d2t": torch.full((40,), -1)}, "got -1 to 38"),
         ("eagle3", {"fc.weight": torch.zeros(32, 128)}, r"fc.weight is \(32, 128\), expected \(32, 96\)"),
