@@ -1,9 +1,9 @@
 """From results to what is read: tables, plots, targets, and the pages made of them.
 
-`make bench-report` (python -m benchmarks.report) copies the CPU run of `make bench` to benchmarks/results.
-From the newest results there, and from docs/*.json, it writes the text between the markers of
-docs/benchmarks.md, docs/systems.md and README.md, the tables of what `dparallel evaluate` measured in other
-pages, and the pictures in docs/.
+`make bench-report` (python -m benchmarks.report) copies the CPU run of `make bench` to benchmarks/results,
+if it is newer than the run there. From the newest results there, and from docs/*.json, it writes the text
+between the markers of docs/benchmarks.md, docs/systems.md and README.md, the tables of what `dparallel
+evaluate` measured in other pages, and the pictures in docs/.
 """
 
 from __future__ import annotations
@@ -404,9 +404,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the committed results")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     options = parser.parse_args(argv)
-    if options.cpu.exists():
-        write_text(options.results / "cpu.json", dump(load(options.cpu)))
     cpu, gpu = newest(options.results)
+    if options.cpu.exists() and (cpu is None or load(options.cpu)["date"] > cpu["date"]):
+        cpu = load(options.cpu)
+        write_text(options.results / "cpu.json", dump(cpu))
     if cpu is None and gpu is None:
         sys.exit(f"benchmarks.report: no results in {options.results}; `make bench` or `make gpu` makes some")
     docs = options.root / "docs"

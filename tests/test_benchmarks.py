@@ -344,6 +344,10 @@ def test_the_page_is_made_from_files(tmp_path: Path, found: dict[str, Any]) -> N
     assert report.between(text) == report.block(*records.newest(results))
     assert report.main(arguments) == 0
     assert page.read_text() == text
+    newer = json.loads((results / "cpu.json").read_text()) | {"date": "2027"}
+    write_text(results / "cpu.json", records.dump(newer))
+    assert report.main(arguments) == 0
+    assert json.loads((results / "cpu.json").read_text())["date"] == "2027"  # `make bench` ran before
 
 
 def test_the_pages_show_the_committed_results() -> None:
