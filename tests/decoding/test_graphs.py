@@ -6,7 +6,6 @@ Without a GPU a `tape.Tape` stands in for CUDA graphs.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import importlib
 import logging
@@ -31,7 +30,7 @@ from dparallel_ext.decoding import batch as batches
 from dparallel_ext.decoding import inputs, padding, runner
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
-from dparallel_ext.models import attention, experts
+from dparallel_ext.models import attention
 
 pytest_plugins = ["taping"]
 
@@ -216,178 +215,6 @@ def test_a_form_met_three_times_runs_once(taped: list[Graphs]) -> None:
     assert recordings(graphs) == 2
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_host_is_ready_for_the_next_pass(
-    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, moved: bool
-) -> None:
-    """It has what a pass needs before it looks at the one before, also where that completes a block; not
-    where pages moved."""
-    late: list[int] = []
-    numbers, prepare, step = inputs.InputPacker.pack, runner.Runner.prepare, batches.Batch.step
-    preparing = False
-
-    def counted(self: inputs.InputPacker, rows: Any, work: Any) -> Any:
-        if not preparing:
-            late.append(next(iter(work.values())).windows[0].start)
-        return numbers(self, rows, work)
-
-    def ahead(self: runner.Runner, rows: Any, work: Any) -> None:
-        nonlocal preparing
-        preparing = True
-        prepare(self, rows, work)
-        preparing = False
-
-    def moving(self: batches.Batch, *args: Any, **settings: Any) -> list[int]:
-        if moved and self.kv_cache is not None:
-            self.kv_cache.assign(0, [0])
-        return step(self, *args, **settings)
-
-    monkeypatch.setattr(inputs.InputPacker, "pack", counted)
-    monkeypatch.setattr(runner.Runner, "prepare", ahead)
-    monkeypatch.setattr(batches.Batch, "step", moving)
-    model = golden.model("llada_tiny_a")
-    out = dx.decode(model, PROMPTS[0], gen_length=64, block_length=16, cache="dual", threshold=0.3)
-    assert out.forwards > 12
-    assert len(late) == out.forwards if moved else late == [len(PROMPTS[0])]
-
-
-class Told:
-    """What passes are told: that it is what they would be told if nothing had been prepared; and of the
-    passes for which the device waits, the first after each look, how many the host was ready for."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clear()
-        methods = {name: getattr(runner.Runner, name) for name in ("run", "look", "_compute")}
-        packs = inputs.InputPacker.pack
-        expected: list[tuple[Tensor, inputs.GraphKey]] = []
-        within = False
-
-        def run(own: runner.Runner, rows: Any, work: Any) -> Tensor:
-            nonlocal within
-            expected[:] = [packs(own.packer, rows, work)]
-            within = True
-            result = methods["run"](own, rows, work)
-            within = self.waits = False
-            return result
-
-        def pack(own: inputs.InputPacker, rows: Any, work: Any) -> tuple[Tensor, inputs.GraphKey]:
-            self.late += within and self.waits
-            self.prepared += not within
-            return packs(own, rows, work)
-
-        def look(own: runner.Runner, rows: Any, results: Any) -> Any:
-            self.waits, self.looks = True, self.looks + 1
-            return methods["look"](own, rows, results)
-
-        def compute(own: runner.Runner, key: inputs.GraphKey, work: Any, told: Tensor) -> Tensor:
-            assert torch.equal(told, expected[0][0])
-            assert key == expected[0][1]
-            return methods["_compute"](own, key, work, told)
-
-        monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
-        for name, function in zip(methods, (run, look, compute), strict=True):
-            monkeypatch.setattr(runner.Runner, name, function)
-        monkeypatch.setattr(inputs.InputPacker, "pack", pack)
-
-    def clear(self) -> None:
-        self.looks = self.prepared = self.late = 0
-        self.waits = True
-
-
-@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"])
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"selector": "quota", "threshold": 4},
-        {"threshold": 2.0, "temperature": 0.7, "seed": 3},
-        {"threshold": 2.0, "eos_id": 5},
-        {"threshold": 2.0, "stop": [[7], [11, 12]]},
-        {"threshold": 2.0, "active_blocks": 3},
-        {"rule": "credit+confidence:0.03"},
-        {"rule": "edit:0.03,0.05,4"},
-        {"rule": "prophet:6"},
-        {"threshold": 2.0, "sub_block_length": 4},
-    ],
-    ids=str,
-)
-def test_what_is_prepared_is_what_would_be_made(
-    monkeypatch: pytest.MonkeyPatch, name: str, way: dict[str, Any]
-) -> None:
-    """Where a block is complete and where none is, in every cache mode, of one sequence and of several."""
-    model, told = golden.model(name), Told(monkeypatch)
-    caches = ("none", "block") if model.block_length else ("none", "prefix", "dual")
-    settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, **way}
-    for cache in caches:
-        told.clear()
-        dx.decode(model, PROMPTS[0], cache=cache, **settings)
-        assert told.prepared > 0
-        assert told.late < told.looks or "active_blocks" in way
-        dx.decode(model, PROMPTS, cache=cache, **settings)
-    told.clear()
-    with dx.Engine(model, lanes=2, max_length=80, block_length=8) as engine:
-        own = {key: way[key] for key in way if key not in ("active_blocks", "sub_block_length", "steps")}
-        handles = [engine.submit(p, gen_length=g, **own) for p in PROMPTS for g in (8, 24)]
-        for handle in handles:
-            handle.result(60)
-    assert 0 < told.late < told.looks
-
-
-@pytest.mark.parametrize(
-    ("way", "prepared"),
-    [
-        ({"selector": "quota", "threshold": 4}, 3),  # for sure each block is complete after four passes
-        ({"steps": 16}, 3),
-        ({"selector": "quota", "threshold": 4, "eos_id": 5}, 15),
-        ({"threshold": 0.0}, 63 + 45),  # one a pass, but it might be all; not so with one mask left
-    ],
-)
-def test_a_block_begins_with_what_was_prepared(
-    monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], prepared: int
-) -> None:
-    model, told = golden.model("llada_tiny_a"), Told(monkeypatch)
-    dx.decode(model, PROMPTS[0], gen_length=64, block_length=16, cache="dual", **way)
-    assert (told.late, told.prepared) == (1, prepared)  # the very first pass
-
-
-def test_blocks_begin_with_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several sequences, each in another block, and one after the other complete."""
-    model, told = golden.model("llada_tiny_a"), Told(monkeypatch)
-    settings: dict[str, Any] = {"gen_length": [64, 24, 7], "selector": "quota", "threshold": [4, 3, 2]}
-    out = dx.decode(model, PROMPTS, block_length=16, cache="dual", **settings)
-    assert out.nfe.tolist() == [16, 9, 4]
-    assert (told.late, told.looks) == (1, told.prepared + 1)
-
-
-def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = golden.model("llada_tiny_a")
-    settings: dict[str, Any] = {"gen_length": 64, "block_length": 16, "cache": "dual", "threshold": 2.0}
-    expected = dx.decode(model, PROMPTS[0], **settings)
-    told, opens = Told(monkeypatch), batches.Batch.open_front
-    wrong: list[Callable[[Any], None]] = [
-        lambda row: setattr(row, "nfe", row.nfe + 1),
-        lambda row: setattr(row, "step_in_block", 1),
-        lambda row: setattr(row, "open", (row.open[0]._replace(held=3), *row.open[1:])),
-        lambda row: setattr(row, "open", (row.open[0]._replace(step=1), *row.open[1:])),
-        lambda row: setattr(row, "settings", dataclasses.replace(row.settings, temperature=0.5)),
-        lambda row: setattr(row, "layout", row.layout._replace(length=row.layout.length - 1)),
-        lambda row: setattr(row, "suppress", torch.tensor([3])),
-    ]
-    for change in wrong:
-        told.clear()
-
-        def guessed(self: batches.Batch, row: Any, change: Any = change) -> None:
-            opens(self, row)
-            if all(row is not own for own in self.rows) and row.open:
-                change(row)
-
-        monkeypatch.setattr(batches.Batch, "open_front", guessed)
-        out = dx.decode(model, PROMPTS[0], **settings)
-        assert torch.equal(out.sequences, expected.sequences)
-        assert torch.equal(out.nfe, expected.nfe)
-        assert told.looks == out.forwards
-        assert told.late == 4  # the first pass of each block
-
-
 def test_an_engine_replays(taped: list[Graphs]) -> None:
     model = golden.model("sdar_tiny_a")
     alone = [
@@ -504,169 +331,6 @@ def test_weights_that_moved_are_seen(taped: list[Graphs]) -> None:
     assert set(changed) == {0}
 
 
-MIXTURES: list[tuple[str, dict[str, Any]]] = [
-    ("sdar_moe", {"cache": "block"}),
-    ("sdar_moe", {"cache": "none", "temperature": 0.7, "seed": 5}),
-    ("lladamoe", {"cache": "none"}),
-    ("lladamoe", {"cache": "dual", "rule": "credit+entropy:3.5"}),
-    ("lladamoe", {"cache": "dual", "draft_size": 3}),
-    ("llada2_moe", {"cache": "block", "rule": "edit:0.03,0.03"}),
-    ("llada2_moe", {"cache": "block", "threshold": 3.0}),
-    ("qwen3_moe", {}),
-    ("qwen3_moe", {"drafter": "ngram", "draft_size": 4}),
-]
-
-
-def text_of(model: models.Model, prompts: list[Tensor], way: dict[str, Any], **settings: Any) -> Tensor:
-    if model.causal:
-        return dx.speculate(model, prompts, gen_length=24, eos_id=-1, **way, **settings).sequences
-    return dx.decode(model, prompts, gen_length=24, block_length=8, **way, **settings).sequences
-
-
-@pytest.mark.parametrize(("family", "way"), MIXTURES)
-def test_experts_are_chosen_in_replays(
-    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, family: str, way: dict[str, Any]
-) -> None:
-    """Each token's, of other prompts too than those whose passes were recorded."""
-    model, forward = drafters.model_of(family), experts.Router.forward
-    taken: list[list[Tensor]] = []
-    expected = []
-
-    def seen(self: experts.Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        share, chosen = forward(self, x)
-        taken[-1].append(chosen)
-        return share, chosen
-
-    texts = PROMPTS, [prompt.flip(0) % 50 + 7 for prompt in PROMPTS]
-    with monkeypatch.context() as patched:
-        patched.setattr(experts.Router, "forward", seen)
-        for prompts in texts:
-            taken.append([])
-            expected.append(text_of(model, prompts, way, graphs=False))
-    assert not torch.equal(taken[0][0], taken[1][0])
-    assert not taped
-    for prompts, tokens in zip(texts, expected, strict=True):
-        before = sum(graphs.replays for graphs in taped)
-        assert torch.equal(text_of(model, prompts, way), tokens)
-        assert sum(graphs.replays for graphs in taped) >= before + 2
-    assert all(graphs.recorder is not None for graphs in taped), "a recording failed"
-
-
-@pytest.mark.parametrize("device", GPUS, indirect=True)
-@pytest.mark.parametrize(("family", "way"), MIXTURES)
-def test_a_gpu_records_mixtures_of_experts(
-    device: str, family: str, way: dict[str, Any], seen_graphs: list[Graphs]
-) -> None:
-    """Where one product serves all experts and asks the host for nothing."""
-    for dtype in (torch.bfloat16, torch.float32):
-        model = drafters.model_of(family).to(device, dtype)
-        prompts = [each.to(device) for each in PROMPTS]
-        expected = text_of(model, prompts, way, graphs=False)
-        for _ in range(2):
-            assert torch.equal(text_of(model, prompts, way), expected)
-        assert all(graphs.recorder is not None for graphs in seen_graphs), "a recording failed"
-        replays = sum(graphs.replays for graphs in seen_graphs)
-        can = dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
-        assert (replays >= 2) if can else (replays == 0)
-        seen_graphs.clear()
-
-
-@pytest.mark.parametrize("family", ["sdar_moe", "qwen3_moe"])
-def test_an_engine_replays_mixtures_of_experts(taped: list[Graphs], family: str) -> None:
-    model = drafters.model_of(family)
-    size: dict[str, Any] = {"lanes": 2, "max_length": 80, "page_size": 8}
-    size |= {"drafter": "ngram", "draft_size": 4} if model.causal else {}
-    prompts = PROMPTS * 2
-    found = []
-    for graphs in (False, True):
-        with dx.Engine(model, graphs=graphs, **size) as engine:
-            handles = [engine.submit(prompt, gen_length=24, eos_id=-1) for prompt in prompts]
-            found.append([handle.result(60).tokens for handle in handles])
-    assert found[0] == found[1]
-    (graphs_seen,) = taped
-    assert graphs_seen.recorder is not None, "a recording failed"
-    assert graphs_seen.replays > 10
-
-
-@pytest.mark.parametrize("why", ["expert by expert", "another GPU"])
-@pytest.mark.parametrize(("family", "way"), [MIXTURES[0], MIXTURES[3], MIXTURES[-1]])
-def test_experts_for_which_the_host_waits_are_not_recorded(
-    taped: list[Graphs],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    why: str,
-    family: str,
-    way: dict[str, Any],
-) -> None:
-    """Nor is it tried: their passes run as they are."""
-    if why == "expert by expert":
-        monkeypatch.setattr(experts, "by_one_product", lambda sizes, like: False)
-    else:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
-    model = drafters.model_of(family)
-    assert padding.recorded_rows(model) == 0
-    expected = text_of(model, PROMPTS, way, graphs=False)
-    for _ in range(2):
-        assert torch.equal(text_of(model, PROMPTS, way), expected)
-    assert taped
-    assert all(graphs.small == graphs.replays == len(graphs.recordings) == 0 for graphs in taped)  # type: ignore[attr-defined]
-    assert not caplog.text
-
-
-def test_a_recording_of_experts_one_by_one_fails(
-    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The tape tells what the tests above would not: a number that a recording may not read."""
-    model = drafters.model_of("sdar_moe")
-    monkeypatch.setattr(experts.Experts, "grouped", experts.Experts.one_by_one)
-    expected = text_of(model, PROMPTS, {"cache": "block"}, graphs=False)
-    assert torch.equal(text_of(model, PROMPTS, {"cache": "block"}), expected)
-    assert "tolist" in caplog.text
-    assert taped[0].recorder is None
-
-
-CHANGES: dict[str, Callable[[models.Model], object]] = {
-    "a router": lambda model: setattr(
-        model.blocks[1].router, "weight", torch.nn.Parameter(model.blocks[1].router.weight.flip(0))
-    ),
-    "experts": lambda model: setattr(
-        model.blocks[2].experts, "down_proj", torch.nn.Parameter(model.blocks[2].experts.down_proj.flip(0))
-    ),
-    "a shared expert": lambda model: setattr(
-        model.blocks[1].shared.up_proj.weight, "data", model.blocks[1].shared.up_proj.weight.flip(0)
-    ),
-    "a bias": lambda model: setattr(
-        model.blocks[2].router, "expert_bias", model.blocks[2].router.expert_bias.flip(0)
-    ),
-    "fused": lambda model: model.fuse(),
-    "experts in place": lambda model: model.blocks[2].experts.gate_up_proj.neg_(),
-    "a bias in place": lambda model: model.blocks[1].router.expert_bias.copy_(torch.arange(8) % 3),
-    "a hook": lambda model: model.blocks[1].router.register_forward_hook(
-        lambda module, x, out: (out[0], out[1].flip(-1))
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@torch.no_grad()
-def test_experts_that_changed_are_seen(taped: list[Graphs], change: str) -> None:
-    """What lies elsewhere is recorded again, what changed in place is read, and a hook runs."""
-    model, way = drafters.model_of("llada2_moe"), {"cache": "block"}
-    first = text_of(model, PROMPTS, way)
-    (graphs,) = taped
-    before, replays = [found for found in graphs.recordings.values() if found is not None], graphs.replays
-    assert before
-    assert replays
-    CHANGES[change](model)
-    second = text_of(model, PROMPTS, way)
-    assert torch.equal(second, text_of(model, PROMPTS, way, graphs=False))
-    assert torch.equal(first, second) == (change == "fused")
-    assert taped == [graphs]
-    left = [found for found in before if any(found is other for other in graphs.recordings.values())]
-    assert len(left) == (len(before) if "in place" in change else 0)
-    assert (graphs.replays == replays) == (change == "a hook")
-
-
 ROWS_8B = 630
 """That a model of 8B parameters has in the largest pass that is recorded."""
 
@@ -680,22 +344,6 @@ def test_what_is_recorded_is_what_hides_no_launches() -> None:
         assert padding.recorded_rows(models.LLaDA(llada)) == ROWS_8B
         assert padding.recorded_rows(models.SDAR(sdar)) > 2500
     assert padding.recorded_rows(torch.nn.Linear(1, 1)) == 0
-
-
-def test_of_experts_those_that_a_token_takes_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of SDAR-30B-A3B's layer, eight of 128."""
-    monkeypatch.setattr(models.Model, "waits", False)
-    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
-    moe = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-    with torch.device("meta"):
-        found = [
-            padding.recorded_rows(
-                models.SDARMoE({**TINY["sdar"], **sizes, **moe, "intermediate_size": width})
-            )
-            for width in (768, 6144)
-        ]
-        dense = padding.recorded_rows(models.SDAR({**TINY["sdar"], **sizes, "intermediate_size": 6144}))
-    assert found == [dense, dense]
 
 
 @pytest.mark.parametrize(("name", "share"), [("llada", 0.85), ("sdar", 0.8)])
@@ -837,33 +485,6 @@ def test_the_kernels_of_a_pass(
         **{"index": 2, "embedding": 1, "rms_norm": 1, "linear": 1},
         **{"unmask_": 1, "commit_": 1, "cat": 1},
     }
-
-
-@pytest.mark.parametrize("family", ["sdar_moe", "llada2_moe"])
-def test_the_kernels_of_a_layer_with_experts(
-    taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
-    """Attention as above, a router, its pairs in order, two products, and a sum; LLaDA2's router has groups,
-    and beside the experts is one that is shared."""
-
-    def model_of(layers: int) -> models.Model:
-        sparse = {"mlp_only_layers": [], "first_k_dense_replace": 0}
-        return drafters.model_of(family, num_hidden_layers=layers, **sparse)
-
-    layer, _ = kernels_of(monkeypatch, model_of, "block")
-    expected = Counter(rms_norm=2, linear=3, kv_write=1, block_attention=1)
-    expected += Counter(sort=1, arange=1, searchsorted=1, floor_divide=1, index=1)
-    expected += Counter({"_grouped_mm": 2, "swiglu": 1, "index_copy_": 1, "mul": 1, "sum": 1})
-    if family == "sdar_moe":
-        expected += Counter(softmax=1, topk=1, sum=1, div=1, to=1)
-        assert layer.total() == 23
-    else:
-        expected += Counter(to=2, sigmoid=1, add=1)
-        expected += Counter(topk=3, sum=1, ones=1, scatter_=1, masked_fill=1)
-        expected += Counter(gather=1, sum=1, add=1, div=1, mul=1)
-        expected += Counter(linear=2, swiglu=1, add=1, to=1)
-        assert layer.total() == 39
-    assert layer == expected
 
 
 @pytest.mark.parametrize("drafter", [None, "ngram", "chains", "trees"])
