@@ -6,7 +6,6 @@ It needs the extra `train`: pip install ".[cli,train]". The whole recipe is reci
 `make distill` is its study.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,4 @@ def main(out: Path, problems: int = 1500, steps: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="the directory to write into")
-    main(parser.parse_args().out)
+    main(Path(sys.argv[1]))
