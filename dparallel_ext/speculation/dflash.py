@@ -209,7 +209,7 @@ class BlockDrafter:
         if self._placed is None or self._placed[0] != (device, dtype):
             # Tensors made outside inference mode can be used anywhere.
             with torch.inference_mode(False), torch.no_grad():
-                there = (self.model.fc.weight.device, self.model.fc.weight.dtype) == (device, dtype)
+                there = all((p.device, p.dtype) == (device, dtype) for p in self.model.parameters())
                 placed = self.model if there else copy.deepcopy(self.model).to(device, dtype)
                 for block in placed.layers:
                     for group in block.groups():  # type: ignore[operator]

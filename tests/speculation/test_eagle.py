@@ -402,6 +402,20 @@ def test_tensors_that_do_not_fit_are_named(
         dx.speculation.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_two_dtypes_is_read(tmp_path: Path, kind: str) -> None:
+    """As of norms in float32 beside weights in bfloat16."""
+    head = KINDS[kind]
+    mixed = {name: t.half() if "norm" in name else t for name, t in head.tensors.items()}
+    guesses = []
+    for tensors in (mixed, head.tensors):
+        drafter = dx.speculation.load(head._replace(tensors=tensors).write(tmp_path))
+        dtypes = {p.dtype for p in drafter.on(torch.device("cpu"), torch.float32).parameters()}  # type: ignore[attr-defined]
+        assert dtypes == {torch.float32}
+        guesses.append(plain(model_of(num_hidden_layers=8), drafter=drafter).accepted.tolist())
+    assert guesses[0] == guesses[1]
+
+
 def test_older_files_are_not_read(tmp_path: Path) -> None:
     head = KINDS["eagle3"]
     head.write(tmp_path)
