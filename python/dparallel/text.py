@@ -9,8 +9,8 @@ from typing import Any
 
 from dparallel_ext.models import files
 
-from . import templates
-from .templates import TemplateRefused
+from . import sandbox as sandboxes
+from .sandbox import Refused, Sandbox
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -143,13 +143,12 @@ Template = Callable[..., str]
 """(messages, **chat_template_kwargs) -> the text of a prompt."""
 
 
-def chat_template(directory: Path, renderer: templates.Renderer | None = None) -> Template | None:
+def chat_template(directory: Path, sandbox: Sandbox | None = None) -> Template | None:
     """The checkpoint's template: messages to the text of a prompt. None if it has none.
 
     Of several templates it is the one named "default", and with tools "tool_use", as in transformers. The
     returned function takes other variables of the template as keywords (enable_thinking, ...), in JSON's
-    types. It runs the template with limits of time and size, see `templates`, in the process of `renderer`;
-    default: the shared one.
+    types. It runs the template in `sandbox`, with limits of time and size; default: the shared one.
 
     Raises ValueError if the template does not compile; the returned function raises ValueError, naming the
     template, if it refuses the messages or exceeds its limits.
@@ -163,10 +162,10 @@ def chat_template(directory: Path, renderer: templates.Renderer | None = None) -
             )
         return None
     special = files.special_tokens(directory)
-    process = templates.renderer if renderer is None else renderer
+    process = sandboxes.shared if sandbox is None else sandbox
     try:
         process.compile(source)
-    except TemplateRefused as error:
+    except Refused as error:
         raise ValueError(f"model: the chat template of {directory} does not compile: {error}") from error
 
     def render(messages: Sequence[Message], /, **keywords: Any) -> str:

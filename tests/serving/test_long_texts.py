@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from asking import FIRST, MODEL, PROMPT, VOCABULARY, decoded, enumerate_bytes, until
-from dparallel import registry, templates
+from dparallel import registry, sandbox
 from dparallel.serving.errors import ApiError
 from dparallel.serving.protocol import ChatRequest, CompletionRequest
 from pydantic import ValidationError
@@ -138,7 +138,7 @@ def with_template(tmp_path: Path) -> Path:
 def test_variables_of_the_chat_template(
     with_template: Path, student: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     path, asked = "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
     with serving(student, with_template) as here:
         for given, expected in (
@@ -175,7 +175,7 @@ def test_a_template_without_end_stops_nobody(
     with_template: Path, student: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other prompts are encoded meanwhile, and the server ends in its time of grace."""
-    monkeypatch.setattr(templates, "SECONDS", 600.0)  # so that none is refused here
+    monkeypatch.setattr(sandbox, "SECONDS", 600.0)  # so that none is refused here
     path, asked = "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}]}
     endless = json.dumps({**asked, "chat_template_kwargs": {"loop_it": True}}).encode()
     with serving(student, with_template, grace=0.2) as here, contextlib.ExitStack() as held:

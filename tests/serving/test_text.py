@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from dparallel import registry, templates
+from dparallel import registry, sandbox
 from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, end_tokens, prompt_encoder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -333,8 +333,8 @@ def test_templates_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "harmful").mkdir()
     fine = chat_template(tmp_path)
     assert fine is not None
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
-    monkeypatch.setattr(templates, "CHARACTERS", 20000)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "CHARACTERS", 20000)
     for source, said in HARMFUL.items():
         with pytest.raises(
             ValueError, match=rf"chat template of .*harmful does not (compile|render).*({said})"
@@ -359,17 +359,17 @@ def test_a_template_is_rendered_for_any_thread_and_in_a_child(tmp_path: Path) ->
 
 def test_without_jinja2_a_template_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "jinja2.py").write_text("__version__ = '3.1.5'\nnodes = None\n")
-    monkeypatch.setattr(templates, "renderer", templates.Renderer())
+    monkeypatch.setattr(sandbox, "shared", sandbox.Sandbox())
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(ValueError, match=r"jinja2 3\.1\.6 or later must be installed"):
-        templates.renderer.compile("x")
-    templates.renderer.close()
+        sandbox.shared.compile("x")
+    sandbox.shared.close()
 
 
-def test_a_renderer_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(templates.TemplateRefused, match="its process does not start"):
-        templates.Renderer().compile("x")
+    with pytest.raises(sandbox.Refused, match="its process does not start"):
+        sandbox.Sandbox().compile("x")
 
 
 def test_end_tokens(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dparallel_ext import DecodeConfig, Draft, Engine, Handle, arguments
 
 from .. import page, registry, text
 from ..configs import policy_of, with_ends, without_ends
-from ..templates import Renderer
+from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, in_time, stopping
 from .metrics import Metrics
@@ -38,14 +38,14 @@ def full(message: str, wait: int) -> ApiError:
 
 
 class Service:
-    """The served models by their names in requests, and what they share: metrics, threads, a renderer."""
+    """The served models by their names in requests, and what they share: metrics, threads, a sandbox."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.models: dict[str, ModelService] = {}
         self.metrics = Metrics()
         # Encoding has threads and rendering a process of its own, which end with the service in any case.
-        self.renderer = Renderer()
+        self.sandbox = Sandbox()
         self.rendering = asyncio.Lock()
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
         self.aborted: asyncio.Future[None]
@@ -91,9 +91,9 @@ class Service:
             self.aborted.set_result(None)
 
     def close(self) -> None:
-        """End the encoders' threads and the renderer's process, whatever they do."""
+        """End the encoders' threads and the sandbox's process, whatever they do."""
         self.encoders.shutdown(wait=False, cancel_futures=True)
-        self.renderer.close()
+        self.sandbox.close()
 
     def full(self, message: str) -> ApiError:
         return full(message, self.metrics.wait())
@@ -129,7 +129,7 @@ class ModelService:
         self.drafter, self.verifier = drafter, verifier
         self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
-        self.template = text.chat_template(directory, service.renderer)
+        self.template = text.chat_template(directory, service.sandbox)
         self.builtin = directory.is_relative_to(registry.BUILTIN)
         self.max_length = engine.max_length
         longest = max(map(len, tokenizer.get_vocab()), default=0)

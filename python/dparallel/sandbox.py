@@ -31,11 +31,11 @@ MEMORY = 2**30
 """Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
 
 
-class TemplateRefused(ValueError):
+class Refused(ValueError):
     """Raised if a template does not compile, raises, or exceeds its limits; the message says which."""
 
 
-class Renderer:
+class Sandbox:
     """The process that renders; the first request starts it, and so does one after a template has ended it.
 
     Any thread may send requests, which are answered one after another.
@@ -49,15 +49,15 @@ class Renderer:
         os.register_at_fork(after_in_child=self._forget)
 
     def compile(self, source: str) -> None:
-        """Raise TemplateRefused if `source` is no template."""
+        """Raise Refused if `source` is no template."""
         self._ask({"source": source})
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """The rendered text of a template; `variables` are of JSON's types. Raises TemplateRefused."""
+        """The rendered text of a template; `variables` are of JSON's types. Raises Refused."""
         return str(self._ask({"source": source, "variables": variables})["text"])
 
     def close(self) -> None:
-        """End the process at once. Current and later requests raise TemplateRefused."""
+        """End the process at once. Current and later requests raise Refused."""
         self._closed = True
         process = self._process  # without the lock, which a waiting request holds
         if process is not None:
@@ -74,27 +74,27 @@ class Renderer:
         try:
             line = json.dumps({**request, **bounds}).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateRefused(f"it is given what is not JSON: {error}") from error
+            raise Refused(f"it is given what is not JSON: {error}") from error
         with self._lock:
             if self._closed:
-                raise TemplateRefused("its process was closed")
+                raise Refused("its process was closed")
             try:
                 answer = self._exchange(line)
             except OSError as error:
-                raise TemplateRefused(f"its process does not start: {error}") from error
+                raise Refused(f"its process does not start: {error}") from error
             except BaseException:
                 self._end(signal.SIGKILL)  # so that a late answer is not taken for the next request's
                 raise
             if not answer.endswith(b"\n"):  # the process ended before the answer did
                 code = self._end()
                 if self._closed:
-                    raise TemplateRefused("its process was closed")
+                    raise Refused("its process was closed")
                 if code == -signal.SIGPROF:
-                    raise TemplateRefused(f"it took more than {SECONDS:g} s")
-                raise TemplateRefused(f"its process ended (status {code})")
+                    raise Refused(f"it took more than {SECONDS:g} s")
+                raise Refused(f"its process ended (status {code})")
         reply: dict[str, Any] = json.loads(answer)
         if "error" in reply:
-            raise TemplateRefused(reply["error"])
+            raise Refused(reply["error"])
         return reply
 
     def _exchange(self, line: bytes) -> bytes:
@@ -129,8 +129,8 @@ class Renderer:
         return process.returncode
 
 
-renderer = Renderer()
-"""This process's renderer, for callers that need none of their own."""
+shared = Sandbox()
+"""This process's sandbox, for callers that need none of their own."""
 
 
 # --- the other process --------------------------------------------------------------------------
