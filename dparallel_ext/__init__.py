@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
         "`pip install -e .` there, or work in another folder."
     ) from error
 from . import compat, diffusion_gemma, models, ops, policies, reference, rules, speculation
+from .automaton import Automaton
 from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
@@ -50,6 +51,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AcceptOutput",
     "AdaptiveOutput",
+    "Automaton",
     "CertaintyForcingLossOutput",
     "CommitOutput",
     "Completion",

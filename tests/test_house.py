@@ -21,7 +21,7 @@ PACKAGES = {
 ABOVE = {"dparallel_ext": (), "dparallel": ("dparallel_ext",), "benchmarks": ("dparallel_ext", "dparallel")}
 """The packages of ours that each may import, itself aside."""
 LAYERS = (
-    ("types", "arguments", "policies", "reference", "masks", "kept", "packed", "backends"),
+    ("types", "arguments", "automaton", "policies", "reference", "masks", "kept", "packed", "backends"),
     ("ops",),
     ("cache",),
     ("models", "rules"),

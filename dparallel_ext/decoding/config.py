@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import policies
 from ..arguments import one_of, shown, temperature_in_force
+from ..automaton import Automaton
 from ..ops.inputs import check_sampling
 from ..rules import Function, FunctionRule, Rule, parse
 from ..rules.protocol import check_rule
@@ -36,6 +37,7 @@ class DecodeKeywords(TypedDict, total=False):
     selector: policies.Name | None
     policy: Tensor | Sequence[Sequence[float | None]] | Function | None
     rule: Rule | Function | str | None
+    automaton: Automaton | None
     min_commit: policies.Number
     max_commit: policies.Number | None
     score: policies.Name | None
@@ -107,6 +109,12 @@ class DecodeConfig:
     alone, stands for selector and threshold; or a function (stats, masked, step) -> bool (W, C) over
     the columns of the windows, instead of a policy. Only masked positions commit, and at least one of
     them."""
+    automaton: Automaton | None = None
+    """The form of the response, which `dparallel.structured` makes of a regular expression or a JSON schema.
+    The response has it, and ends within gen_length tokens if any of the form does. A diffusion model fills a
+    block's masks in the most probable way that has the form (`rules.Constrained`), and the policy judges
+    tokens among those that the form allows there; it needs temperature 0, no rule, no `infill` and one open
+    block. An autoregressive model chooses or samples each token among those that the form allows."""
     min_commit: policies.Number = 1
     """With a `threshold`, the fewest tokens that a pass commits, at least 1; one per sequence."""
     max_commit: policies.Number | None = None
@@ -237,6 +245,8 @@ class DecodeConfig:
             ]
         elif self.policy is not None:
             raise ValueError("policy: a function cannot be written, give rows or a rule with a name")
+        if self.automaton is not None:
+            raise ValueError("automaton: cannot be written")
         if self.rule is not None and not isinstance(self.rule, str):
             values["rule"] = text_of(self.rule, own_row=not _non_default(_row_of(self)))
         return {name: _listed(value) for name, value in values.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import arguments, policies
 from ..arguments import number, shown, whole
+from ..automaton import Automaton
 from ..rules import Rule
 
 
@@ -90,6 +91,12 @@ def _stops(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(stops)
 
 
+def _automaton(name: str, value: Any) -> Automaton | None:
+    if value is not None:
+        arguments.instance(name, value, Automaton)
+    return value
+
+
 def _seed(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -113,6 +120,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threshold": _plain,
     "selector": _plain,
     "policy": _rows,
+    "automaton": _automaton,
     "min_commit": _plain,
     "max_commit": _plain,
     "score": _plain,

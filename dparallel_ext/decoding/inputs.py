@@ -173,11 +173,11 @@ class InputPacker:
         work: Mapping[int, SequenceWork],
         by_rule: bool,
     ) -> None:
-        """Pack, for all W windows: (3, W) pass, seed and sequence number, which key the samples; (4, W)
-        `SequenceState.progress`, or (4, 0) without rules; and W policy rows of 5 float32, two to an int64.
+        """Pack, for all W windows: (3, W) pass, seed and sequence number, which key the samples; (5, W)
+        `SequenceState.progress`, or (5, 0) without rules; and W policy rows of 5 float32, two to an int64.
         """
         policy: list[float] = []
-        progress: list[tuple[int, int, int, int]] = []
+        progress: list[tuple[int, int, int, int, int]] = []
         keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.blocks)]
         for b, row in enumerate(rows):
             windows = work[b].windows if b in work else []
@@ -186,11 +186,11 @@ class InputPacker:
                 progress.append(row.progress(window.block))
             for _ in range(self.blocks - len(windows)):
                 policy += IDLE.settings.policy
-                progress.append((0, 1, 0, 0))
+                progress.append((0, 1, 0, 0, 0))
         packing.add(_by_field(keys))
         packing.close(3, len(keys))
         packing.add(_by_field(progress) if by_rule else ())
-        packing.close(4, len(progress) if by_rule else 0)
+        packing.close(5, len(progress) if by_rule else 0)
         packing.floats(policy)
         packing.close(-(-len(policy) // 2))
 

@@ -57,7 +57,7 @@ class Predicted(NamedTuple):
     keys: Tensor
     """(3, W) int64: the sequence's pass, from 1, and the seed and the number that key its samples."""
     progress: Tensor
-    """(4, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
+    """(5, W) int64, see `sequence.SequenceState.progress`; empty where there is no rule."""
     policy: Tensor
     """(W, 5) float32 policy rows."""
     lane: Tensor | None
@@ -132,7 +132,8 @@ def _by_rule(
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    logits, positions, (step, seed, sequence), (turn, steps, response, block), policy, _, cells, _ = predicted
+    logits, positions, (step, seed, sequence), progress, policy, _, cells, _ = predicted
+    turn, steps, response, asked, block = progress
     start, end, first, last = windows
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
     held = tokens.view(-1)[positions]
@@ -169,8 +170,10 @@ def _by_rule(
         turn=turn,
         steps=steps,
         first=response,
+        last=asked,
         block=block,
         policy=policy,
+        suppress=None if group.suppress is None else group.suppress.to(positions.device),
         cells=grid,
         rows=logits,
         hidden_rows=predicted.hidden if rule.hidden else None,
@@ -178,9 +181,14 @@ def _by_rule(
     by_cell = stats.map(lambda values: grid.spread(values, _blank(values)))
     # Before the rule is called, which may change what it is given.
     best = select(by_cell, where.masked, _most_confident(policy), check=False)
-    commit, token, remask = _allowed(
-        rule, rule.decide(by_cell, where, state), where, by_cell, best, group, mask_id
-    )
+    decision = rule.decide(by_cell, where, state)
+    commit, token, remask = _allowed(rule, decision, where, by_cell, best, mask_id)
+    if decision.impossible is not None:
+        expect(f"{type(rule).__name__}: impossible", decision.impossible, where.masked[:, 0])
+        none = grid.gather(where.masked & decision.impossible[:, None], False)
+        none = torch.where(none, 4 * positions + 2, NO_ERROR)
+        errors = errors.scatter_reduce(0, window, none, "amin")
+        commit &= (errors == NO_ERROR)[:, None]
     chosen = stats.sample if token is None else grid.gather(token, -1)
     if token is not None:
         stats = _of_tokens(stats, chosen, logits, group.temperature)
@@ -194,7 +202,6 @@ def _allowed(
     where: Where,
     stats: RowStats,
     best: Tensor,
-    group: SamplingGroup,
     mask_id: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The cells (W, C) that a rule's decision commits, as far as it may, its tokens (W, C), and the cells
@@ -205,7 +212,7 @@ def _allowed(
     """
     if not isinstance(decision, Decision):
         raise ValueError(f"{type(rule).__name__}: decide: expected a Decision, got {type(decision).__name__}")
-    commit, token, edit, remask = decision
+    commit, token, edit, remask, _ = decision
     if commit is None:
         commit = where.by_policy(stats)
     expect(f"{type(rule).__name__}: commit", commit, where.masked)
@@ -214,9 +221,9 @@ def _allowed(
         expect(f"{type(rule).__name__}: token", token, where.token)
         sound = sound & (token >= 0) & (token < where.rows.shape[1]) & (token != mask_id)
         sound &= where.logits(token[..., None])[..., 0] > -math.inf
-        if group.suppress is not None:
+        if where.suppress is not None:
             # Not torch.isin, which waits for the device where ids are many.
-            sound &= (token[..., None] != group.suppress.to(token.device)).all(-1)
+            sound &= (token[..., None] != where.suppress).all(-1)
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
     must_move = where.policy[:, 2:3] >= 1

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from .. import policies
+from ..automaton import Automaton
 from ..rules import Rule
 
 NOTHING = (float(policies.SELECTORS["confidence"]), 1.0 + 2**-23, 0.0, math.inf, 0.0)
@@ -39,6 +40,8 @@ class Settings:
     """Limits of sampling, see `ops.row_stats`; 1 and 0: none."""
     rule: Rule | None = None
     """The rule that decides, with or without the policy."""
+    automaton: Automaton | None = None
+    """The form of an autoregressive model's response."""
     record: bool = False
     """Whether passes record its `workspace.Trajectory`."""
     scheduled: bool = False
@@ -47,7 +50,8 @@ class Settings:
     @property
     def one_block(self) -> bool:
         """Whether its rule or schedule can have only one block open."""
-        of_rule = self.rule is not None and (self.rule.edits > 0 or self.rule.reads == "response")
+        rule = self.rule
+        of_rule = rule is not None and (rule.edits > 0 or rule.reads == "response" or rule.in_order)
         return self.scheduled or self.steps is not None or of_rule
 
 
@@ -62,6 +66,8 @@ class Layout(NamedTuple):
     """Positions of the whole sequence."""
     origin: int = 0
     """The column where the first block begins: in the prompt, if the prompt ends within a block."""
+    asked: int = 0
+    """The column behind the last token asked for; behind it is the rest of a block-causal model's block."""
 
 
 def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
@@ -95,7 +101,7 @@ def lay_out(
     ]
     if steps is not None and blocks and steps % len(blocks):
         raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return Layout(columns, blocks, length, origin)
+    return Layout(columns, blocks, length, origin, prompt + gen_length)
 
 
 class OpenBlock(NamedTuple):
@@ -227,13 +233,14 @@ class SequenceState:
         """How many tokens of the response lie in front of `column`."""
         return bisect_left(self.columns, column)
 
-    def progress(self, block: OpenBlock) -> tuple[int, int, int, int]:
+    def progress(self, block: OpenBlock) -> tuple[int, int, int, int, int]:
         """Numbers for rules: passes over the block so far, passes of the schedule, the response's first
-        column, the block's first column.
+        column, the column behind its last token, the block's first column.
         """
         scheduled = self.settings.steps or len(self.columns)
         start = self.layout.origin if block.start == self.blocks[0][0] else block.start
-        return block.step, scheduled, self.columns[0] if self.columns else 0, start
+        first = self.columns[0] if self.columns else 0
+        return block.step, scheduled, first, self.layout.asked, start
 
     def policy(self, block: OpenBlock, must_move: bool = True) -> tuple[float, ...]:
         """The policy row, see `policies.FIELDS`, of the next pass over a block."""

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arguments import whole
+from ..arguments import shown, temperature_in_force, whole
 from ..models import Model, Traits, check_diffusion, traits
 from ..ops.inputs import check_sampling
+from ..rules import Constrained, Rule
 from .config import ACTIVE, DecodeConfig, decided
 from .schedule import Schedule, make
 from .sequence import Settings
@@ -83,6 +84,8 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
     cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
+    if config.automaton is not None and not model_traits.causal:
+        rule = _constrained(config, rule)
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
             here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")
@@ -109,11 +112,27 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
             top_p=top_p,
             top_k=top_k,
             rule=rule,
+            automaton=config.automaton if model_traits.causal else None,
             record=config.record or config.logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )
         for numbers, key in zip(rows.tolist(), keys, strict=True)
     ]
+
+
+def _constrained(config: DecodeConfig, rule: Rule | None) -> Rule:
+    """The rule of an automaton. Raises ValueError for what does not go with it."""
+    assert config.automaton is not None
+    if rule is not None:
+        raise ValueError(f"rule: expected a policy row or none beside an automaton, got {shown(rule)}")
+    if config.infill:
+        raise ValueError("infill: expected False beside an automaton, got True")
+    if temperature_in_force(config.temperature) > 0:
+        raise ValueError(
+            "temperature: expected 0 beside an automaton, since a diffusion model's masks are filled in the "
+            f"most probable way, got {config.temperature}"
+        )
+    return Constrained(config.automaton)
 
 
 def drawn_seed(temperature: float) -> int:

@@ -77,10 +77,14 @@ class Where:
     """(W,) int64: passes of the fixed schedule; without one, the tokens of the response."""
     first: Tensor
     """(W,) int64: the column of the response's first token."""
+    last: Tensor
+    """(W,) int64: the column behind the last token asked for; a block-causal model's last block may go on."""
     block: Tensor
     """(W,) int64: the column where the window's block begins, which may be in the prompt."""
     policy: Tensor
     """(W, 5) float32: the windows' policy rows, see `policies`."""
+    suppress: Tensor | None
+    """(n,) int64: ids that are not decoded; None: there are none."""
     cells: Cells
     rows: Tensor
     """(N, V): the logits of the pass, which `logits` reads."""
@@ -148,6 +152,8 @@ class Decision(NamedTuple):
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens become masks again, from left to right
     as long as they are fewer than the masks that the pass commits in the block, so that every pass leaves
     fewer masks. A pass over a block without a mask may remask any of its cells."""
+    impossible: Tensor | None = None
+    """(W,) bool: windows without a possible decision: the error of a row that leaves no token to choose."""
 
 
 class Rule:
@@ -168,6 +174,9 @@ class Rule:
     `reads` "block"."""
     hidden: bool = False
     """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
+    in_order: bool = False
+    """Whether it decides on a block by what the blocks before it hold, so that blocks are decoded one after
+    the other, and no text between them is given."""
     recorded: bool = True
     """Whether its passes can be recorded as CUDA graphs: `decide` only launches work for the device, reads no
     number on the host, and keeps nothing outside the tensors of its state."""

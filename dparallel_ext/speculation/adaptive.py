@@ -154,7 +154,7 @@ def adaptive_decode(
 
 def check_fields(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
-    for name in (*OF_DIFFUSION, "logprobs"):
+    for name in (*OF_DIFFUSION, "automaton", "logprobs"):
         value = plain(fields.get(name, DEFAULTS[name]))
         if name != "mask_id" and value != DEFAULTS[name]:
             raise ValueError(

@@ -312,7 +312,9 @@ class CausalBatch:
                 self._issued.clear()  # they were for other sequences
             if not self._issued:
                 self._issued.append(self._issue(drafts, tree))
-            while len(self._issued) <= self._ahead:
+            # An automaton's state is known once a pass's tokens are.
+            ahead = 0 if any(self.rows[b].settings.automaton for b in drafts) else self._ahead
+            while len(self._issued) <= ahead:
                 coming = [b for b in drafts if self.rows[b].room > self._coming(b)]
                 if not coming:
                     break
@@ -372,6 +374,8 @@ class CausalBatch:
             row.kept, row.stopped = row.index(begin), True
             row.known, row.num_cached = end, min(row.num_cached, end - 1)
             self.logprobs[b, end:], self.steps[b, end:] = torch.nan, 0
+        if (automaton := row.settings.automaton) is not None:
+            row.state = automaton.after(row.state, tokens[: row.known - start])
         if row.stopped or not row.room:
             row.done = True
             self.tokens[b, row.known :] = self.pad_id

@@ -7,6 +7,7 @@ that on a GPU a pass can be recorded and replayed, and issued before the result 
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..automaton import NOWHERE, Automaton
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
 from ..decoding.graphs import run_pass
@@ -46,6 +48,8 @@ class PassKey(NamedTuple):
     """Whether the pass stores its choices on the device, for a next pass issued before the host knows
     them."""
     logprobs: bool
+    automata: tuple[Automaton, ...]
+    """The forms of some lanes' responses."""
     groups: tuple[SamplingGroup, ...]
 
     @property
@@ -104,6 +108,10 @@ class PassRows:
         """(M, 4): as `accept` takes them."""
         self.groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
         """Each with the edges, (2, B), of its lanes' verified rows."""
+        self.states: dict[Automaton, dict[int, int]] = {}
+        """Of rows whose choice an automaton constrains, its state in front of the choice."""
+        self.left: dict[int, int] = {}
+        """Of these rows, the tokens that may come behind the choice."""
         self.room = [row.room for row in sequences]
         self.bases = [row.known - 1 for row in sequences]
         self.verified = 1
@@ -157,9 +165,15 @@ class PassRows:
         _, edges = self.groups.setdefault(group.key, (group, [0] * (2 * lanes)))
         edges[b], edges[lanes + b] = first, len(self.source) - riders
         self.logprobs |= row.settings.record
+        if (automaton := row.settings.automaton) is not None:
+            states = [row.state]
+            for node, parent in zip(nodes, draft.verified_rows[1:], strict=True):
+                states.append(automaton.after(states[parent], (node,)))
+            self.states.setdefault(automaton, {}).update(enumerate(states, first))
+            self.left.update((first + r, row.room - depth - 1) for r, depth in enumerate(depths(draft)))
 
     def put(self, packing: Packing, tokens: int, padded: int) -> None:
-        """Pack the tensors of `_compute` from `ids` to `room`; `tokens` and `padded` are N and M with
+        """Pack the tensors of `_compute` from `ids` to `left`; `tokens` and `padded` are N and M with
         padding."""
         lanes = len(self.sequences)
         packing.padded(self.ids, 0, tokens)
@@ -177,6 +191,11 @@ class PassRows:
             packing.add(edges)
         packing.close(len(self.groups), 2, lanes)
         packing.padded(self.room, 0, lanes)
+        for states in self.states.values():
+            packing.add([states.get(row, NOWHERE) for row in range(padded)])
+        packing.close(len(self.states), padded)
+        packing.add([self.left.get(row, 0) for row in range(padded)] if self.states else ())
+        packing.close(padded if self.states else 0)
 
 
 class CausalRunner:
@@ -286,18 +305,25 @@ class CausalRunner:
             len(joined),
             self._last is not None,
             rows.logprobs,
+            tuple(rows.states),
             tuple(group for group, _ in rows.groups.values()),
         )
 
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
-        *about_tokens, ids, places, source, token, parent, keys, edges, room, eos_ids, bases, table = tensors
+        *tensors, room, states, left, eos_ids, bases, table = tensors
+        *about_tokens, ids, places, source, token, parent, keys, edges = tensors
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=not key.tree)
         if len(places):
             assert self._last is not None
             ids = torch.cat((ids, self._last))[places]
         logits = self._logits(key, ids, source, metadata, joined)
+        for automaton, state in zip(key.automata, states, strict=True):
+            tables = automaton.tables(self.device)
+            allowed = tables.allowed(state.clamp(min=0), left)[:, tables.classes(logits.shape[1])]
+            # Rows of other lanes, and those behind a node that is not of the form, are not constrained.
+            logits = logits.masked_fill(~allowed & (state != NOWHERE)[:, None], -math.inf)
         outputs = [
             accept(
                 logits,

@@ -60,6 +60,8 @@ class CausalSequence:
     suppress: Tensor | None
     """The settings' ids to suppress, on the device."""
     eos_ids: tuple[int, ...] = ()
+    state: int = 0
+    """The state of the settings' automaton behind the known tokens."""
     known: int = 0
     """Known tokens, prompt included; the last of them is the root of the next draft."""
     num_cached: int = 0

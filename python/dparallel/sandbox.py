@@ -1,8 +1,9 @@
-"""Runs chat templates, which are untrusted programs, in a process of its own with limits of time and memory.
+"""Runs what is not trusted, chat templates and patterns, in a process with limits of time and memory.
 
 jinja2's sandbox keeps a template from files and from Python's internals, but not from an endless loop or from
-gigabytes of text. So another process compiles and renders templates. The operating system ends it when a
-template takes too much time, and limits its memory; the next request starts another.
+gigabytes of text; a short regular expression may have an automaton of billions of states. So another process
+renders templates and makes automata. The operating system ends it when that takes too much time, and limits
+its memory; the next request starts another.
 
 This file is also that process's program: it imports nothing of the package.
 """
@@ -24,19 +25,19 @@ from datetime import datetime
 from typing import IO, Any
 
 SECONDS = 5.0
-"""Processor time of one template, which a busy machine does not increase."""
+"""Processor time of one request, which a busy machine does not increase."""
 CHARACTERS = 2**24
-"""The most characters of a rendered prompt."""
+"""The most characters of an answer, such as a rendered prompt."""
 MEMORY = 2**30
 """Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
 
 
 class Refused(ValueError):
-    """Raised if a template does not compile, raises, or exceeds its limits; the message says which."""
+    """Raised if what runs in the process is wrong, raises, or exceeds its limits; the message says which."""
 
 
 class Sandbox:
-    """The process that renders; the first request starts it, and so does one after a template has ended it.
+    """The process; the first request starts it, and so does one after a request that has ended it.
 
     Any thread may send requests, which are answered one after another.
     """
@@ -55,6 +56,15 @@ class Sandbox:
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """The rendered text of a template; `variables` are of JSON's types. Raises Refused."""
         return str(self._ask({"source": source, "variables": variables})["text"])
+
+    def pattern_of(self, schema: str) -> str:
+        """The regular expression of a JSON schema. Raises Refused."""
+        return str(self._ask({"schema": schema})["pattern"])
+
+    def automaton_of(self, pattern: str) -> dict[str, Any]:
+        """The automaton over bytes of a regular expression: "first", its first state; "final", the accepting
+        states; "next", for each state the pairs (byte, next state). Raises Refused."""
+        return self._ask({"pattern": pattern})
 
     def close(self) -> None:
         """End the process at once. Current and later requests raise Refused."""
@@ -179,8 +189,33 @@ def environment() -> Any:
     return sandbox
 
 
+def automaton_of(pattern: str) -> dict[str, Any]:
+    """See `Sandbox.automaton_of`."""
+    from outlines_core import Index, Vocabulary
+
+    end = 256
+    index = Index(pattern, Vocabulary(end, {bytes([byte]): [byte] for byte in range(end)}))
+    onward = {
+        state: [(byte, to) for byte, to in steps.items() if byte != end]
+        for state, steps in index.get_transitions().items()
+    }
+    return {
+        "first": index.get_initial_state(),
+        "final": [*index.get_final_states()],
+        "next": [*onward.items()],
+    }
+
+
+def pattern_of(schema: str) -> dict[str, Any]:
+    """See `Sandbox.pattern_of`."""
+    from outlines_core import json_schema
+
+    return {"pattern": json_schema.build_regex_from_schema(schema)}
+
+
 def work(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer each line, {source, seconds, characters, variables or nothing}, by {text} or {error}."""
+    """Answer each line, {seconds, characters, ...} and a template's {source, variables or nothing}, {schema}
+    or {pattern}, by {text}, {pattern}, an automaton, or {error}."""
     import resource
 
     # The parent handles it, and this process ends with the parent.
@@ -194,18 +229,26 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
     with contextlib.suppress(ValueError, OSError):  # some systems have no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
     compiled = functools.lru_cache(maxsize=16)(lambda source: sandbox().from_string(source))
+
+    def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
+        if "pattern" in asked:
+            return automaton_of(asked["pattern"])
+        if "schema" in asked:
+            return pattern_of(asked["schema"])
+        template = compiled(asked["source"])
+        return {"text": template.render(asked["variables"]) if "variables" in asked else ""}
+
     for line in requests:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
         try:
-            template, text = compiled(asked["source"]), ""
-            if "variables" in asked:
-                text = template.render(asked["variables"])
-            if len(text) > asked["characters"]:
-                raise ValueError(f"it made {len(text):,} characters, more than {asked['characters']:,}")
-            answer = json.dumps({"text": text})
+            made = answer_to(asked)
+            answer = json.dumps(made)
+            if (size := len(made.get("text", answer))) > asked["characters"]:
+                raise ValueError(f"it made {size:,} characters, more than {asked['characters']:,}")
         except ImportError as error:
-            answer = json.dumps({"error": f"jinja2 3.1.6 or later must be installed ({error})"})
+            needed = "jinja2 3.1.6 or later" if "source" in asked else "outlines_core"
+            answer = json.dumps({"error": f"{needed} must be installed ({error})"})
         except MemoryError:
             answer = json.dumps({"error": f"it took more than {MEMORY / 2**20:.0f} MiB of memory"})
         except Exception as error:  # whatever the template does

@@ -67,6 +67,7 @@ def test_the_repr_says_what_differs_and_makes_the_same() -> None:
 
 
 BAD: list[tuple[str, Any, str]] = [
+    ("automaton", "[0-9]+", "automaton: expected Automaton, got str"),
     ("gen_length", -1, "gen_length: expected a whole number >= 0, got -1"),
     ("gen_length", 1.5, "gen_length: expected a whole number >= 0, got 1.5"),
     ("gen_length", [3, True], "gen_length: expected a whole number >= 0, got True"),

@@ -18,6 +18,7 @@ import drafters
 import pytest
 import torch
 from conftest import GPUS, golden
+from forms import a_form
 from tape import PROMPTS, TINY, TapeGraph, kernels, prompt, recordings, tiny
 from test_infill import fast_dllm
 from test_rules import Backtrack, Planner
@@ -113,6 +114,9 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llada_tiny_a", {"cache": "dual", "rule": Backtrack(0.03, 0.03, 2)}),
     ("sdar_tiny_a", {"cache": "block", "rule": Backtrack(0.03, 0.03, 2), "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "rule": Planner(64, -1.0)}),
+    ("llada_tiny_a", {"cache": "dual", "threshold": 0.02, "selector": "confidence", "automaton": a_form(3)}),
+    ("dream_tiny_a", {"cache": "prefix", "automaton": a_form(1), "suppress": [20, 30], "block_length": 8}),
+    ("sdar_tiny_a", {"cache": "block", "threshold": 4.5, "automaton": a_form(2), "block_length": 8}),
     ("dream_tiny_a", {"cache": "prefix", "rule": Planner(64), "temperature": 0.7, "seed": 5}),
     ("sdar_tiny_a", {"cache": "block", "rule": Planner(64), "block_length": 8, "active_blocks": 2}),
     ("dream_tiny_a", {"cache": "none", "rule": "prophet:6", "temperature": 0.7, "seed": 5}),

@@ -1,0 +1,146 @@
+"""The form of a response, for constrained decoding: a deterministic finite automaton over tokens.
+
+Token by token it goes from state to state, from state 0 on; a response has the form if it ends in an
+accepting state. Tokens that lead from every state to the same state are one class, so that the table stays
+small where the vocabulary is large.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import check_tensor
+
+NOWHERE = -1
+"""In place of a state: the tokens are not the beginning of a response of the form."""
+FAR = 2**62
+"""The distance of a state from which no accepting state can be reached; torch's padding keeps it exactly."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Automaton:
+    """The responses of one form. Transitions from which no accepting state can be reached are removed. An
+    automaton is equal to itself alone.
+
+    Raises TypeError or ValueError naming the argument: for a tensor that does not fit, and for `accepting` if
+    no response has the form.
+    """
+
+    token_class: Tensor
+    """(V,) int64 on the CPU: the class of each id, from 0 on; ids from V on are in no response."""
+    transitions: Tensor
+    """(S, K) int64 on the CPU: the state that each state's tokens of each class lead to; `NOWHERE`: none."""
+    accepting: Tensor
+    """(S,) bool on the CPU."""
+    distance: Tensor = field(init=False)
+    """(S,) int64: the fewest tokens that lead to an accepting state, or `FAR`."""
+    _tables: dict[torch.device, Tables] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, dtype, ndim in (
+            ("token_class", torch.int64, 1),
+            ("transitions", torch.int64, 2),
+            ("accepting", torch.bool, 1),
+        ):
+            value = getattr(self, name)
+            check_tensor(name, value)
+            if value.dtype != dtype or value.ndim != ndim or value.device.type != "cpu":
+                got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
+                raise ValueError(f"{name}: expected {dtype} of {ndim} dimensions on the CPU, got {got}")
+        states, classes = self.transitions.shape
+        _check_within("token_class", self.token_class, 0, classes)
+        _check_within("transitions", self.transitions, NOWHERE, states)
+        if self.accepting.shape != (states,):
+            raise ValueError(f"accepting: expected ({states},), got {tuple(self.accepting.shape)}")
+        distance = _distances(self.transitions, self.accepting)
+        if not states or distance[0] == FAR:
+            raise ValueError("accepting: expected a state that can be reached from state 0, got none")
+        dead = (self.transitions >= 0) & (distance[self.transitions.clamp(min=0)] == FAR)
+        object.__setattr__(self, "transitions", self.transitions.masked_fill(dead, NOWHERE))
+        object.__setattr__(self, "distance", distance)
+
+    def __repr__(self) -> str:
+        states, classes = self.transitions.shape
+        return f"Automaton({states} states, {classes} classes of {len(self.token_class)} tokens)"
+
+    def after(self, state: int, tokens: Iterable[int]) -> int:
+        """The state that `tokens` lead to from `state`, or `NOWHERE`."""
+        for token in tokens:
+            if state == NOWHERE or token >= len(self.token_class):
+                return NOWHERE
+            state = int(self.transitions[state, self.token_class[token]])
+        return state
+
+    def tables(self, device: torch.device) -> Tables:
+        """The automaton on a device; made once for each, since recorded passes read it."""
+        if device in self._tables:
+            return self._tables[device]
+        origin, token_class = (self.transitions >= 0).nonzero(as_tuple=True)
+        target = self.transitions[origin, token_class]
+        onward = torch.where(self.transitions >= 0, self.distance[self.transitions.clamp(min=0)], FAR)
+        tables = Tables(
+            self.token_class,
+            torch.stack((origin, token_class, target)),
+            self.distance,
+            F.pad(onward, (0, 1), value=FAR),
+        )
+        self._tables[device] = tables = Tables(*(table.to(device) for table in tables))
+        return tables
+
+
+class Tables(NamedTuple):
+    """An automaton of S states, K classes and E transitions on the model's device."""
+
+    token_class: Tensor
+    """(V,) int64"""
+    edges: Tensor
+    """(3, E) int64: the state, the class and the next state of each transition."""
+    distance: Tensor
+    """(S,) int64"""
+    onward: Tensor
+    """(S, K + 1) int64: the distance behind a token of each class; `FAR` where none may follow, and for class
+    K, of ids that the automaton does not have."""
+
+    def classes(self, vocab: int) -> Tensor:
+        """(vocab,) int64: the class of each of a model's ids."""
+        known = self.token_class[:vocab]
+        return F.pad(known, (0, vocab - len(known)), value=self.onward.shape[1] - 1)
+
+    def allowed(self, state: Tensor, left: Tensor) -> Tensor:
+        """(..., K + 1) bool: the classes of tokens that may follow in `state` (...), and behind which `left`
+        (...) more tokens are enough for a response to end; where they are enough behind none, all that may
+        follow."""
+        onward = self.onward[state]
+        fits = onward <= left[..., None]
+        return fits | (~fits.any(-1, keepdim=True) & (onward < FAR))
+
+
+def _check_within(name: str, values: Tensor, least: int, end: int) -> None:
+    wrong = values[(values < least) | (values >= end)]
+    if len(wrong):
+        raise ValueError(f"{name}: expected numbers from {least} to {end - 1}, got {int(wrong[0])}")
+
+
+def _distances(transitions: Tensor, accepting: Tensor) -> Tensor:
+    """See `Automaton.distance`: breadth first, backwards from the accepting states."""
+    origin, token_class = (transitions >= 0).nonzero(as_tuple=True)
+    pairs = torch.unique(torch.stack((transitions[origin, token_class], origin)), dim=1)
+    before: list[list[int]] = [[] for _ in range(len(transitions))]
+    for target, source in pairs.T.tolist():
+        before[target].append(source)
+    distance = [0 if accepts else FAR for accepts in accepting.tolist()]
+    queue = deque(state for state, far in enumerate(distance) if far == 0)
+    while queue:
+        state = queue.popleft()
+        for source in before[state]:
+            if distance[source] == FAR:
+                distance[source] = distance[state] + 1
+                queue.append(source)
+    return torch.tensor(distance, dtype=torch.int64, device="cpu")

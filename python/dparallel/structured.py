@@ -1,0 +1,155 @@
+"""Forms of texts (regular expressions, JSON schemas, choices) as automata over a tokenizer's tokens.
+
+The library outlines_core makes a regular expression of a JSON schema, and an automaton over bytes of a
+regular expression. Here the bytes become tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dparallel_ext.automaton import NOWHERE, Automaton
+
+from .sandbox import Refused, Sandbox, shared
+from .text import INCOMPLETE, TokenTexts
+
+MOST = 2**22
+"""The most transitions of an automaton over tokens, before those that lead nowhere are removed."""
+
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer's tokens add to a text."""
+
+    tokens: list[bytes | None]
+    """The bytes of each id; None for special tokens and ids without a token. Tokens of byte-level BPE and of
+    byte fallback may be parts of characters."""
+    drops_space: bool
+    """Whether a text's first token loses a space that it begins with."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Vocabulary:
+        """tokenizer: a `tokenizers.Tokenizer`."""
+        added = tokenizer.get_added_tokens_decoder()
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        texts, decoder = TokenTexts(tokenizer), repr(tokenizer.decoder)
+        by_level, fallback = "ByteLevel(" in decoder, "ByteFallback(" in decoder
+
+        def read(token: int) -> bytes | None:
+            name = names.get(token)
+            if name is None or (token in added and added[token].special):
+                return None
+            if token in added:
+                return str(added[token].content).encode()
+            if by_level:
+                return bytes(BYTES[character] for character in name)
+            if fallback and (byte := re.fullmatch("<0x([0-9A-F]{2})>", name)):
+                return bytes([int(byte[1], 16)])
+            text = texts(token)
+            return None if INCOMPLETE in text else text.encode()
+
+        tokens = [read(token) for token in range(max(names, default=-1) + 1)]
+        begins = (token for token, text in enumerate(tokens) if text and text[:1] == b" ")
+        drops = any(not texts(token, first=True).startswith(" ") for token in begins)
+        return cls(tokens, not by_level and drops)
+
+
+def _byte_level() -> dict[str, int]:
+    """Byte-level BPE writes visible characters of Latin-1 as themselves, and other bytes as U+0100 and on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+BYTES = _byte_level()
+
+
+def choice_pattern(choices: Sequence[str]) -> str:
+    """The regular expression of one of some texts."""
+    return "|".join(map(re.escape, choices))
+
+
+def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str:
+    """The regular expression of a JSON schema, an object or its text. Raises ValueError saying what of it is
+    not supported."""
+    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    try:
+        return sandbox.pattern_of(text)
+    except Refused as error:
+        raise ValueError(f"schema: {error}") from error
+
+
+def automaton(
+    pattern: str, vocabulary: Vocabulary, ends: Sequence[int] = (), sandbox: Sandbox = shared
+) -> Automaton:
+    """The token sequences whose whole text matches the pattern, alone or before tokens of `ends`.
+
+    pattern: a regular expression in the syntax of Rust's regex, without anchors.
+    sandbox: where the automaton over bytes is made, with limits of time and size.
+
+    Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches.
+    """
+    try:
+        found = sandbox.automaton_of(f" ?(?:{pattern})" if vocabulary.drops_space else pattern)
+    except Refused as error:
+        raise ValueError(f"pattern: {error}") from error
+    numbers = {state: at for at, state in enumerate(dict.fromkeys([found["first"], *found["final"]]))}
+    for state, _ in found["next"]:
+        numbers.setdefault(state, len(numbers))
+    dead = len(numbers)
+    table = [[dead] * 256 for _ in range(dead + 1)]
+    for state, steps in found["next"]:
+        for byte, to in steps:
+            table[numbers[state]][byte] = numbers[to]
+    accepting = [state in {*found["final"]} for state in numbers]
+    return _over_tokens(table, [*accepting, False], vocabulary.tokens, ends)
+
+
+def _over_tokens(
+    table: list[list[int]], accepting: list[bool], tokens: Sequence[bytes | None], ends: Sequence[int]
+) -> Automaton:
+    """The automaton over tokens of one over bytes. table: [state][byte], whose last state is dead.
+
+    A text is a function from states to states. A vocabulary's texts have few different ones, so each is
+    computed once, and the tokens with the same one are a class.
+    """
+    dead, over = len(table) - 1, len(table)
+    columns = [*zip(*table, strict=True)]  # [byte][state]
+    functions = [tuple(range(len(table)))]
+    numbers = {functions[0]: 0}
+    onward: dict[tuple[int, int], int] = {}
+
+    def number(function: tuple[int, ...]) -> int:
+        if function not in numbers:
+            if (len(functions) + 1) * len(table) > MOST:
+                raise ValueError(f"pattern: expected one of at most {MOST:,} transitions, got more")
+            numbers[function] = len(functions)
+            functions.append(function)
+        return numbers[function]
+
+    nothing = number((dead,) * len(table))
+
+    def of_text(text: bytes | None) -> int:
+        at = 0 if text else nothing  # an empty token would come again and again
+        for byte in text or b"":
+            if at == nothing:
+                break
+            if (at, byte) not in onward:
+                onward[at, byte] = number(tuple(map(columns[byte].__getitem__, functions[at])))
+            at = onward[at, byte]
+        return at
+
+    token_class = torch.tensor([of_text(text) for text in tokens], device="cpu")
+    token_class[list(ends)] = len(functions)
+    transitions = torch.tensor([*zip(*functions, strict=True), (dead,) * len(functions)], device="cpu")
+    accepts = torch.tensor([*accepting, True], device="cpu")
+    ending = torch.where(accepts, over, dead)[:, None]
+    transitions = torch.cat((transitions, ending), 1)
+    try:
+        return Automaton(token_class, transitions.masked_fill(transitions == dead, NOWHERE), accepts)
+    except ValueError as error:
+        raise ValueError("pattern: expected one that some text of the model's tokens matches") from error
