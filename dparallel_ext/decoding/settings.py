@@ -126,7 +126,7 @@ def _constrained(config: DecodeConfig, rule: Rule | None) -> Rule:
     if rule is not None:
         raise ValueError(f"rule: expected a policy row or none beside an automaton, got {shown(rule)}")
     if config.infill:
-        raise ValueError("infill: expected False beside an automaton, got True")
+        raise ValueError("infill: does not go with an automaton, so expected False, got True")
     if temperature_in_force(config.temperature) > 0:
         raise ValueError(
             "temperature: expected 0 beside an automaton, since a diffusion model's masks are filled in the "

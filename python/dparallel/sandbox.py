@@ -193,16 +193,21 @@ def automaton_of(pattern: str) -> dict[str, Any]:
     """See `Sandbox.automaton_of`."""
     from outlines_core import Index, Vocabulary
 
-    end = 256
-    index = Index(pattern, Vocabulary(end, {bytes([byte]): [byte] for byte in range(end)}))
-    onward = {
-        state: [(byte, to) for byte, to in steps.items() if byte != end]
-        for state, steps in index.get_transitions().items()
-    }
+    # NUL stands for the end of a text, so that no text holds it. Without such an end the library would leave
+    # out ways on from a text that matches already ("a|abc").
+    end, library_end = 0, 256
+    index = Index(
+        f"(?:{pattern})\\x00", Vocabulary(library_end, {bytes([byte]): [byte] for byte in range(256)})
+    )
+    over = index.get_final_states()
+    found = index.get_transitions()
     return {
         "first": index.get_initial_state(),
-        "final": [*index.get_final_states()],
-        "next": [*onward.items()],
+        "final": [state for state, steps in found.items() if steps.get(end) in over],
+        "next": [
+            (state, [(byte, to) for byte, to in steps.items() if end < byte < library_end])
+            for state, steps in found.items()
+        ],
     }
 
 

@@ -181,7 +181,7 @@ def test_what_does_not_go_with_a_form_is_refused(llada: models.Model) -> None:
     for wrong, message in [
         ({"rule": "credit"}, "rule: expected a policy row or none beside an automaton, got Credit"),
         ({"rule": lambda stats, masked, step: masked}, "rule: expected a policy row or none beside"),
-        ({"infill": True}, "infill: expected False beside an automaton, got True"),
+        ({"infill": True}, "infill: does not go with an automaton"),
         ({"temperature": 0.5}, "temperature: expected 0 beside an automaton"),
         ({"active_blocks": 2, "threshold": 0.5}, "active_blocks"),
         ({"draft_size": 2}, "draft_size"),

@@ -73,7 +73,6 @@ pytest_plugins = ["servers"]
         ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "only 0 is supported"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "only [] is supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "only 0"),

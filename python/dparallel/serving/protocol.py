@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from ..configs import parse_policy
+from ..structured import choice_pattern
 from ..text import INCOMPLETE, unicode
 from .errors import ApiError
 
@@ -57,7 +58,6 @@ OPENAI: Neutral = {
     "parallel_tool_calls": EITHER,
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -211,6 +211,14 @@ class Health(BaseModel):
     status: Literal["ok", "closed"]
 
 
+class Form(NamedTuple):
+    """The form of a response."""
+
+    kind: Literal["json", "regex"]
+    text: str
+    """A JSON schema, or a regular expression."""
+
+
 Text = Annotated[str, AfterValidator(unicode)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -241,6 +249,54 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
+class JsonSchema(Strict):
+    within = "response_format"
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """A response has the schema's form in any case."""
+    body: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """The form of a response, as OpenAI has it."""
+
+    within = "response_format"
+    type: Literal["text", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema: belongs to the type "json_schema", which needs it')
+        return self
+
+    @property
+    def form(self) -> Form | None:
+        return None if self.json_schema is None else Form("json", json.dumps(self.json_schema.body))
+
+
+class StructuredOutputs(Strict):
+    """The form of a response, as vLLM has it: exactly one of the fields."""
+
+    within = "structured_outputs"
+    body: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(value is not None for value in (self.body, self.regex, self.choice)) != 1:
+            raise ValueError("expected one of json, regex and choice")
+        return self
+
+    @property
+    def form(self) -> Form:
+        if self.body is not None:
+            return Form("json", self.body if isinstance(self.body, str) else json.dumps(self.body))
+        return Form("regex", choice_pattern(self.choice) if self.choice else self.regex or "")
+
+
 class Options(Strict):
     """The parameters of both endpoints."""
 
@@ -263,6 +319,8 @@ class Options(Strict):
     """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
     """The unmasking rule of a diffusion model, see `parse_policy`."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator(
         "stop",
@@ -304,6 +362,28 @@ class Options(Strict):
             message = f"best_of: only n, here {each}, is supported, got {self.best_of}"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (
+            self.structured_outputs is not None
+            and self.response_format is not None
+            and self.response_format.form
+        ):
+            message = "structured_outputs: not beside a response_format"
+            raise ApiError(400, message, param="structured_outputs")
+        return self
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the response is to have."""
+        given = self.structured_outputs or self.response_format
+        return None if given is None else given.form
+
+    @property
+    def form_name(self) -> str:
+        """The parameter by which the form is given."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
 
     @property
     def length_name(self) -> str:

@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dparallel_ext import DecodeConfig, Draft, Engine, Handle, arguments
+from dparallel_ext import Automaton, DecodeConfig, Draft, Engine, Handle, arguments
 
-from .. import page, registry, text
+from .. import page, registry, structured, text
 from ..configs import policy_of, with_ends, without_ends
 from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, in_time, stopping
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, Options
+from .protocol import ChatRequest, CompletionRequest, Form, Options
 from .settings import Settings
 
 T = TypeVar("T")
@@ -28,8 +28,10 @@ T = TypeVar("T")
 CHARACTERS_A_TOKEN = 32
 """The most characters a token, unless the vocabulary has a longer one; a text of more characters than all its
 positions could hold is refused without being encoded."""
-ENCODERS = 2
-"""Threads that encode texts."""
+ENCODERS = 3
+"""Threads that encode texts; up to one waits for a chat's template meanwhile, and one for a form."""
+FORMS = 32
+"""The most forms of responses that are kept, for each model, the latest ones."""
 
 
 def full(message: str, wait: int) -> ApiError:
@@ -44,9 +46,9 @@ class Service:
         self.settings = settings
         self.models: dict[str, ModelService] = {}
         self.metrics = Metrics()
-        # Encoding has threads and rendering a process of its own, which end with the service in any case.
-        self.sandbox = Sandbox()
-        self.rendering = asyncio.Lock()
+        # Encoding has threads, rendering and forms a process each, which end with the service in any case.
+        self.sandbox, self.forms_sandbox = Sandbox(), Sandbox()
+        self.rendering, self.forming = asyncio.Lock(), asyncio.Lock()
         self.encoders = ThreadPoolExecutor(ENCODERS, "encoder")
         self.aborted: asyncio.Future[None]
         """Done when running requests must end; made in the serving event loop."""
@@ -91,9 +93,10 @@ class Service:
             self.aborted.set_result(None)
 
     def close(self) -> None:
-        """End the encoders' threads and the sandbox's process, whatever they do."""
+        """End the encoders' threads and the sandboxes' processes, whatever they do."""
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.sandbox.close()
+        self.forms_sandbox.close()
 
     def full(self, message: str) -> ApiError:
         return full(message, self.metrics.wait())
@@ -130,6 +133,9 @@ class ModelService:
         self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.sandbox)
+        self.ends = text.end_tokens(directory, tokenizer)
+        self.forms: dict[Form, Automaton] = {}
+        """The latest forms, the latest last."""
         self.builtin = directory.is_relative_to(registry.BUILTIN)
         self.max_length = engine.max_length
         longest = max(map(len, tokenizer.get_vocab()), default=0)
@@ -247,8 +253,9 @@ class ModelService:
             for ids in encoded
             for i in range(each)
         ]
-        with self._engine_errors(param):
-            config = self._config(request)
+        automaton = await self._automaton(request)
+        with self._engine_errors(param, request.form_name):
+            config = self._config(request, automaton)
         # All of them or none, and nobody else submits to this engine.
         stats = self.engine.stats
         if stats.active + stats.waiting + len(choices) > self.engine.lanes + self.engine.max_waiting:
@@ -257,7 +264,7 @@ class ModelService:
         mask_id = self.engine.mask_id
 
         def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
-            with self._engine_errors(param):
+            with self._engine_errors(param, request.form_name):
                 between = [mask_id] * choice.gen_length if choice.suffix and mask_id is not None else []
                 return self.engine.submit(
                     [*choice.prompt, *between, *choice.suffix],
@@ -280,10 +287,40 @@ class ModelService:
                 message = f"{name}: belongs to decoding by blocks, and {self.name!r} goes from left to right"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
 
+    async def _automaton(self, request: Options) -> Automaton | None:
+        """The automaton of the request's form, None without one. Raises ApiError."""
+        form, name = request.form, request.form_name
+        if form is None:
+            return None
+        if not self.ends:
+            raise ApiError(400, f"{name}: expected none, since {self.name!r} has no end token", param=name)
+
+        def make() -> Automaton:
+            sandbox = self.service.forms_sandbox
+            pattern = structured.json_pattern(form.text, sandbox) if form.kind == "json" else form.text
+            return structured.automaton(pattern, self.texts_of_tokens, self.ends, sandbox)
+
+        async with self.service.forming:  # so that forms, which wait for each other, use one thread
+            found = self.forms.pop(form, None)
+            if found is None:
+                try:
+                    found = await self.service.elsewhere(make)
+                except ValueError as error:
+                    raise ApiError(400, f"{name}: {error}", param=name) from error
+            self.forms[form] = found
+            if len(self.forms) > FORMS:
+                del self.forms[next(iter(self.forms))]
+        return found
+
+    @functools.cached_property
+    def texts_of_tokens(self) -> structured.Vocabulary:
+        """Made for the first form, which takes a second for some hundred thousand tokens."""
+        return structured.Vocabulary.of(self.tokenizer)
+
     @contextlib.contextmanager
-    def _engine_errors(self, param: str) -> Iterator[None]:
-        """A context that turns the engine's errors into ApiError; `param`: the request's name for the
-        prompt."""
+    def _engine_errors(self, param: str, form: str) -> Iterator[None]:
+        """A context that turns the engine's errors into ApiError; `param`, `form`: the request's names for
+        the prompt and the form of the response."""
         try:
             yield
         except RuntimeError as error:
@@ -291,6 +328,7 @@ class ModelService:
         except ValueError as error:
             ours, _, reason = str(error).partition(":")
             theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
+            theirs |= {"automaton": form, "infill": "suffix", "rule": "policy"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs")}
             message = f"{theirs[ours]}:{reason}" if ours in theirs else str(error)
             raise ApiError(400, message, param=theirs.get(ours, "policy")) from error
@@ -306,7 +344,7 @@ class ModelService:
             raise ApiError(400, message, param="suffix")
         return ids
 
-    def _config(self, request: ChatRequest | CompletionRequest) -> DecodeConfig:
+    def _config(self, request: ChatRequest | CompletionRequest, automaton: Automaton | None) -> DecodeConfig:
         """The request's config, which overrides the server's. Raises ApiError."""
         config = self.without_ends if request.ignore_eos else self.config
         ids = request.stop_token_ids or []
@@ -317,6 +355,7 @@ class ModelService:
             "top_k": None if request.top_k is None else max(0, request.top_k),
         }
         changes = {name: value for name, value in changes.items() if value is not None}
+        changes |= {} if automaton is None else {"automaton": automaton}
         changes |= {"stop": [*config.stop, *([stop] for stop in ids)], "logprobs": request.scored}
         if request.policy is None:
             return config.replace(**changes)

@@ -1,0 +1,169 @@
+"""Answers of a form that the request gives: by pattern, by choices, by JSON schema."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from asking import EOS, MODEL, PROMPT, PROMPTS, chat, decoded, joined
+from dparallel import sandbox, structured
+from openai import OpenAI
+from server_here import serving
+
+import dparallel_ext as dx
+
+pytest_plugins = ["servers"]
+
+PATTERN = r"(first|finally) [a-z]+ has [0-9]+ [^#]*#### [0-9]+"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[OpenAI]:
+    others: dict[str, Any] = {
+        "builtin:causal": {"drafter": "ngram"},
+        "builtin:teacher": {"verifier": "builtin:verifier"},
+    }
+    with (
+        serving(others=others, engine={"lanes": 16}) as running,
+        OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as made,
+    ):
+        yield made
+
+
+@functools.cache
+def form_of(pattern: str, tokenizer: Any) -> dx.Automaton:
+    return structured.automaton(pattern, structured.Vocabulary.of(tokenizer), [EOS])
+
+
+def by_pattern(pattern: str) -> dict[str, Any]:
+    return {"extra_body": {"structured_outputs": {"regex": pattern}}}
+
+
+def test_an_answer_is_that_of_decode(client: OpenAI, student: tuple[Any, Any]) -> None:
+    form = form_of(PATTERN, student[1])
+    for prompt in PROMPTS[:3]:
+        said, tokens, passes = decoded(student, prompt, automaton=form)
+        assert re.fullmatch(PATTERN, said)
+        answer = chat(client, prompt, **by_pattern(PATTERN))
+        assert answer.choices[0].message.content == said
+        assert (answer.usage.completion_tokens, answer.usage.forward_passes) == (tokens, passes)
+        streamed = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=64, stream=True, **by_pattern(PATTERN)
+        )
+        assert joined(streamed)[0] == {0: said}
+
+
+def test_one_of_some_choices(client: OpenAI) -> None:
+    choices = ["#### 3", "#### 31", "sam"]
+    for policy in ("one", "confidence:0.5"):
+        body = {"structured_outputs": {"choice": choices}, "policy": policy}
+        assert chat(client, extra_body=body).choices[0].message.content in choices
+    # Of a schema without a type the library makes a pattern, too.
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}},
+    }
+    assert int(chat(client, response_format=schema).choices[0].message.content) >= 0
+    body = {"structured_outputs": {"json": '{"enum": [3, 31]}'}}
+    assert chat(client, extra_body=body).choices[0].message.content in ("3", "31")
+    plain = chat(client, response_format={"type": "text"}).choices[0].message.content
+    assert plain == chat(client).choices[0].message.content
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
+    asked = {"model": "builtin:causal", "max_tokens": 64, "temperature": temperature, "seed": 3, "n": 2}
+    for prompt in PROMPTS[:2]:
+        answer = client.completions.create(prompt=prompt, **asked, **by_pattern(PATTERN))
+        for choice in answer.choices:
+            assert re.fullmatch(PATTERN, choice.text), choice.text
+            assert choice.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "said"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format", "'text' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs it"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}},
+            "response_format",
+            "belongs",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "foo"}},
+                }
+            },
+            "response_format",
+            "schema: ",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "object"}},
+                }
+            },
+            "response_format",
+            "that some text of the model's tokens matches",
+        ),
+        ({"extra_body": {"structured_outputs": {"grammar": "x"}}}, "structured_outputs", "grammar: is not"),
+        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", "one of json, regex and choice"),
+        (
+            {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["a"]}}},
+            "structured_outputs",
+            "one of",
+        ),
+        ({"extra_body": {"structured_outputs": {"choice": []}}}, "structured_outputs", "at least 1"),
+        ({**by_pattern("(")}, "structured_outputs", "pattern: "),
+        (
+            {
+                "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
+                **by_pattern("a"),
+            },
+            "structured_outputs",
+            "not beside a response_format",
+        ),
+        ({"temperature": 0.5, **by_pattern("sam")}, "temperature", "expected 0 beside an automaton"),
+        (
+            {"extra_body": {"structured_outputs": {"regex": "sam"}, "policy": "credit"}},
+            "policy",
+            "got Credit",
+        ),
+        ({"model": "builtin:teacher", **by_pattern("sam")}, "structured_outputs", "with a verifier"),
+    ],
+)
+def test_what_is_no_form_is_named(client: OpenAI, asked: dict[str, Any], param: str, said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as found:
+        chat(client, **asked)
+    body: Any = found.value.body
+    assert body["param"] == param
+    assert said in body["message"]
+    assert body["message"].startswith(f"{param}: ") or body["message"].startswith(f"{param}.")
+
+
+def test_nothing_follows_an_answer_of_a_form(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="suffix: does not go with an automaton"):
+        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=8, suffix=" .", **by_pattern("sam"))
+
+
+def test_a_pattern_of_billions_of_states_is_refused(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    with pytest.raises(openai.BadRequestError, match="structured_outputs: pattern: it took more than"):
+        chat(client, **by_pattern("([a-z]{1,1000}){1,1000}"))
+    assert chat(client, **by_pattern("sam|finally")).choices[0].message.content in ("sam", "finally")
+
+
+def test_a_model_without_end_token_takes_no_form(odd_client: OpenAI) -> None:
+    """Nothing could follow an answer that is complete."""
+    with pytest.raises(
+        openai.BadRequestError, match=r"structured_outputs: expected none, .* has no end token"
+    ):
+        odd_client.completions.create(model="odd", prompt=PROMPT, max_tokens=8, **by_pattern("a"))

@@ -1,0 +1,194 @@
+"""Automata of patterns, JSON schemas and choices over a tokenizer's tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden
+from dparallel import registry, sandbox, structured
+from dparallel.structured import Vocabulary, automaton, choice_pattern, json_pattern
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import dparallel_ext as dx
+from dparallel_ext.automaton import NOWHERE
+
+TEXT = '{"name": "Zoë", "age": 37, "tags": ["a", "b"]} the café costs 4.50 € \t and 12,000 more words'
+SPECIAL = "<end>"
+
+
+@functools.cache
+def tokenizer_of(kind: str) -> Tokenizer:
+    """Byte-level BPE, as LLaDA's and Qwen's, or BPE with byte fallback, as Llama 2's."""
+    if kind == "bytes":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        special = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": [SPECIAL]}
+    else:
+        made = Tokenizer(models.BPE(byte_fallback=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        made.decoder = decoders.Sequence(parts)
+        special = {"special_tokens": [SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]}
+    made.train_from_iterator(
+        [TEXT.replace("ë", "e").replace("€", "")] * 3, trainers.BpeTrainer(vocab_size=420, **special)
+    )
+    if kind != "bytes":  # the trainer makes bytes special, which they are not in Llama 2
+        content = json.loads(made.to_str())
+        content["added_tokens"] = content["added_tokens"][:1]
+        made = Tokenizer.from_str(json.dumps(content))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_the_tokens_of_a_text_have_its_bytes(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    vocabulary = Vocabulary.of(tokenizer)
+    assert vocabulary.drops_space == (kind == "fallback")
+    assert vocabulary.tokens[tokenizer.token_to_id(SPECIAL)] is None
+    for text in (TEXT, "a", "Zoë €", "  two  spaces", "中文 🙂", '{"a": [1, 2]}'):
+        ids = tokenizer.encode(text).ids
+        joined = b"".join(vocabulary.tokens[token] or b"" for token in ids).decode()
+        assert joined == (" " * vocabulary.drops_space) + text
+        assert len({*ids}) > 1 or len(text) == 1
+
+
+PATTERNS = [
+    ("[a-c]+", "abc"),
+    ("(ab|a)*c?", "abc"),
+    (r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", "-019."),
+    ("a{2,4}b{0,3}", "ab"),
+    ('"([^"]|é)*"', '"aé🙂'),
+    (".*", "ab\né"),
+    ("a|abc|(ab)*", "abc"),
+]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_texts_that_match(kind: str) -> None:
+    tokenizer, rng, matched = tokenizer_of(kind), random.Random(0), 0
+    vocabulary, end = Vocabulary.of(tokenizer), tokenizer.token_to_id(SPECIAL)
+    for pattern, letters in PATTERNS:
+        form = automaton(pattern, vocabulary, [end])
+        for _ in range(60):
+            text = "".join(rng.choices(letters, k=rng.randint(0, 6)))
+            ids = tokenizer.encode(text).ids
+            state = form.after(0, ids)
+            matches = re.fullmatch(pattern, text) is not None
+            assert (state != NOWHERE and form.distance[state] == 0) == matches, (pattern, text)
+            ended = form.after(state, [end, end])
+            assert (ended != NOWHERE) == matches
+            assert form.after(ended, ids or [1]) == NOWHERE  # nothing follows the end
+            matched += matches
+    assert matched > 60
+
+
+def test_a_word_vocabulary() -> None:
+    _, tokenizer = registry.load("builtin:teacher")
+    vocabulary = Vocabulary.of(tokenizer)
+    assert vocabulary.drops_space
+    form = automaton(r"sam has [0-9]+ (cups|hats) \.", vocabulary)
+    for text, fits in (("sam has 12 cups .", True), ("sam has cups .", False), ("sam has 4 hats", False)):
+        state = form.after(0, tokenizer.encode(text).ids)
+        assert (state != NOWHERE and form.distance[state] == 0) == fits
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+}
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_random_model_writes_json(cache: str) -> None:
+    """Whatever the model holds likely, in few passes; each token's bytes are some of the text's."""
+    model, tokenizer = golden.model("llada_tiny_a"), tokenizer_of("bytes")
+    vocabulary, end = Vocabulary.of(tokenizer), tokenizer.token_to_id(SPECIAL)
+    form = automaton(json_pattern(SCHEMA), vocabulary, [end])
+    prompts = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
+    out = dx.decode(
+        model,
+        prompts,
+        gen_length=72,
+        cache=cache,
+        threshold=0.05,
+        selector="confidence",
+        automaton=form,
+        eos_id=end,
+    )
+    for response, kept in zip(out.responses, out.kept, strict=True):
+        said = json.loads(b"".join(vocabulary.tokens[token] or b"" for token in response[:kept].tolist()))
+        assert set(said) == set(SCHEMA["required"])
+        assert isinstance(said["age"], int)
+        assert set(said["tags"]) <= {"a", "b"}
+    assert bool((out.nfe < 72).all())
+
+
+def test_choices() -> None:
+    tokenizer = tokenizer_of("bytes")
+    form = automaton(choice_pattern(["a.b", "née", "a"]), Vocabulary.of(tokenizer))
+    found = [form.after(0, tokenizer.encode(text).ids) for text in ("a.b", "née", "a", "axb", "b")]
+    assert [state != NOWHERE and form.distance[state] == 0 for state in found] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "pattern: .*build"),
+        ("^a$", "pattern: .*anchored"),
+        ("(?=a)b", "pattern: "),
+        ("🙂" * 40 + "[^\\x00-\\U0010ffff]", "pattern: "),
+    ],
+)
+def test_what_is_no_pattern_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        automaton(pattern, Vocabulary.of(tokenizer_of("bytes")))
+
+
+def test_a_pattern_that_no_token_matches_is_refused() -> None:
+    _, tokenizer = registry.load("builtin:teacher")
+    with pytest.raises(
+        ValueError, match="pattern: expected one that some text of the model's tokens matches"
+    ):
+        automaton("[a-z]{3}!", Vocabulary.of(tokenizer))
+
+
+@pytest.mark.parametrize("schema", ['{"type": "foo"}', "[1", '{"$ref": "#/x"}', {"type": 3}])
+def test_what_is_no_schema_is_refused(schema: Any) -> None:
+    with pytest.raises(ValueError, match="schema: "):
+        json_pattern(schema)
+
+
+def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few characters that stand for billions of states, and the next pattern is read again."""
+    vocabulary = Vocabulary.of(tokenizer_of("bytes"))
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    for pattern in ("([a-z]{1,1000}){1,1000}", "(a|b)*a(a|b){30}"):
+        with pytest.raises(ValueError, match="pattern: it took more than"):
+            automaton(pattern, vocabulary)
+        assert automaton("a", vocabulary).distance[0] == 1
+    monkeypatch.setattr(structured, "MOST", 500)
+    with pytest.raises(ValueError, match="pattern: expected one of at most 500 transitions, got more"):
+        automaton("[a-z]{1,100}", vocabulary)
