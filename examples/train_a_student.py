@@ -2,7 +2,7 @@
 
 python examples/train_a_student.py OUT
 
-It needs the extra `train`: pip install ".[cli,train]". The whole recipe is recipes/builtin.yaml, and
+It needs the extra `train`: pip install "dparallel-ext[cli,train]". The whole recipe is recipes/builtin.yaml, and
 `make distill` is its study.
 """
 

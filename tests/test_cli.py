@@ -303,6 +303,7 @@ def test_train_and_evaluate_what_was_trained(tmp_path: Path):
     assert json.loads((tmp_path / "run" / "training.json").read_text())["held_out"]["problems"] == 2
     run("evaluate", "--model", tmp_path / "run", "--problems", 2, "--policy", "entropy:0.5")
     assert "other settings" in run("train", tmp_path / "run", "--seed", 1, *size, code=2)
+    assert "holds a run of 2 steps" in run("train", tmp_path / "run", "--steps", 1, *size, code=2)
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     missing = ModuleNotFoundError("No module named 'peft'", name="peft")
     monkeypatch.setattr("dparallel.training.adapters.merge", raising(missing))
     assert run("merge", "a", "b", code=2) == (
-        'error: no peft; pip install ".[cli,train]" installs what this command needs\n'
+        'error: no peft; pip install "dparallel-ext[cli,train]" installs what this command needs\n'
     )
     other = (
         ImportError("You need bitsandbytes"),
@@ -223,7 +223,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
         raise BrokenPipeError
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "dparallel.cli")
-    with pytest.raises(SystemExit, match=r'error: no typer; pip install "\.\[cli\]"'):
+    with pytest.raises(SystemExit, match=r'error: no typer; pip install "dparallel-ext\[cli\]"'):
         importlib.import_module("dparallel.cli")
 
 

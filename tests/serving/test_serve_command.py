@@ -178,7 +178,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     found = CliRunner().invoke(app, ["serve"])
     assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
-    assert 'no fastapi; pip install ".[cli,serve]"' in found.stderr
+    assert 'no fastapi; pip install "dparallel-ext[cli,serve]"' in found.stderr
 
 
 def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

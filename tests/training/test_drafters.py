@@ -81,6 +81,8 @@ def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match=r"out: .* holds a run with other settings: \{'seed': 0\}"):
         run(target, tmp_path / "part", replace(settings, seed=1))
+    with pytest.raises(ValueError, match=r"steps: .* holds a run of 6 steps, expected at least .*, got 5"):
+        run(target, tmp_path / "part", replace(settings, steps=5))
     with pytest.raises(ValueError, match=r"out: .*answers-00000.* holds answers of another run"):
         run(target, tmp_path / "part", settings, data="builtin:41")
     (tmp_path / "part" / "state.pt").write_bytes(b"nothing")

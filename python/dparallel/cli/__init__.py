@@ -16,7 +16,7 @@ try:
     import typer
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f'error: no {error.name}; pip install ".[cli]" installs what `dparallel` needs'
+        f'error: no {error.name}; pip install "dparallel-ext[cli]" installs what `dparallel` needs'
     ) from None
 
 import dparallel_ext as dx

@@ -100,7 +100,9 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
         # Python names the module; transformers raises this error too, with a sentence as the name.
         if isinstance(error, ModuleNotFoundError) and (error.name or "").replace(".", "_").isidentifier():
             extras = ",".join(dict.fromkeys(("cli", extra)))
-            message = f'no {error.name}; pip install ".[{extras}]" installs what this command needs'
+            message = (
+                f'no {error.name}; pip install "dparallel-ext[{extras}]" installs what this command needs'
+            )
         elif isinstance(error, OSError) and error.strerror:
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         typer.echo(f"error: {' '.join(message.split())}", err=True)

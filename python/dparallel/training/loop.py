@@ -77,12 +77,12 @@ def run(
     """Train `model`, or resume the interrupted run in `directory`; the model then has the averaged weights.
 
     matrices: the parameters that Muon trains. loss_of: a step's loss, which depends only on the step's
-    number. settings: identify the run; only "steps" may differ in a resumed one. defaults: values of settings
-    that an older run's state does not have.
+    number. settings: identify the run; only "steps" may differ in a resumed one, and not be fewer than it
+    has done. defaults: values of settings that an older run's state does not have.
 
-    Raises ValueError if `directory` holds a run with other settings, or state.pt is not a run's state, for
-    rows that a loss refuses, such as one with NaN, and for a loss or gradient that is not finite; no weight
-    has then moved.
+    Raises ValueError if `directory` holds a run with other settings or of more steps, or state.pt is not a
+    run's state, for rows that a loss refuses, such as one with NaN, and for a loss or gradient that is not
+    finite; no weight has then moved.
     """
     optimizers = make_optimizers(model, list(matrices), schedule)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -190,4 +190,9 @@ def _read(
     if {**before, "steps": 0} != {**settings, "steps": 0}:
         other = {key: value for key, value in before.items() if settings.get(key) != value}
         raise ValueError(f"out: {file.parent} holds a run with other settings: {other}")
+    if state["step"] > settings["steps"]:
+        raise ValueError(
+            f"steps: {file.parent} holds a run of {state['step']} steps, expected at least as many, got "
+            f"{settings['steps']}"
+        )
     return state

@@ -188,7 +188,7 @@ def _generate(
             seen += len(answered)
             if bar is not None:
                 bar.update(len(answered))
-                bar.set_postfix(right=f"{(kept + len(rows)) / seen:.1%}")
+                bar.set_postfix(kept=f"{(kept + len(rows)) / seen:.1%}")
         kept += len(rows)
         rows.sort(key=lambda row: row["index"])
         _claim(directory, content)  # now that nothing was refused
