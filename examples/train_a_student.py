@@ -2,8 +2,8 @@
 
 python examples/train_a_student.py OUT
 
-It needs the extra `train`: pip install "dparallel-ext[cli,train]". The whole recipe is recipes/builtin.yaml, and
-`make distill` is its study.
+It needs the extra `train`: pip install "dparallel-ext[cli,train]". The whole recipe is recipes/builtin.yaml,
+and `make distill` is its study.
 """
 
 import subprocess

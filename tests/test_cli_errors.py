@@ -139,7 +139,7 @@ def test_numbers_outside_their_meaning_are_named(
         (("trajectories", "out", "--data", "nowhere.jsonl"), "data: no file"),
         (("trajectories", "out", "--data", "builtin:3", "--checker", "x"), "checker: expected"),
         (("trajectories", "out", "--data", "builtin:3", "--checker", ""), "checker: expected"),
-        (("filter", "out", "--answers", "nowhere"), "trajectories: no settings.json in nowhere"),
+        (("filter", "out", "--answers", "nowhere"), "answers: expected the directory of a run"),
         (("filter", ".", "--answers", "nowhere"), "out: . is a directory"),
         (("drafter", "nowhere", "out"), "model: 'nowhere' is neither"),
         (("drafter", "builtin:teacher", "out"), "model: LLaDA is a diffusion model"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,16 @@ import dparallel_ext as dx
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
     return registry.load()
+
+
+def test_a_terminal_shows_how_many_problems_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        shown = io.StringIO()
+        monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", shown)
+        evaluate.evaluate("builtin:student", "quota:32", problems=3, batch=2)
+        assert ("builtin:student:   0%" in shown.getvalue()) == terminal
+        assert bool(shown.getvalue()) == terminal
 
 
 @pytest.mark.slow

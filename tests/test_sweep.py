@@ -18,6 +18,11 @@ import dparallel_ext as dx
 def test_policies_are_checked_before_anything_is_decoded():
     with pytest.raises(ValueError, match="policy"):
         next(iter(sweeping.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
+    rule: Any = dx.rules.Credit()
+    with pytest.raises(ValueError, match=r"policy: expected a text.*Credit.*rules\.KINDS"):
+        next(iter(sweeping.sweep(["builtin:teacher"], [rule])))
+    with pytest.raises(ValueError, match=r"policy: expected a text.*Credit.*rules\.KINDS"):
+        evaluate.evaluate("builtin:teacher", rule)
 
 
 def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):

@@ -46,6 +46,11 @@ def parse_policy(text: str, *, files: bool = True) -> dict[str, Any]:
 
     Raises ValueError, also for a number beyond its bounds.
     """
+    if not isinstance(text, str):
+        raise ValueError(
+            "policy: expected a text, by which a result is known, got "
+            f"{shown(text)}; an entry in dparallel_ext.rules.KINDS gives a rule of your own a name"
+        )
     file = rules.file_of(text)
     if not files and file is not None and file not in filter_file.NAMED:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext.arguments import shown, whole
 from dparallel_ext.decoding.config import DEFAULTS
+from dparallel_ext.decoding.decode import progress_bar
 from dparallel_ext.rules import ONE as ONE
 from dparallel_ext.speculation.speculate import check_causal
 
@@ -404,12 +406,19 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
 
 
 def _batches(asked: Asked) -> Iterator[Sequence[Encoded]]:
-    """At most `asked.batch` problems at a time, those of like lengths together."""
+    """At most `asked.batch` problems at a time, those of like lengths together. A terminal shows how many
+    are done."""
     prompts = enumerate(asked.problems.prompts)
     encoded = [Encoded(number, prompt, asked.encode(prompt.text)) for number, prompt in prompts]
     encoded.sort(key=lambda each: len(each.ids))
+    bar = progress_bar(sys.stderr.isatty(), len(encoded), asked.name, "problem", leave=False)
     for first in range(0, len(encoded), asked.batch):
-        yield encoded[first : first + asked.batch]
+        part = encoded[first : first + asked.batch]
+        yield part
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
 
 
 def kept_of(response: Sequence[int], eos_ids: Sequence[int]) -> int:

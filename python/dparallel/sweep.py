@@ -65,7 +65,7 @@ def sweep(
     measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
     for. The other arguments are those of `evaluate`.
     """
-    entries = [{"rule": each} if isinstance(each, str) else each for each in policies]
+    entries = [each if isinstance(each, Mapping) else {"rule": each} for each in policies]
     for entry in entries:
         if "verifier" not in entry:
             parse_policy(entry["rule"])

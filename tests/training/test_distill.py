@@ -43,6 +43,8 @@ def test_dry_runs_of_the_published_recipes(name: str, parameters: int, trainable
     plan = distill.plan(distill.read(RECIPES / f"{name}.yaml"), processes=8)
     assert (plan["parameters"], plan["trainable"], plan["steps"]) == (parameters, trainable, steps)
     assert plan["sequences per step"] == 64
+    other = distill.plan(distill.read(RECIPES / f"{name}.yaml", model="builtin:teacher"))
+    assert other["parameters"] == 1_848_768  # of the model that takes the recipe's place
     sizes = plan["bytes per process"]
     assert sizes["weights"] == 2 * parameters + 4 * trainable
     assert sizes["gradients"] + sizes["optimizer"] == 12 * trainable

@@ -156,7 +156,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
         ("--held-out", "0.01"): "held_out: expected a share that leaves prompts on both sides",
         ("--tau", "1"): "tau: expected a number between 0 and 1",
         ("--lr", "nan"): "lr: expected a finite number",
-        ("--answers", tmp_path / "nowhere"): "trajectories: no settings.json",
+        ("--answers", tmp_path / "nowhere"): "answers: expected the directory of a run",
         ("--model", "nowhere"): "model: 'nowhere'",
     }
     for options, why in refused.items():

@@ -240,11 +240,11 @@ def test_damaged_rows_and_settings_are_named(tmp_path: Path):
         files.write_text(shard, json.dumps(row) + "\n")
         assert len(Trajectories(tmp_path)) == 1
         files.write_text(shard, json.dumps({**row, **changed}) + "\n")
-        with pytest.raises(ValueError, match=r"trajectories: .*part-00000.jsonl is damaged"):
+        with pytest.raises(ValueError, match=r"answers: .*part-00000.jsonl is damaged"):
             Trajectories(tmp_path)
     for content, said in (("{", "is not JSON"), ("{}", "is not that of a run: .*'prompts'")):
         files.write_text(tmp_path / "settings.json", content)
-        with pytest.raises(ValueError, match=rf"trajectories: .*settings.json.* {said}"):
+        with pytest.raises(ValueError, match=rf"answers: .*settings.json.* {said}"):
             Trajectories(tmp_path)
 
 
@@ -510,7 +510,7 @@ def test_prompts_of_files(tmp_path: Path):
     for bad in ("builtin:", "builtin:x"):
         with pytest.raises(ValueError, match="builtin:N"):
             read_prompts(bad)
-    with pytest.raises(FileNotFoundError, match=r"no settings.json"):
+    with pytest.raises(FileNotFoundError, match=r"without settings.json"):
         Trajectories(tmp_path)
     for name, bad_settings in (("shard", replace(SMALL, shard=0)), ("format", replace(SMALL, format="csv"))):
         with pytest.raises(ValueError, match=name):

@@ -64,7 +64,8 @@ SECTIONS: dict[str, set[str] | None] = {
 
 
 def read(file: str | Path, **changes: Any) -> Recipe:
-    """The recipe in a YAML file; `changes` replace its fields, those of `training` one by one.
+    """The recipe in a YAML file; `changes` replace its fields, those of `training` one by one. With another
+    `model` the recipe's `architecture`, which is its own model's, goes.
 
     Raises FileNotFoundError, or ValueError naming the key that is unknown or missing.
     """
@@ -94,6 +95,8 @@ def read(file: str | Path, **changes: Any) -> Recipe:
     for name in ("examples", "mask_id"):
         if content.get(name) is not None:
             whole(f"recipe: {file}: {name}", content[name], 0)
+    if "model" in changes:
+        content["architecture"] = None
     training = {**content.pop("training"), **changes.pop("training", {})}
     return Recipe(**{**content, **changes, "training": training})
 
@@ -233,7 +236,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     source = registry.directory_of(recipe.model)
     rows = trajectories.Trajectories(answers)
     if not len(rows):
-        raise ValueError(f"trajectories: {answers} holds no right answer")
+        raise ValueError(f"answers: {answers} holds no right answer")
     rows.check_tokenizer(recipe.model, tokenizer.load(source))
     if other := mismatch(recipe, rows.settings):
         warnings.warn(other, stacklevel=3)

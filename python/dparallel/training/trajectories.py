@@ -278,8 +278,8 @@ def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
 def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a shard. Raises ValueError if it is damaged. `columns`: the columns to read of Parquet."""
     if file.suffix == ".jsonl" and not file.read_bytes().endswith(b"\n"):
-        raise ValueError(f"trajectories: {file} is empty or cut off")
-    for _, row in files.rows("trajectories", file, columns):
+        raise ValueError(f"answers: {file} is empty or cut off")
+    for _, row in files.rows("answers", file, columns):
         yield row
 
 
@@ -323,19 +323,20 @@ class Trajectories(Dataset[dict[str, Any]]):
     def __init__(self, directory: str | Path) -> None:
         directory = Path(directory)
         if not (directory / SETTINGS).is_file():
-            raise FileNotFoundError(f"trajectories: no {SETTINGS} in {directory}")
-        self.settings = files.json_object("trajectories", directory / SETTINGS)
+            raise FileNotFoundError(
+                "answers: expected the directory of a run of `dparallel trajectories`, got "
+                f"{directory} without {SETTINGS}"
+            )
+        self.settings = files.json_object("answers", directory / SETTINGS)
         try:
             numbers = range(-(-whole("prompts", self.settings["prompts"], 0) // self.settings["shard"]))
             shards = [_shard(directory, i, self.settings["format"]) for i in numbers]
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"trajectories: {directory / SETTINGS} is not that of a run: {error!r}"
-            ) from error
+            raise ValueError(f"answers: {directory / SETTINGS} is not that of a run: {error!r}") from error
         missing = [file.name for file in shards if not file.exists()]
         if missing:
             raise ValueError(
-                f"trajectories: {directory} is not finished: {len(missing)} of {len(shards)} shards are "
+                f"answers: {directory} is not finished: {len(missing)} of {len(shards)} shards are "
                 f"missing ({missing[0]}, ...); run `dparallel trajectories` again"
             )
         # Flat buffers: a hundred thousand answers as Python lists would take gigabytes.
@@ -351,7 +352,7 @@ class Trajectories(Dataset[dict[str, Any]]):
                 if (sequence.ndim, step.shape) != (1, (len(row["response_ids"]),)):
                     raise ValueError("expected as many steps as response_ids")
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"trajectories: {file} is damaged: {error!r}") from error
+                raise ValueError(f"answers: {file} is damaged: {error!r}") from error
             ids.append(sequence)
             steps.append(step)
             if len(self.samples) < 16 and isinstance(row.get("response"), str):
