@@ -1,6 +1,6 @@
-"""`make bench`: run every bench_*.py with pytest-benchmark, write its JSON, a table and a picture.
+"""`make bench`: run every bench_*.py with pytest-benchmark, write its JSON, a table and pictures.
 
-The table and the picture are made from the JSON alone: `python -m benchmarks --from results.json`.
+The table and the pictures are made from the JSON alone: `python -m benchmarks --from results.json`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ def main() -> int:
     figures = records.of_cpu(json.loads(results.read_text()))
     text = report.cpu_figures(figures) + "\n"
     write_text(options.out / "table.md", text)
-    pictures.draw_rows(figures, options.out / "rows.png")
-    pictures.draw_passes(figures, options.out / "passes.png")
+    written = ["table.md"] if options.source else [results.name, "table.md"]
+    for name, draw in (("rows.png", pictures.draw_rows), ("passes.png", pictures.draw_passes)):
+        if draw(figures, options.out / name):
+            written.append(name)
     if not options.only:  # `make bench-report` reads this file
         write_text(options.out / "cpu.json", records.dump(figures))
+        written.append("cpu.json")
     print(text)
-    print(f"written: {results}, {options.out}/table.md, cpu.json and pictures")
+    print(f"{options.out}: {', '.join(written)}")
     return 0
 
 
