@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import timeit
 from pathlib import Path
@@ -77,5 +78,19 @@ def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.Monk
 )
 def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=rf"^model: .*{said}"):
         registry.block_length(str(tmp_path))
+
+
+def test_weights_that_cannot_be_read_are_an_error_by_name(tmp_path: Path):
+    shutil.copytree(registry.directory_of("builtin:verifier"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors is not a readable safetensors file"):
+        registry.load(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: .*is not a readable safetensors file"):
+        registry.Loading().dtype_for(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^model: no model\.safetensors"):
+        registry.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^verifier: no model\.safetensors"):
+        registry.load_verifier(str(tmp_path), *registry.load("builtin:teacher"))

@@ -29,21 +29,34 @@ def builtins() -> list[str]:
     return [f"builtin:{path.parent.name}" for path in sorted(BUILTIN.glob("*/config.json"))]
 
 
+@contextlib.contextmanager
+def _naming(argument: str, of_callee: str) -> Iterator[None]:
+    """A context whose errors name `argument`, in place of the argument `of_callee` of what it calls."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        name, colon, rest = str(error).partition(": ")
+        if name != of_callee:
+            raise
+        raise type(error)(f"{argument}{colon}{rest}") from error
+
+
 def directory_of(name: str) -> Path:
     """The checkpoint directory of "builtin:NAME", of a path, or of ORG/NAME (see `models.locate`).
 
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
     as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
-    try:
-        builtin = name.startswith("builtin:")
-        directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
-        models.config_of(directory)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json "
-            f"({str(error).removeprefix('path: ')})"
-        ) from error
+    with _naming("model", "path"):
+        try:
+            builtin = name.startswith("builtin:")
+            directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
+            models.config_of(directory)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json "
+                f"({str(error).removeprefix('path: ')})"
+            ) from error
     return directory
 
 
@@ -173,7 +186,8 @@ def load(
     loaded = tokenizer.load(directory)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
     dtype = _dtype_at(name, place, dtype)
-    model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
+    with _naming("model", "path"):
+        model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
     beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]
     if beyond:
         raise ValueError(
@@ -217,7 +231,8 @@ class Loading:
         return {"device": device, "mask_id": mask_id, **self.weights(name)}
 
     def _stored(self, name: str) -> models.Model:
-        return models.as_stored(directory_of(name), mask_id=self.mask_id)
+        with _naming("model", "path"):
+            return models.as_stored(directory_of(name), mask_id=self.mask_id)
 
 
 def weights_of(model: models.Model) -> dict[str, Any]:
@@ -238,19 +253,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def check_verifier(name: str) -> None:
     """Raise FileNotFoundError or ValueError unless `name` is an autoregressive model, by its config alone."""
-    with _of_verifier():
+    with _naming("verifier", "model"):
         causal = is_causal(name)
     if not causal:
         raise ValueError(f"verifier: expected an autoregressive model, got {name}, a diffusion model")
-
-
-@contextlib.contextmanager
-def _of_verifier() -> Iterator[None]:
-    """A context whose errors about a model name the verifier."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(str(error).replace("model: ", "verifier: ", 1)) from error
 
 
 def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
@@ -259,7 +265,7 @@ def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
 
     Raises as `load`, and ValueError if an id that both have is another token in each.
     """
-    with _of_verifier():
+    with _naming("verifier", "model"):
         verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
     theirs, ours = (
