@@ -416,7 +416,7 @@ def test_trajectories_distill_and_merge(tmp_path: Path):
     recipe.write_text(f"model: builtin:teacher\nlora: {{r: 2}}\ntraining: {training}\n")
     said = run("distill", recipe, "--answers", tmp_path / "answers", "--out", tmp_path / "adapter")
     assert f"`dparallel merge {tmp_path / 'adapter'} STUDENT`" in said
-    run("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert "merged: a checkpoint; " in run("merge", tmp_path / "adapter", tmp_path / "merged")
     row = json.loads(run("decode", PROMPT, "--model", tmp_path / "merged", "--gen-length", 64, "--json"))
     assert tasks.extract_answer(row["response"]) == 4
 

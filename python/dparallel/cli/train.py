@@ -275,9 +275,12 @@ def distill(
             raise ValueError("answers, out: both are needed, unless with --dry-run")
         distilling.run(loaded, answers, out)
         if os.environ.get("RANK", "0") == "0":
-            adapter = f"an adapter; `dparallel merge {out} STUDENT` adds it to its base"
-            whole_model = f"a checkpoint; `dparallel evaluate --model {out} --data FILE` measures it"
-            typer.echo(f"{out}: {whole_model if loaded.lora is None else adapter}")
+            adapter = f"{out}: an adapter; `dparallel merge {out} STUDENT` adds it to its base"
+            typer.echo(checkpoint_line(out) if loaded.lora is None else adapter)
+
+
+def checkpoint_line(out: Path) -> str:
+    return f"{out}: a checkpoint; `dparallel evaluate --model {out} --data FILE` measures it"
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -306,3 +309,4 @@ def merge(
 
     with plain_errors("train"):
         adapters.merge(adapter, out, model=model, mask_id=mask_id)
+        typer.echo(checkpoint_line(out))
