@@ -29,12 +29,13 @@ from dparallel_ext.speculation import Draft, Lane, ModelDrafter, TreeDrafter
 
 MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
 MODELS["causal"] = model_of(vocab_size=512)
+MODELS["sdar_moe"] = model_of("sdar_moe", vocab_size=512, mask_token_id=511)
 DIFFUSION = [
     ("llada_tiny_a", "dual"),
     ("llada_tiny_a", "none"),
     ("dream_tiny_a", "prefix"),
     ("sdar_tiny_a", "block"),
-    ("sdar_tiny_a", "block"),
+    ("sdar_moe", "block"),
 ]
 """Models and caches."""
 RIDING = ("ppd", "hidden_transfer")
