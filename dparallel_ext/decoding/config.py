@@ -112,7 +112,7 @@ class DecodeConfig:
     automaton: Automaton | None = None
     """The form of the response, which `dparallel.structured` makes of a regular expression or a JSON schema.
     The response has it, and ends within gen_length tokens if any of the form does. A diffusion model fills a
-    block's masks in the most probable way that has the form (`rules.Constrained`), and the policy judges
+    block's masks in the most probable way that has the form (DINGO, arXiv 2505.23061), and the policy judges
     tokens among those that the form allows there; it needs temperature 0, no rule, no `infill` and one open
     block. An autoregressive model chooses or samples each token among those that the form allows."""
     min_commit: policies.Number = 1
@@ -404,7 +404,8 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
             raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
         rule = FunctionRule(rule)
     elif rule is not None:
-        raise ValueError(f"rule: expected a Rule, its name or a function, got {type(rule).__name__}")
+        got = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
+        raise ValueError(f"rule: expected a Rule, its name or a function, got {got}")
     if rule is not None:
         check_rule(rule)
     if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:

@@ -11,7 +11,8 @@ import torch
 from ..arguments import shown, temperature_in_force, whole
 from ..models import Model, Traits, check_diffusion, traits
 from ..ops.inputs import check_sampling
-from ..rules import Constrained, Rule
+from ..rules import Rule
+from ..rules.constrained import Constrained
 from .config import ACTIVE, DecodeConfig, decided
 from .schedule import Schedule, make
 from .sequence import Settings
@@ -86,6 +87,9 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
     rule, steps, rows, selectors = decided(config, size, cache)
     if config.automaton is not None and not model_traits.causal:
         rule = _constrained(config, rule)
+    if rule is not None and rule.in_order and config.infill:
+        name = "an automaton" if config.automaton is not None else type(rule).__name__
+        raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
             here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")
@@ -125,8 +129,6 @@ def _constrained(config: DecodeConfig, rule: Rule | None) -> Rule:
     assert config.automaton is not None
     if rule is not None:
         raise ValueError(f"rule: expected a policy row or none beside an automaton, got {shown(rule)}")
-    if config.infill:
-        raise ValueError("infill: does not go with an automaton, so expected False, got True")
     if temperature_in_force(config.temperature) > 0:
         raise ValueError(
             "temperature: expected 0 beside an automaton, since a diffusion model's masks are filled in the "

@@ -1,6 +1,5 @@
 """Rules decide which tokens a pass commits. `Rule` says how to write one; `policies` has those of numbers."""
 
-from .constrained import Constrained
 from .credit import Credit
 from .early import Prophet, SchED
 from .edit import Edit
@@ -12,7 +11,6 @@ from .spec import KINDS, ONE, Kind, describe, file_of, menu, parse
 __all__ = [
     "KINDS",
     "ONE",
-    "Constrained",
     "Credit",
     "Decision",
     "Edit",

@@ -97,15 +97,14 @@ def automaton(
         found = sandbox.automaton_of(f" ?(?:{pattern})" if vocabulary.drops_space else pattern)
     except Refused as error:
         raise ValueError(f"pattern: {error}") from error
-    numbers = {state: at for at, state in enumerate(dict.fromkeys([found["first"], *found["final"]]))}
-    for state, _ in found["next"]:
-        numbers.setdefault(state, len(numbers))
+    onward, final = dict(found["next"]), {*found["final"]}
+    numbers = {state: at for at, state in enumerate(dict.fromkeys([found["first"], *onward]))}
     dead = len(numbers)
     table = [[dead] * 256 for _ in range(dead + 1)]
-    for state, steps in found["next"]:
+    for state, steps in onward.items():
         for byte, to in steps:
-            table[numbers[state]][byte] = numbers[to]
-    accepting = [state in {*found["final"]} for state in numbers]
+            table[numbers[state]][byte] = numbers.get(to, dead)
+    accepting = [state in final for state in numbers]
     return _over_tokens(table, [*accepting, False], vocabulary.tokens, ends)
 
 

@@ -230,3 +230,31 @@ def test_no_rule_commits_what_is_impossible() -> None:
         assert out.responses[0][0] == 4
         assert torch.equal(out.sequences, plain.sequences)
         assert bool(out.logprobs.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Stuck(Rule):
+    """Decides in order, and on nothing from column `at` of the sequence on."""
+
+    at: int
+    in_order = True
+
+    def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+        return Decision(impossible=(where.masked & (where.column >= self.at)).any(1))
+
+
+def test_a_rule_may_find_no_decision(llada: models.Model) -> None:
+    """The error names the first mask of the window; the other sequences have not reached it."""
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 4}
+    out = dx.decode(llada, PROMPTS[0], rule=Stuck(100), **settings)
+    assert torch.equal(out.sequences, dx.decode(llada, PROMPTS[0], **settings).sequences)
+    with pytest.raises(ValueError, match="sequence 1 at position 7 leaves no token to choose"):
+        dx.decode(llada, PROMPTS[:2], rule=Stuck(10), **{**settings, "gen_length": [0, 16]})
+    with dx.Engine(llada, block_length=4, lanes=2) as engine:
+        stuck = engine.submit(PROMPTS[1], gen_length=16, rule=Stuck(20))
+        with pytest.raises(ValueError, match="at position 19 leaves no token to choose"):
+            stuck.result()
+        assert len(engine.submit(PROMPTS[1], gen_length=8).result().tokens) == 8
+    for wrong in ({"infill": True}, {"active_blocks": 2, "threshold": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            dx.decode(llada, PROMPTS[0], rule=Stuck(100), **{**settings, **wrong})

@@ -37,7 +37,7 @@ def llada() -> models.Model:
         ({"rule": "credit:0.7,2"}, r"rule: expected credit\[:SCALE,DECAY,POWER\], got .*decay: expected"),
         ({"rule": "credit:nan"}, "scale: expected a finite number"),
         ({"rule": "credit+"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
-        ({"rule": Credit}, "rule: expected a Rule, its name or a function, got type"),
+        ({"rule": Credit}, "rule: expected a Rule, its name or a function, got the class Credit"),
         ({"rule": "credit+nonsense:1"}, "rule: expected 'one', steps:N, SELECTOR:THRESHOLD"),
         ({"rule": "prophet"}, r"rule: expected prophet:START\[,WIDTH\], got 'prophet'"),
         ({"rule": "prophet:1.5"}, "rule: expected prophet.*start: expected a whole number, got '1.5'"),
