@@ -114,11 +114,14 @@ class Layout(NamedTuple):
             raise ValueError(
                 f"config: expected the mask's id as one of {', '.join(_MASKS)}, got {masks or 'none'}"
             )
+        depths = {c[name] for name in _DEPTHS} - {None}
+        if len(depths) > 1:
+            raise ValueError(f"config: expected {' and '.join(_DEPTHS)} alike, got {sorted(depths)}")
         return cls(
             shape=shape,
             vocabulary=c["draft_vocab_size"],
             taps=_taps(config, c["eagle_config"]),
-            block=1 + (c["num_depths"] or c["para_depths"] or MOST),
+            block=1 + max(depths, default=MOST),
             mask_id=masks[0] if parallel else None,
             target_width=c["target_hidden_size"],
             embeds="embed_tokens.weight" in names or c["target_hidden_size"] != shape.width,

@@ -338,6 +338,7 @@ def test_a_saved_file_is_read_again(paths: dict[str, Path], kind: str, tmp_path:
         ),
         ("p-eagle", {"mask_token_id": None}, "expected the mask's id as one of"),
         ("p-eagle", {"pard_token": 3}, r"expected the mask's id as one of .*, got \[3, 60\]"),
+        ("p-eagle", {"para_depths": 5}, r"expected num_depths and para_depths alike, got \[5, 6\]"),
         ("p-eagle", {"mask_token_id": 61}, "mask_token_id=61, expected an id below 61"),
         (
             "speculators-eagle3",
