@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Attack, golden
+from forms import a_form
 
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, policies, rules
@@ -40,6 +41,7 @@ SOUND: dict[str, list[Any]] = {
         lambda stats, masked, step: masked,
     ],
     "rule": ["one", "steps:4", "credit", "edit:0.8,0.9,3", "sched+entropy:0.5", rules.Credit(), rules.Edit()],
+    "automaton": [a_form(1), a_form(2)],
     "min_commit": [1, 2, [1, 2]],
     "max_commit": [1, 3, math.inf, [2, 3]],
     "score": [*policies.SCORES],
@@ -103,8 +105,8 @@ def test_random_configs(attack: Attack) -> None:
 
 
 def written(config: DecodeConfig) -> DecodeConfig:
-    """The config of its file; the config itself where it holds a function."""
-    if callable(config.policy):
+    """The config of its file; the config itself where it holds a function or an automaton."""
+    if callable(config.policy) or config.automaton is not None:
         return config
     again = DecodeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
