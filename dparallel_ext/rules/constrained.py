@@ -73,11 +73,11 @@ class Constrained(Rule):
         logits.masked_fill_(~allowed[..., classes], -math.inf)
         among, _ = read_rows(logits, ids=of_path[..., None])
         assert among.logits is not None
-        confidence, best = (among.logits[..., 0] - among.lse).exp(), among.token == of_path
+        best, share = among.token == of_path, (among.logits[..., 0] - among.lse).exp()
+        # Where another token that is allowed is more probable, the path's is not certain at all.
         judged = {
-            "confidence": confidence,
-            # Where another token that is allowed is more probable, the path's is not certain at all.
-            "margin": torch.where(best, among.margin, confidence - among.confidence),
+            "confidence": torch.where(best, among.confidence, share),
+            "margin": torch.where(best, among.margin, share - among.confidence),
             "entropy": torch.where(best, among.entropy, math.inf),
         }
         by_path = {name: torch.where(path.moves, each, getattr(stats, name)) for name, each in judged.items()}
@@ -102,42 +102,41 @@ def _scores(logits: Tensor, classes: Tensor, tables: Tables, where: Where) -> Te
 def _best_path(score: Tensor, tables: Tables, where: Where, behind: Tensor) -> Path:
     """The path with the largest sum of scores (W, C, K + 1) behind which the response can end in time.
 
-    behind: (lanes, columns) int64: the states that are remembered for cells that the pass does not read.
+    behind: (lanes, columns) int64: the states that are remembered for cells that the pass does not read,
+    which are in front of the others.
     """
     windows, cells = where.read.shape
-    states = torch.arange(len(tables.distance), device=score.device)
     origin, edge_class, target = tables.edges
     column, first, last = where.column, where.first[:, None], where.last[:, None]
     end = torch.where(where.read, column + 1, first).amax(1, keepdim=True).clamp(max=last)  # (W, 1)
     inside = (column >= first) & (column < end)
     moves, known = inside & where.read, inside & ~where.read
-    remembered = where.recall(behind)
-    enter = behind[where.lane, (where.start - 1).clamp(min=0)]
 
     def only(state: Tensor) -> Tensor:
-        """(W, S): 0 for the state (W,), -inf for others."""
-        return torch.where(states == state[:, None], 0.0, -math.inf)
+        """(..., S): 0 for the state (...), -inf for others."""
+        states = torch.arange(len(tables.distance), device=state.device)
+        return torch.where(states == state[..., None], 0.0, -math.inf)
 
-    def through(best: Tensor, c: int) -> Tensor:
-        """(W, E): the sums with which each transition leaves cell c."""
-        return best[:, origin] + score[:, c, edge_class]
-
-    best = [only(torch.where(where.start > where.first, enter, 0))]
+    enter = behind[where.lane, (where.start - 1).clamp(min=0)]
+    best = only(torch.where(where.start > where.first, enter, 0))  # (W, S): the sums of paths up to a cell
+    remembered, gained = only(where.recall(behind)), score[..., edge_class]
+    bests, sums = [], []
     for c in range(cells):
-        onward = torch.full_like(best[c], -math.inf)
-        onward.scatter_reduce_(1, target.expand(windows, -1), through(best[c], c), "amax")
-        kept = torch.where(known[:, c, None], only(remembered[:, c]), best[c])
-        best.append(torch.where(moves[:, c, None], onward, kept))
+        sums.append(best[:, origin] + gained[:, c])  # (W, E): of paths through each transition
+        onward = torch.full_like(best, -math.inf)
+        onward.scatter_reduce_(1, target.expand(windows, -1), sums[c], "amax")
+        best = torch.where(moves[:, c, None], onward, torch.where(known[:, c, None], remembered[:, c], best))
+        bests.append(best)
 
-    fits = (tables.distance <= last - end) & (best[-1] > -math.inf)
-    at = torch.where(fits | ~fits.any(1, keepdim=True), best[-1], -math.inf).argmax(1)
-    exists = best[-1].gather(1, at[:, None])[:, 0] > -math.inf
+    fits = (tables.distance <= last - end) & (best > -math.inf)
+    at = torch.where(fits | ~fits.any(1, keepdim=True), best, -math.inf).argmax(1)
+    exists = best.gather(1, at[:, None])[:, 0] > -math.inf
     steps = []
     for c in reversed(range(cells)):
-        reached = best[c + 1].gather(1, at[:, None])
-        edge = ((target == at[:, None]) & (through(best[c], c) == reached)).int().argmax(1)
-        came = torch.where(moves[:, c], origin[edge], torch.where(known[:, c], best[c].argmax(1), at))
-        steps.append((came, at, edge_class[edge]))
+        taken = (target == at[:, None]) & (sums[c] == bests[c].gather(1, at[:, None]))
+        came, token_class, _ = tables.edges[:, taken.int().argmax(1)]
+        came = torch.where(moves[:, c], came, at)
+        steps.append((came, at, token_class))
         at = came
-    before, after, token_class = (torch.stack(each[::-1], 1) for each in zip(*steps, strict=True))
-    return Path(moves & exists[:, None], before, after, token_class, exists)
+    before, after, chosen = (torch.stack(each[::-1], 1) for each in zip(*steps, strict=True))
+    return Path(moves & exists[:, None], before, after, chosen, exists)
