@@ -16,6 +16,7 @@ import drafters
 import pytest
 import torch
 from conftest import GPUS, golden
+from forms import a_form
 from tape import PROMPTS, TapeGraph, recordings
 from torch import Tensor
 
@@ -314,6 +315,7 @@ def lost(made: list[Graphs]) -> list[str]:
         {"rule": "credit+confidence:0.03", "active_blocks": 2},
         {"rule": "edit:0.03,0.05,4"},
         {"threshold": 0.1, "suppress": [3, 77], "eos_id": 5, "temperature": 0.7},
+        {"threshold": 4.0, "automaton": 3},
         {"threshold": 2.0, "cache": "block"},
     ],
     ids=str,
@@ -321,6 +323,8 @@ def lost(made: list[Graphs]) -> list[str]:
 def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict[str, Any]) -> None:
     """The last by a mixture of experts."""
     settings = {"gen_length": 48, "block_length": 8, "cache": "dual", **way}
+    if "automaton" in settings:
+        settings["automaton"] = a_form(settings["automaton"])
     of_experts = settings["cache"] == "block"
     model = drafters.model_of("llada2_moe") if of_experts else golden.model("llada_tiny_a")
     dx.decode(model, PROMPTS, record=True, **settings)
@@ -346,8 +350,10 @@ def test_a_gpu_records_every_drafter(device: str, kind: str | None, seen_graphs:
 @pytest.mark.parametrize("kind", [None, *OBSERVING])
 def test_what_recordings_read_outlives_the_speculation(taped: list[Graphs], kind: str | None) -> None:
     model, drafter = drafter_of(kind)
-    for _ in range(2):
-        dx.speculate(model, PROMPTS, drafter=drafter, temperature=0.8, logprobs=True, **CAUSAL)
+    settings = {**CAUSAL, "drafter": drafter, "temperature": 0.8, "logprobs": True}
+    for form in (a_form(1, 61, ends=(5, 9)), None) * 2:
+        dx.speculate(model, PROMPTS, automaton=form, **settings)
+    del form
     assert not lost(taped)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import drafters
 import pytest
 import torch
+from forms import a_form
 from tape import PROMPTS, recordings
 from torch import Tensor
 
@@ -96,6 +97,7 @@ def test_what_runs_ahead_is_what_waits(taped: list[Graphs], monkeypatch: pytest.
             "seed": rng.randrange(10**6),
             "eos_id": rng.choice([-1, None, rng.randrange(61)]),
             "stop": rng.choice([(), [[rng.randrange(61)]], [[rng.randrange(61), rng.randrange(61)], [4]]]),
+            "automaton": rng.choice([None, None, a_form(rng.randrange(99), 61, ends=(5, 9))]),
             "record": rng.random() < 0.5,
             "graphs": rng.random() < 0.8,
         }
