@@ -26,8 +26,8 @@ FAR = 2**62
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Automaton:
-    """The responses of one form. Transitions from which no accepting state can be reached are removed. An
-    automaton is equal to itself alone.
+    """The responses of one form. Transitions from which no accepting state can be reached, and those of
+    classes without a token, are removed. An automaton is equal to itself alone.
 
     Raises TypeError or ValueError naming the argument: for a tensor that does not fit, and for `accepting` if
     no response has the form.
@@ -42,6 +42,7 @@ class Automaton:
     distance: Tensor = field(init=False)
     """(S,) int64: the fewest tokens that lead to an accepting state, or `FAR`."""
     _tables: dict[torch.device, Tables] = field(init=False, default_factory=dict)
+    _without: dict[tuple[int, frozenset[int]], Automaton] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, dtype, ndim in (
@@ -59,11 +60,13 @@ class Automaton:
         _check_within("transitions", self.transitions, NOWHERE, states)
         if self.accepting.shape != (states,):
             raise ValueError(f"accepting: expected ({states},), got {tuple(self.accepting.shape)}")
-        distance = _distances(self.transitions, self.accepting)
+        empty = torch.bincount(self.token_class, minlength=classes) == 0
+        transitions = self.transitions.masked_fill(empty, NOWHERE)
+        distance = _distances(transitions, self.accepting)
         if not states or distance[0] == FAR:
             raise ValueError("accepting: expected a state that can be reached from state 0, got none")
-        dead = (self.transitions >= 0) & (distance[self.transitions.clamp(min=0)] == FAR)
-        object.__setattr__(self, "transitions", self.transitions.masked_fill(dead, NOWHERE))
+        dead = (transitions >= 0) & (distance[transitions.clamp(min=0)] == FAR)
+        object.__setattr__(self, "transitions", transitions.masked_fill(dead, NOWHERE))
         object.__setattr__(self, "distance", distance)
 
     def __repr__(self) -> str:
@@ -78,16 +81,41 @@ class Automaton:
             state = int(self.transitions[state, self.token_class[token]])
         return state
 
+    def without(self, ids: Iterable[int], vocab: int | None = None) -> Automaton:
+        """The form's responses of ids below `vocab`, by default all, and none of `ids`; the same object for
+        the same ids. Raises ValueError if there is no such response.
+        """
+        size, classes = len(self.token_class), self.transitions.shape[1]
+        size = size if vocab is None else min(size, vocab)
+        left_out = frozenset(token for token in ids if 0 <= token < size)
+        if not left_out and size == len(self.token_class):
+            return self
+        if (size, left_out) not in self._without:
+            token_class = self.token_class[:size].clone()
+            token_class[list(left_out)] = classes
+            transitions = F.pad(self.transitions, (0, 1), value=NOWHERE)
+            try:
+                found = Automaton(token_class, transitions, self.accepting)
+            except ValueError as error:
+                raise ValueError(
+                    "automaton: expected one with a response of tokens that the model decodes, got none"
+                ) from error
+            self._without[size, left_out] = found
+        return self._without[size, left_out]
+
     def tables(self, device: torch.device) -> Tables:
         """The automaton on a device; made once for each, since recorded passes read it."""
         if device in self._tables:
             return self._tables[device]
         origin, token_class = (self.transitions >= 0).nonzero(as_tuple=True)
         target = self.transitions[origin, token_class]
+        edges = torch.stack((origin, token_class, target))
+        # The last has a class that no token has, so that there is one.
+        last = torch.tensor([[0], [self.transitions.shape[1] + 1], [0]], device="cpu")
         onward = torch.where(self.transitions >= 0, self.distance[self.transitions.clamp(min=0)], FAR)
         tables = Tables(
             self.token_class,
-            torch.stack((origin, token_class, target)),
+            torch.cat((edges, last), 1),
             self.distance,
             F.pad(onward, (0, 1), value=FAR),
         )
@@ -101,7 +129,8 @@ class Tables(NamedTuple):
     token_class: Tensor
     """(V,) int64"""
     edges: Tensor
-    """(3, E) int64: the state, the class and the next state of each transition."""
+    """(3, E + 1) int64: the state, the class and the next state of each transition, and of one that no token
+    takes, of class K + 1."""
     distance: Tensor
     """(S,) int64"""
     onward: Tensor

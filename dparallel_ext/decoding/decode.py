@@ -186,7 +186,7 @@ def start(
     schedule: maps the cache mode's schedule to the one that is followed. options: arguments of `Batch`.
     Raises ValueError naming the argument that does not fit.
     """
-    settings = make_settings(config, traits(model), config.cache or "none", len(prompts))
+    settings = make_settings(config, model, config.cache or "none", len(prompts))
     model = for_decoding(model)
     check_call(model)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)

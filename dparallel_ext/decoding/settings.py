@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import shown, temperature_in_force, whole
-from ..models import Model, Traits, check_diffusion, traits
+from ..automaton import Automaton
+from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from ..rules import Rule
 from ..rules.constrained import Constrained
@@ -79,16 +80,21 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     return OfModel(cache, schedule, mask_id)
 
 
-def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: int) -> list[Settings]:
+def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
     cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
-    if config.automaton is not None and not model_traits.causal:
-        rule = _constrained(config, rule)
+    model_traits, automaton = traits(model), config.automaton
+    if automaton is not None:
+        mask_id = model_traits.mask_id if config.mask_id is None else config.mask_id
+        never = [*(config.suppress or ()), *(() if mask_id is None or model_traits.causal else (mask_id,))]
+        automaton = automaton.without(never, vocabulary(model))
+        if not model_traits.causal:
+            rule = _constrained(config, rule, automaton)
     if rule is not None and rule.in_order and config.infill:
-        name = "an automaton" if config.automaton is not None else type(rule).__name__
+        name = "an automaton" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
@@ -116,7 +122,7 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
             top_p=top_p,
             top_k=top_k,
             rule=rule,
-            automaton=config.automaton if model_traits.causal else None,
+            automaton=automaton if model_traits.causal else None,
             record=config.record or config.logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )
@@ -124,9 +130,8 @@ def make_settings(config: DecodeConfig, model_traits: Traits, cache: str, size: 
     ]
 
 
-def _constrained(config: DecodeConfig, rule: Rule | None) -> Rule:
+def _constrained(config: DecodeConfig, rule: Rule | None, automaton: Automaton) -> Rule:
     """The rule of an automaton. Raises ValueError for what does not go with it."""
-    assert config.automaton is not None
     if rule is not None:
         raise ValueError(f"rule: expected a policy row or none beside an automaton, got {shown(rule)}")
     if temperature_in_force(config.temperature) > 0:
@@ -134,7 +139,7 @@ def _constrained(config: DecodeConfig, rule: Rule | None) -> Rule:
             "temperature: expected 0 beside an automaton, since a diffusion model's masks are filled in the "
             f"most probable way, got {config.temperature}"
         )
-    return Constrained(config.automaton)
+    return Constrained(automaton)
 
 
 def drawn_seed(temperature: float) -> int:

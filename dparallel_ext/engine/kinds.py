@@ -178,7 +178,7 @@ class Diffusion(Kind):
         """A diffusion model uses every field."""
 
     def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, traits(self._model), self._of_model.cache, 1)
+        (settings,) = make_settings(config, self._model, self._of_model.cache, 1)
         check_settings(self._model, [settings], self._of_model)
         if self._draft_size:
             check_draft([settings], self._schedule)
@@ -242,7 +242,7 @@ class LeftToRight(Kind):
         return prompt + gen_length
 
     def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, traits(self._model), "none", 1)
+        (settings,) = make_settings(config, self._model, "none", 1)
         self.ends(config)
         return settings
 

@@ -34,7 +34,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import make_settings, mask_of
-from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
+from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
 from ..ops.row_stats import read_rows
@@ -123,7 +123,7 @@ def adaptive_decode(
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, traits(model), "none", size)
+        settings = make_settings(config, model, "none", size)
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):

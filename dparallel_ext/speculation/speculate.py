@@ -19,7 +19,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
-from ..models import Model, check_call, for_decoding, traits, warn_beyond
+from ..models import Model, check_call, for_decoding, warn_beyond
 from .batch import CausalBatch
 from .drafter import Apart, Drafter
 from .loading import NAMED, drafter_of
@@ -127,7 +127,7 @@ def speculate(
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, traits(model), "none", size)
+        settings = make_settings(config, model, "none", size)
         check_prompts(model, prompts, config)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]

@@ -176,6 +176,38 @@ def test_suppressed_ids_are_in_no_form(llada: models.Model) -> None:
         )
 
 
+def test_a_form_goes_by_tokens_that_can_be_decoded(llada: models.Model) -> None:
+    """A response does not go towards an end that takes suppressed ids, the mask or ids that the model does
+    not have."""
+    for never in (300, MASK, 600):
+        # Through state 1 to the end is the shorter way.
+        token_class = torch.arange(never + 1) % 2
+        token_class[never] = 2
+        rows = [
+            [1, 2, NOWHERE],
+            [1, NOWHERE, 4],
+            [NOWHERE, 3, NOWHERE],
+            [4, NOWHERE, NOWHERE],
+            [4, 4, NOWHERE],
+        ]
+        form = Automaton(token_class, torch.tensor(rows), torch.arange(5) == 4)
+        settings: dict[str, Any] = {"automaton": form, "suppress": [never] if never < MASK else None}
+        for prompt in PROMPTS:
+            out = dx.decode(llada, prompt, gen_length=4, block_length=2, **settings)
+            assert form.after(0, out.responses[0].tolist()) == 4
+            assert int(out.responses[0][0]) % 2 == 1
+        with dx.Engine(llada, lanes=1) as engine:
+            assert form.after(0, engine.submit(PROMPTS[0], gen_length=4, **settings).result().tokens) == 4
+        only = Automaton(token_class, torch.tensor([[NOWHERE, NOWHERE, 0]]), torch.tensor([True]))
+        with pytest.raises(ValueError, match="sequence 0 at position 11 leaves no token to choose"):
+            dx.decode(llada, PROMPTS[0], gen_length=4, **{**settings, "automaton": only})
+        short = Automaton(
+            token_class, torch.tensor([[NOWHERE, 1, 1], [NOWHERE] * 2 + [2], [2] * 3]), torch.arange(3) == 2
+        )
+        with pytest.raises(ValueError, match="automaton: expected one with a response of tokens that the"):
+            dx.decode(llada, PROMPTS[0], gen_length=4, **{**settings, "automaton": short})
+
+
 def test_what_does_not_go_with_a_form_is_refused(llada: models.Model) -> None:
     form = a_form(1)
     for wrong, message in [
@@ -225,6 +257,14 @@ def test_an_automaton_is_checked() -> None:
     trap = Automaton(kinds, torch.tensor([[1, 2], [1, 2], [NOWHERE, 2]]), torch.tensor([False, True, False]))
     assert trap.transitions.tolist() == [[1, -1], [1, -1], [-1, -1]]
     assert trap.distance.tolist() == [1, 0, FAR]
+    # So are the ways by classes without a token.
+    hollow = Automaton(torch.zeros(3, dtype=torch.int64), torch.tensor([[0, 1], [0, 1]]), ~ends | ends)
+    assert hollow.transitions.tolist() == [[0, -1], [0, -1]]
+    assert form.without([], 5) is form
+    assert form.without([2], 5) is form.without([2, 7])
+    assert form.without([2]).distance.tolist() == [1, 0]
+    assert form.without([], 2).after(0, [0, 1]) == 1
+    assert form.without([], 2).after(0, [0, 2]) == NOWHERE
     for change, message in [
         ({"token_class": torch.tensor([0, 2, 1])}, "token_class: expected numbers from 0 to 1, got 2"),
         (
