@@ -13,7 +13,7 @@ import torch
 from conftest import golden
 from dparallel import registry, sandbox, structured
 from dparallel.structured import Vocabulary, automaton, choice_pattern, json_pattern
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import dparallel_ext as dx
 from dparallel_ext.automaton import NOWHERE
@@ -55,12 +55,15 @@ def tokenizer_of(kind: str) -> Tokenizer:
 def test_the_tokens_of_a_text_have_its_bytes(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     vocabulary = Vocabulary.of(tokenizer)
-    assert vocabulary.drops_space == (kind == "fallback")
     assert vocabulary.tokens[tokenizer.token_to_id(SPECIAL)] is None
     for text in (TEXT, "a", "Zoë €", "  two  spaces", "中文 🙂", '{"a": [1, 2]}'):
         ids = tokenizer.encode(text).ids
         joined = b"".join(vocabulary.tokens[token] or b"" for token in ids).decode()
-        assert joined == (" " * vocabulary.drops_space) + text
+        assert joined == (" " * (kind == "fallback")) + text
+        assert (
+            b"".join([*vocabulary.first[ids[0] :][:1], *(vocabulary.tokens[token] for token in ids[1:])])
+            == text.encode()
+        )
         assert len({*ids}) > 1 or len(text) == 1
 
 
@@ -94,10 +97,54 @@ def test_texts_that_match(kind: str) -> None:
     assert matched > 60
 
 
+def decoding(kind: str) -> Tokenizer:
+    """A few words; `kind`: a decoder."""
+    words = ["a", "▁a", "▁", "▁▁a", "a▁a", "##a", ".", "▁.", "b", "<0x20>", "Ġa", "é", "<end>"]
+    made = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="b"))
+    made.add_special_tokens([AddedToken("<end>")])
+    made.add_tokens([AddedToken("a b"), AddedToken("ä"), AddedToken("▁b")])
+    if kind == "llama":
+        made.decoder = tokenizer_of("fallback").decoder
+    else:
+        made.decoder = {
+            **{
+                f"metaspace {scheme}": decoders.Metaspace(prepend_scheme=scheme)
+                for scheme in ("always", "never")
+            },
+            **{"wordpiece": decoders.WordPiece(), "bytes": decoders.ByteLevel(), "none": None},
+        }[kind]
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind", ["metaspace always", "metaspace never", "wordpiece", "bytes", "llama", "none"]
+)
+def test_whatever_tokens_a_text_has(kind: str) -> None:
+    """Of any tokens, not only those that the tokenizer makes, it is the decoder's text that matches."""
+    tokenizer, rng, matched = decoding(kind), random.Random(0), 0
+    vocabulary = Vocabulary.of(tokenizer)
+    known = [token for token, text in enumerate(vocabulary.tokens) if text is not None]
+    for pattern in ("[ab]+", " [ab]+|b", "( ?[ab.])*", "a *a", "(##)?[a ]*", "", " ?", "[^#]*"):
+        form = automaton(pattern, vocabulary, [tokenizer.token_to_id("<end>")])
+        for _ in range(150):
+            ids = rng.choices(known, k=rng.randint(0, 3))
+            text, state = tokenizer.decode(ids), form.after(0, ids)
+            matches = re.fullmatch(pattern, text) is not None and "\N{REPLACEMENT CHARACTER}" not in text
+            assert (state != NOWHERE and bool(form.accepting[state])) == matches, (pattern, ids, text)
+            matched += matches
+    assert matched > 60
+
+
+def test_a_decoder_that_looks_ahead_is_refused() -> None:
+    tokenizer = decoding("none")
+    tokenizer.decoder = decoders.BPEDecoder()
+    with pytest.raises(ValueError, match=r"tokenizer: expected a decoder by which .*, got BPEDecoder"):
+        Vocabulary.of(tokenizer)
+
+
 def test_a_word_vocabulary() -> None:
     _, tokenizer = registry.load("builtin:teacher")
     vocabulary = Vocabulary.of(tokenizer)
-    assert vocabulary.drops_space
     form = automaton(r"sam has [0-9]+ (cups|hats) \.", vocabulary)
     for text, fits in (("sam has 12 cups .", True), ("sam has cups .", False), ("sam has 4 hats", False)):
         state = form.after(0, tokenizer.encode(text).ids)

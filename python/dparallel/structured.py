@@ -28,12 +28,17 @@ class Vocabulary(NamedTuple):
     tokens: list[bytes | None]
     """The bytes of each id; None for special tokens and ids without a token. Tokens of byte-level BPE and of
     byte fallback may be parts of characters."""
-    drops_space: bool
-    """Whether a text's first token loses a space that it begins with."""
+    first: list[bytes | None]
+    """The same at the beginning of a text, where decoders drop spaces, for example."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
-        """tokenizer: a `tokenizers.Tokenizer`."""
+        """tokenizer: a `tokenizers.Tokenizer`. Raises ValueError for a decoder by which a token's text
+        depends on the tokens beside it."""
+        if found := re.search(r"\b(BPEDecoder|CTC)\(", repr(tokenizer.decoder)):
+            raise ValueError(
+                f"tokenizer: expected a decoder by which each token has a text of its own, got {found[1]}"
+            )
         added = tokenizer.get_added_tokens_decoder()
         names = {token: name for name, token in tokenizer.get_vocab().items()}
         texts, decoder = TokenTexts(tokenizer), repr(tokenizer.decoder)
@@ -43,19 +48,20 @@ class Vocabulary(NamedTuple):
             name = names.get(token)
             if name is None or (token in added and added[token].special):
                 return None
-            if token in added:
-                return str(added[token].content).encode()
-            if by_level:
-                return bytes(BYTES[character] for character in name)
+            if by_level:  # of other characters a name is the text itself, as added tokens may be
+                known = BYTES.keys() >= {*name}
+                return bytes(BYTES[character] for character in name) if known else name.encode()
             if fallback and (byte := re.fullmatch("<0x([0-9A-F]{2})>", name)):
                 return bytes([int(byte[1], 16)])
             text = texts(token)
             return None if INCOMPLETE in text else text.encode()
 
+        def read_first(token: int) -> bytes | None:
+            text = texts(token, first=True)
+            return tokens[token] if tokens[token] is None or INCOMPLETE in text else text.encode()
+
         tokens = [read(token) for token in range(max(names, default=-1) + 1)]
-        begins = (token for token, text in enumerate(tokens) if text and text[:1] == b" ")
-        drops = any(not texts(token, first=True).startswith(" ") for token in begins)
-        return cls(tokens, not by_level and drops)
+        return cls(tokens, tokens if by_level else [*map(read_first, range(len(tokens)))])
 
 
 def _byte_level() -> dict[str, int]:
@@ -94,7 +100,7 @@ def automaton(
     Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches.
     """
     try:
-        found = sandbox.automaton_of(f" ?(?:{pattern})" if vocabulary.drops_space else pattern)
+        found = sandbox.automaton_of(pattern)
     except Refused as error:
         raise ValueError(f"pattern: {error}") from error
     onward, final = dict(found["next"]), {*found["final"]}
@@ -105,16 +111,16 @@ def automaton(
         for byte, to in steps:
             table[numbers[state]][byte] = numbers.get(to, dead)
     accepting = [state in final for state in numbers]
-    return _over_tokens(table, [*accepting, False], vocabulary.tokens, ends)
+    return _over_tokens(table, [*accepting, False], vocabulary, ends)
 
 
 def _over_tokens(
-    table: list[list[int]], accepting: list[bool], tokens: Sequence[bytes | None], ends: Sequence[int]
+    table: list[list[int]], accepting: list[bool], vocabulary: Vocabulary, ends: Sequence[int]
 ) -> Automaton:
     """The automaton over tokens of one over bytes. table: [state][byte], whose last state is dead.
 
     A text is a function from states to states. A vocabulary's texts have few different ones, so each is
-    computed once, and the tokens with the same one are a class.
+    computed once, and the tokens with the same one, that begin a text alike, are a class.
     """
     dead, over = len(table) - 1, len(table)
     columns = [*zip(*table, strict=True)]  # [byte][state]
@@ -132,9 +138,9 @@ def _over_tokens(
 
     nothing = number((dead,) * len(table))
 
-    def of_text(text: bytes | None) -> int:
-        at = 0 if text else nothing  # an empty token would come again and again
-        for byte in text or b"":
+    def of_text(text: bytes) -> int:
+        at = 0
+        for byte in text:
             if at == nothing:
                 break
             if (at, byte) not in onward:
@@ -142,13 +148,24 @@ def _over_tokens(
             at = onward[at, byte]
         return at
 
-    token_class = torch.tensor([of_text(text) for text in tokens], device="cpu")
-    token_class[list(ends)] = len(functions)
-    transitions = torch.tensor([*zip(*functions, strict=True), (dead,) * len(functions)], device="cpu")
-    accepts = torch.tensor([*accepting, True], device="cpu")
-    ending = torch.where(accepts, over, dead)[:, None]
-    transitions = torch.cat((transitions, ending), 1)
+    classes: dict[tuple[int, int], int] = {}
+
+    def class_of(text: bytes | None, first: bytes | None) -> int:
+        within = of_text(text) if text else nothing  # an empty token would come again and again
+        begins = nothing if first is None else of_text(first)
+        return classes.setdefault((within, functions[begins][0]), len(classes))
+
+    token_class = torch.tensor([*map(class_of, *vocabulary)], device="cpu")
+    token_class[list(ends)] = len(classes)
+    # The first state is that of no token yet; then come those of the table, and the one behind an end.
+    rows = [
+        [begins for _, begins in classes],
+        *zip(*(functions[within] for within, _ in classes), strict=True),
+    ]
+    transitions = torch.tensor([*rows, (dead,) * len(classes)], device="cpu")
+    accepts = torch.tensor([accepting[0], *accepting, True], device="cpu")
+    transitions = torch.cat((transitions, torch.where(accepts, over, dead)[:, None]), 1)
     try:
-        return Automaton(token_class, transitions.masked_fill(transitions == dead, NOWHERE), accepts)
+        return Automaton(token_class, torch.where(transitions == dead, NOWHERE, transitions + 1), accepts)
     except ValueError as error:
         raise ValueError("pattern: expected one that some text of the model's tokens matches") from error
