@@ -125,7 +125,7 @@ def test_a_pass_that_raises_leaves_all_as_it_was() -> None:
     batch = dx.speculation.AdaptiveBatch(
         LLADA, 2, 32, verifier=verifier, mask_id=511, batch_invariant=True, **numbers
     )
-    (settings,) = make_settings(dx.DecodeConfig(suppress=[7], seed=0), dx.models.Traits(), "none", 1)
+    (settings,) = make_settings(dx.DecodeConfig(suppress=[7], seed=0), LLADA, "none", 1)
     for lane, prompt in enumerate(([3, 5], [3, 7])):
         batch.admit(lane, torch.tensor(prompt), 20, settings)
     rows = [vars(row).copy() for row in batch.rows]

@@ -139,7 +139,7 @@ def test_a_config_says_its_policy_where_it_has_a_name(fields: dict[str, Any], po
 
 def decided(config: dx.DecodeConfig) -> Any:
     """What a pass of `decode` commits by."""
-    (settings,) = make_settings(config, dx.models.Traits(), "dual", 1)
+    (settings,) = make_settings(config, lambda ids: ids, "dual", 1)
     return settings.policy, settings.steps, settings.rule
 
 

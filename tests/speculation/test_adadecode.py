@@ -19,7 +19,6 @@ from test_speculate import PROMPTS, plain
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models
 from dparallel_ext.cache import AttentionMetadata
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
@@ -304,7 +303,7 @@ def test_pages_of_any_size_in_any_order(page_size: int) -> None:
     count = len(PROMPTS) * per_lane
     torch.manual_seed(page_size)
     pages = torch.randperm(count + 3)[:count].view(len(PROMPTS), -1)
-    own = make_settings(DecodeConfig(), models.traits(DEEP), "none", 1)[0]
+    own = make_settings(DecodeConfig(), DEEP, "none", 1)[0]
     with torch.inference_mode():
         cache = DEEP.new_cache(count + 3, page_size, pages)
         cache.slots.fill_(math.nan)
@@ -339,7 +338,7 @@ def test_ends_inside_a_path() -> None:
 def test_lanes_at_any_stage_share_a_batch() -> None:
     """Prompts are computed beside drafts, and each sequence is what it is alone; without its neighbours'
     passes, to the bit."""
-    own = make_settings(DecodeConfig(logprobs=True), models.traits(DEEP), "none", 1)[0]
+    own = make_settings(DecodeConfig(logprobs=True), DEEP, "none", 1)[0]
     alone = [
         plain(DEEP, prompts=[prompt], drafter=exits(), draft_size=4, logprobs=True) for prompt in PROMPTS
     ]
@@ -407,7 +406,7 @@ def test_recorded_passes_are_the_same(temperature: float, request: pytest.Fixtur
 
 def test_a_failed_pass_leaves_the_sequences_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plain(DEEP, prompts=PROMPTS[2:3])
-    own = make_settings(DecodeConfig(), models.traits(DEEP), "none", 1)[0]
+    own = make_settings(DecodeConfig(), DEEP, "none", 1)[0]
     batch = CausalBatch(DEEP, 1, 60, drafter=exits((1, 3), 0.0), sizer=Fixed(4))
     failed = list[int]()
 

@@ -13,7 +13,7 @@ from tape import PROMPTS, recordings
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models, speculation
+from dparallel_ext import speculation
 from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
@@ -25,7 +25,7 @@ def causal(prompts: list[Tensor], **settings: Any) -> tuple[speculation.CausalBa
     """A batch that runs ahead, and what admits a prompt into a lane."""
     model = drafters.MODEL
     batch = speculation.CausalBatch(model, len(prompts), 64, ahead=1, **settings)
-    own = make_settings(dx.DecodeConfig(), models.traits(model), "none", 1)[0]
+    own = make_settings(dx.DecodeConfig(), model, "none", 1)[0]
     return batch, lambda lane: batch.admit(lane, prompts[lane], 24, own)
 
 
@@ -75,7 +75,7 @@ def test_the_host_reads_few_numbers_of_tensors(
         monkeypatch.setattr(Tensor, name, counted(name))
     model = drafters.MODEL
     batch = speculation.CausalBatch(model, 1, 64, drafter=speculation.drafter_of(drafter))
-    own = make_settings(dx.DecodeConfig(stop=[[60, 60]]), models.traits(model), "none", 1)[0]
+    own = make_settings(dx.DecodeConfig(stop=[[60, 60]]), model, "none", 1)[0]
     with torch.inference_mode():
         batch.admit(0, torch.arange(3, 14).repeat(2), 24, own)
         for _ in range(8):

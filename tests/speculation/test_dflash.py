@@ -180,7 +180,7 @@ def test_its_context_lies_in_pages_like_the_targets(page_size: int) -> None:
     expected = plain()
     width = expected.sequences.shape[1]
     per_lane = -(-width // page_size)
-    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    own = make_settings(DecodeConfig(), MODEL, "none", 1)[0]
 
     def pages() -> Tensor:
         count = len(PROMPTS) * per_lane

@@ -20,7 +20,7 @@ from dparallel_ext.cache import Span
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
-from dparallel_ext.models import Model, traits
+from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, Recycling
 from dparallel_ext.speculation.drafter import Expecting
 from dparallel_ext.speculation.recycling import DEPTH, RANKS
@@ -210,7 +210,7 @@ def test_a_batch_of_several_groups_suppresses_what_each_does() -> None:
     with torch.inference_mode():
         batch = CausalBatch(MODEL, 4, 100, drafter=heard, sizer=Fixed(16))
         for lane, (prompt, suppress) in enumerate(zip(PROMPTS, out, strict=True)):
-            own = make_settings(DecodeConfig(suppress=suppress or None), traits(MODEL), "none", 1)[0]
+            own = make_settings(DecodeConfig(suppress=suppress or None), MODEL, "none", 1)[0]
             batch.admit(lane, prompt, 24, own)
             expected[lane] = plain(prompts=[prompt], suppress=suppress or None).responses[0]
         while batch.live:

@@ -21,7 +21,6 @@ from test_speculate import PROMPTS, plain
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
@@ -253,7 +252,7 @@ def test_pages_of_any_size_in_any_order(kind: str, page_size: int) -> None:
         cache = MODEL.new_cache(count + 3, page_size, pages)
         cache.slots.fill_(math.nan)
         batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=noted, sizer=Fixed(9), kv_cache=cache)
-        own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+        own = make_settings(DecodeConfig(), MODEL, "none", 1)[0]
         for lane, prompt in enumerate(PROMPTS):
             batch.admit(lane, prompt, 24, own)
         while batch.live:

@@ -208,7 +208,7 @@ def test_pages_of_any_size_in_any_order(page_size: int, tree: bool) -> None:
         batch = CausalBatch(MODEL, len(PROMPTS), width, drafter=drafter, sizer=Fixed(9), kv_cache=cache)
         settings = DecodeConfig()
         for lane, prompt in enumerate(PROMPTS):
-            own = make_settings(settings, models.traits(MODEL), "none", 1)[0]
+            own = make_settings(settings, MODEL, "none", 1)[0]
             batch.admit(lane, prompt, 24, own)
         while batch.live:
             batch.step()
@@ -471,7 +471,7 @@ def test_a_draft_that_failed_is_made_again_from_the_whole_text() -> None:
 
     itself.model.step = failing  # type: ignore[method-assign]
     batch = CausalBatch(MODEL, 1, 60, drafter=itself)
-    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    own = make_settings(DecodeConfig(), MODEL, "none", 1)[0]
     with torch.inference_mode():
         batch.admit(0, PROMPTS[2], 24, own)
         batch.step()
@@ -494,7 +494,7 @@ def test_passes_over_prompts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         return verifying()
 
     monkeypatch.setattr(sizer, "verifying", seen)
-    own = make_settings(DecodeConfig(), models.traits(MODEL), "none", 1)[0]
+    own = make_settings(DecodeConfig(), MODEL, "none", 1)[0]
     with torch.inference_mode():
         batch.admit(0, PROMPTS[2], 20, own)
         for _ in range(4):
