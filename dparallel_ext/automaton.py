@@ -30,7 +30,7 @@ class Automaton:
     classes without a token, are removed. An automaton is equal to itself alone.
 
     Raises TypeError or ValueError naming the argument: for a tensor that does not fit, and for `accepting` if
-    no response has the form.
+    no response of at least a token has the form.
     """
 
     token_class: Tensor
@@ -63,10 +63,11 @@ class Automaton:
         empty = torch.bincount(self.token_class, minlength=classes) == 0
         transitions = self.transitions.masked_fill(empty, NOWHERE)
         distance = _distances(transitions, self.accepting)
-        if not states or distance[0] == FAR:
-            raise ValueError("accepting: expected a state that can be reached from state 0, got none")
         dead = (transitions >= 0) & (distance[transitions.clamp(min=0)] == FAR)
-        object.__setattr__(self, "transitions", transitions.masked_fill(dead, NOWHERE))
+        transitions = transitions.masked_fill(dead, NOWHERE)
+        if not states or not (transitions[0] >= 0).any():
+            raise ValueError("accepting: expected a state that tokens lead to from state 0, got none")
+        object.__setattr__(self, "transitions", transitions)
         object.__setattr__(self, "distance", distance)
 
     def __repr__(self) -> str:
@@ -109,13 +110,10 @@ class Automaton:
             return self._tables[device]
         origin, token_class = (self.transitions >= 0).nonzero(as_tuple=True)
         target = self.transitions[origin, token_class]
-        edges = torch.stack((origin, token_class, target))
-        # The last has a class that no token has, so that there is one.
-        last = torch.tensor([[0], [self.transitions.shape[1] + 1], [0]], device="cpu")
         onward = torch.where(self.transitions >= 0, self.distance[self.transitions.clamp(min=0)], FAR)
         tables = Tables(
             self.token_class,
-            torch.cat((edges, last), 1),
+            torch.stack((origin, token_class, target)),
             self.distance,
             F.pad(onward, (0, 1), value=FAR),
         )
@@ -129,8 +127,7 @@ class Tables(NamedTuple):
     token_class: Tensor
     """(V,) int64"""
     edges: Tensor
-    """(3, E + 1) int64: the state, the class and the next state of each transition, and of one that no token
-    takes, of class K + 1."""
+    """(3, E) int64: the state, the class and the next state of each transition, of which there is one."""
     distance: Tensor
     """(S,) int64"""
     onward: Tensor

@@ -63,8 +63,6 @@ class Constrained(Rule):
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         tables, behind = Tables(*state[:-1]), state[-1]
         logits = where.cells.spread(where.rows, -math.inf).float().clamp(max=LARGEST)  # (W, C, V)
-        if where.suppress is not None:
-            logits.index_fill_(2, where.suppress, -math.inf)
         classes = tables.classes(logits.shape[2])
         path = _best_path(_scores(logits, classes, tables, where), tables, where, behind)
         where.remember(behind, path.after)
@@ -86,12 +84,12 @@ class Constrained(Rule):
 
 
 def _scores(logits: Tensor, classes: Tensor, tables: Tables, where: Where) -> Tensor:
-    """(W, C, K + 2): the largest logit of each class in each cell, less the cell's largest; where the cell
-    holds a token, 0 for its class and -inf for others. No token has the last class.
+    """(W, C, K + 1): the largest logit of each class in each cell, less the cell's largest; where the cell
+    holds a token, 0 for its class and -inf for others.
 
     logits: (W, C, V). classes: (V,).
     """
-    score = logits.new_full((*logits.shape[:2], tables.onward.shape[1] + 1), -math.inf)
+    score = logits.new_full((*logits.shape[:2], tables.onward.shape[1]), -math.inf)
     score.scatter_reduce_(2, classes.expand_as(logits), logits, "amax")
     score -= score.amax(2, keepdim=True).clamp(min=-LARGEST)
     held = classes[where.token.clamp(min=0)]
@@ -100,7 +98,7 @@ def _scores(logits: Tensor, classes: Tensor, tables: Tables, where: Where) -> Te
 
 
 def _best_path(score: Tensor, tables: Tables, where: Where, behind: Tensor) -> Path:
-    """The path with the largest sum of scores (W, C, K + 2) behind which the response can end in time.
+    """The path with the largest sum of scores (W, C, K + 1) behind which the response can end in time.
 
     behind: (lanes, columns) int64: the states that are remembered for cells that the pass does not read,
     which are in front of the others.

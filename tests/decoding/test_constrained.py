@@ -167,13 +167,8 @@ def test_suppressed_ids_are_in_no_form(llada: models.Model) -> None:
     out = dx.decode(llada, PROMPTS[0], suppress=free.unique(), **settings).responses[0]
     assert bool((out % 2 == 0).all())
     assert not torch.isin(out, free).any()
-    with pytest.raises(ValueError, match="sequence 1 at position 7 leaves no token to choose"):
-        dx.decode(
-            llada,
-            [PROMPTS[0][:0], PROMPTS[1]],
-            **{**settings, "gen_length": [0, 16]},
-            suppress=range(0, 511, 2),
-        )
+    with pytest.raises(ValueError, match="automaton: expected one with a response of tokens that the model"):
+        dx.decode(llada, PROMPTS, suppress=range(0, 511, 2), **settings)
 
 
 def test_a_form_goes_by_tokens_that_can_be_decoded(llada: models.Model) -> None:
@@ -199,7 +194,7 @@ def test_a_form_goes_by_tokens_that_can_be_decoded(llada: models.Model) -> None:
         with dx.Engine(llada, lanes=1) as engine:
             assert form.after(0, engine.submit(PROMPTS[0], gen_length=4, **settings).result().tokens) == 4
         only = Automaton(token_class, torch.tensor([[NOWHERE, NOWHERE, 0]]), torch.tensor([True]))
-        with pytest.raises(ValueError, match="sequence 0 at position 11 leaves no token to choose"):
+        with pytest.raises(ValueError, match="automaton: expected one with a response of tokens that the"):
             dx.decode(llada, PROMPTS[0], gen_length=4, **{**settings, "automaton": only})
         short = Automaton(
             token_class, torch.tensor([[NOWHERE, 1, 1], [NOWHERE] * 2 + [2], [2] * 3]), torch.arange(3) == 2
@@ -277,10 +272,10 @@ def test_an_automaton_is_checked() -> None:
         ),
         ({"transitions": table[0]}, "transitions: expected torch.int64 of 2 dimensions"),
         ({"accepting": torch.tensor([True])}, r"accepting: expected \(2,\), got \(1,\)"),
-        ({"accepting": torch.tensor([False, False])}, "accepting: expected a state that can be reached"),
+        ({"accepting": torch.tensor([False, False])}, "accepting: expected a state that tokens lead to"),
         (
             {"transitions": table[:0], "accepting": ends[:0]},
-            "accepting: expected a state that can be reached",
+            "accepting: expected a state that tokens lead to",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
