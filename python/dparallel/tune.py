@@ -255,7 +255,7 @@ def _passes(
     lanes, model = len(batch.rows), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
-        admitted = zip(part, make_settings(config, models.traits(model), "none", len(part)), strict=True)
+        admitted = zip(part, make_settings(config, model, "none", len(part)), strict=True)
         for lane, (ids, setting) in enumerate(admitted):
             length = batch.tokens.shape[1] - len(ids)
             batch.admit(lane, ids, length, setting, eos_ids=end_ids(model, config))
