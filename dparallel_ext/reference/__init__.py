@@ -1,0 +1,31 @@
+"""Pure-torch float64 references of the compiled ops, written to be read; a file for each family of ops.
+
+Tests compare every kernel with them; they are slow and allocate freely.
+"""
+
+from .attention import block_attention, kv_move, kv_write
+from .decoding import accept, commit_, gumbel, nucleus, row_stats, row_topk, select, unmask_
+from .layers import fp8_linear, linear, linear_kv_write, linear_swiglu, rms_norm, swiglu
+from .loss import certainty_forcing_loss, distillation_loss
+
+__all__ = [
+    "accept",
+    "block_attention",
+    "certainty_forcing_loss",
+    "commit_",
+    "distillation_loss",
+    "fp8_linear",
+    "gumbel",
+    "kv_move",
+    "kv_write",
+    "linear",
+    "linear_kv_write",
+    "linear_swiglu",
+    "nucleus",
+    "rms_norm",
+    "row_stats",
+    "row_topk",
+    "select",
+    "swiglu",
+    "unmask_",
+]
