@@ -108,12 +108,25 @@ class Automaton:
         """The automaton on a device; made once for each, since recorded passes read it."""
         if device in self._tables:
             return self._tables[device]
-        origin, token_class = (self.transitions >= 0).nonzero(as_tuple=True)
-        target = self.transitions[origin, token_class]
-        onward = torch.where(self.transitions >= 0, self.distance[self.transitions.clamp(min=0)], FAR)
+        leads = self.transitions >= 0
+        used = leads.any(0)
+        number = torch.where(used, used.cumsum(0) - 1, int(used.sum()))  # unused classes become one
+        token_class = number[self.token_class]
+        ids = token_class.argsort(stable=True)
+        offsets = _ends(torch.bincount(token_class, minlength=int(used.sum()) + 1))[:-1]
+        transitions = self.transitions[:, used]
+        target = transitions[transitions >= 0]
+        order = target.argsort(stable=True)
+        origin, of_edge = (t[order].int() for t in (transitions >= 0).nonzero(as_tuple=True))
+        onward = torch.where(transitions >= 0, self.distance[transitions.clamp(min=0)], FAR)
+        into = _ends(torch.bincount(target, minlength=len(transitions)))
         tables = Tables(
-            self.token_class,
-            torch.stack((origin, token_class, target)),
+            F.pad(token_class, (0, 1), value=int(used.sum())),
+            ids[: int(offsets[-1])].int(),
+            offsets,
+            origin,
+            of_edge,
+            into,
             self.distance,
             F.pad(onward, (0, 1), value=FAR),
         )
@@ -122,22 +135,32 @@ class Automaton:
 
 
 class Tables(NamedTuple):
-    """An automaton of S states, K classes and E transitions on the model's device."""
+    """An automaton of S states and E transitions on the model's device, with the K classes of tokens that
+    lead anywhere."""
 
     token_class: Tensor
-    """(V,) int64"""
-    edges: Tensor
-    """(3, E) int64: the state, the class and the next state of each transition, of which there is one."""
+    """(V + 1,) int64: the class of each id; K for those that lead nowhere, and for an id that the automaton
+    does not have, which counts as the last."""
+    ids: Tensor
+    """(M,) int32: the ids, class by class, ascending in each; without those that lead nowhere."""
+    offsets: Tensor
+    """(K + 1,) int64: where each class begins in `ids`, and the end of the last."""
+    origin: Tensor
+    """(E,) int32: the state that each transition comes from. They are ordered by the state that they lead
+    to."""
+    edge_class: Tensor
+    """(E,) int32: the class of its tokens."""
+    edge_offsets: Tensor
+    """(S + 1,) int64: where the transitions to each state begin, and the end of the last."""
     distance: Tensor
     """(S,) int64"""
     onward: Tensor
-    """(S, K + 1) int64: the distance behind a token of each class; `FAR` where none may follow, and for class
-    K, of ids that the automaton does not have."""
+    """(S, K + 1) int64: the distance behind a token of each class; `FAR` where none may follow."""
 
-    def classes(self, vocab: int) -> Tensor:
-        """(vocab,) int64: the class of each of a model's ids."""
-        known = self.token_class[:vocab]
-        return F.pad(known, (0, vocab - len(known)), value=self.onward.shape[1] - 1)
+    def classes(self, ids: Tensor) -> Tensor:
+        """(...) int64: the classes of ids (...)."""
+        last = len(self.token_class) - 1
+        return self.token_class[torch.where((ids >= 0) & (ids < last), ids, last)]
 
     def allowed(self, state: Tensor, left: Tensor) -> Tensor:
         """(..., K + 1) bool: the classes of tokens that may follow in `state` (...), and behind which `left`
@@ -146,6 +169,11 @@ class Tables(NamedTuple):
         onward = self.onward[state]
         fits = onward <= left[..., None]
         return fits | (~fits.any(-1, keepdim=True) & (onward < FAR))
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """(N + 1,) int64: where each of N runs begins that follow each other, and the end of the last."""
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def _check_within(name: str, values: Tensor, least: int, end: int) -> None:

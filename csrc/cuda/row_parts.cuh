@@ -73,4 +73,14 @@ __device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merg
   return part;
 }
 
+// Run i of a list of `listed`, within the list whatever the offsets are.
+struct Run {
+  int64_t begin, end;
+
+  __device__ static Run of(const int64_t* offsets, int64_t i, int64_t listed) {
+    const int64_t begin = offsets[i], end = offsets[i + 1];
+    return {begin < 0 ? 0 : begin, end > listed ? listed : end};
+  }
+};
+
 }  // namespace dparallel::cuda

@@ -93,8 +93,8 @@ inline void write_back(Tensor& t, const Tensor& rows) {
 }
 
 // Indices on the CPU, where a look costs nothing.
-inline void within(const char* name, const int64_t* index, int64_t count, int64_t low,
-                   int64_t high) {
+template <class Index>
+void within(const char* name, const Index* index, int64_t count, int64_t low, int64_t high) {
   for (int64_t i = 0; i < count; ++i)
     DP_CHECK(low <= index[i] && index[i] < high, name, ": expected in [", std::max<int64_t>(low, 0),
              ", ", high, "), got ", index[i], " at ", i);

@@ -183,31 +183,46 @@ def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowSt
             )
     first = [whole("offsets", offset, 0) for offset in offsets]
 
-    def stacked(name: str) -> Tensor:  # (S, ...), +inf as the largest float32
-        return torch.stack([getattr(s, name) for s in shards]).double().clamp(max=LARGEST)
+    token = [
+        torch.where(s.token < 0, -1, s.token + first_id) for s, first_id in zip(shards, first, strict=True)
+    ]
+    fields = {"top1", "top2", "entropy", "max_logit", "log_sum"}
+    stacked = {name: torch.stack([getattr(s, name) for s in shards], -1) for name in fields}
+    stats, error = merge_parts(shards[0]._replace(token=torch.stack(token, -1), **stacked))
+    report(error, named_row)
+    return stats
 
-    token = torch.stack(
-        [torch.where(s.token < 0, -1, s.token + first_id) for s, first_id in zip(shards, first, strict=True)]
-    )
-    top1, top2, largest = stacked("top1"), stacked("top2"), stacked("max_logit")
-    top = largest.amax(0)  # NaN if any is
+
+def merge_parts(parts: RowStats, among: Tensor | None = None) -> tuple[RowStats, Tensor]:
+    """The statistics of rows (...) whose parts have the statistics `parts` (..., P), as `check=False` leaves
+    them, and the error of each row (rows,) int64, see `errors.explain`. In float64.
+
+    among: (..., P) bool: the parts that rows consist of; None: all.
+    """
+
+    def only(values: Tensor | None, blank: float) -> Tensor:  # +inf as the largest float32
+        assert values is not None
+        values = values if among is None else torch.where(among, values, blank)
+        return values.double().clamp(max=LARGEST)
+
+    top1, top2, largest = (only(x, -math.inf) for x in (parts.top1, parts.top2, parts.max_logit))
+    top = largest.amax(-1)  # NaN if any is
     nothing = top == -math.inf
     anchor = torch.where(nothing, 0.0, top)
-    log_sums = largest - anchor + stacked("log_sum")  # (S, ...) relative to the row's largest logit
-    log_sum = log_sums.logsumexp(0)
-    share = log_sums - log_sum  # log of the part's share of the probability
+    log_sums = largest - anchor[..., None] + only(parts.log_sum, 0.0)  # relative to the row's largest logit
+    log_sum = log_sums.logsumexp(-1)
+    share = log_sums - log_sum[..., None]  # log of the part's share of the probability
     # For a part without a finite logit: -inf, where the line above may have made NaN.
     share = torch.where(largest == -math.inf, -math.inf, share)
-    entropy = (share.exp() * torch.where(share > -math.inf, stacked("entropy") - share, 0.0)).sum(0)
-    best = top1.amax(0)
-    held = (top1 == best) & (token >= 0)
-    chosen = torch.where(held, token, NO_ERROR).amin(0)  # of a tie the lowest id
-    second = torch.cat((top1, top2)).sort(0, descending=True).values[1]
+    entropy = (share.exp() * torch.where(share > -math.inf, only(parts.entropy, 0.0) - share, 0.0)).sum(-1)
+    best = top1.amax(-1)
+    held = (top1 == best[..., None]) & (top1 > -math.inf)
+    chosen = torch.where(held, parts.token, NO_ERROR).amin(-1)  # of a tie the lowest id
+    second = torch.where(held & (parts.token == chosen[..., None]), top2, top1).amax(-1)
     logprob = best - anchor - log_sum
     p1, p2 = logprob.exp(), (second - anchor - log_sum).exp()
-    error = torch.where(top.isnan(), 1, torch.where(held.any(0), NO_ERROR, 2)).flatten()
+    error = torch.where(top.isnan(), 1, torch.where(held.any(-1), NO_ERROR, 2)).flatten()
     row = torch.arange(error.numel(), device=error.device)
-    report(torch.where(error == NO_ERROR, error, 4 * row + error), named_row)
 
     def real(values: Tensor) -> Tensor:
         return values.float()
@@ -215,12 +230,13 @@ def merge_row_stats(shards: Sequence[RowStats], offsets: Sequence[int]) -> RowSt
     def infinite(values: Tensor) -> Tensor:
         return torch.where(values >= LARGEST, math.inf, values).float()
 
-    chosen = torch.where(held.any(0), chosen, -1)
+    chosen = torch.where(held.any(-1), chosen, -1)
     lse = torch.where(nothing, -math.inf, torch.where(top >= LARGEST, math.inf, top + log_sum))
-    return RowStats(
+    stats = RowStats(
         chosen, infinite(best), infinite(second), real(lse), real(p1), real(p1 - p2), real(entropy),
         chosen.clone(), real(logprob), infinite(top), real(log_sum),
     )  # fmt: skip
+    return stats, torch.where(error == NO_ERROR, error, 4 * row + error)
 
 
 def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:

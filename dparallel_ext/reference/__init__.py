@@ -4,14 +4,17 @@ Tests compare every kernel with them; they are slow and allocate freely.
 """
 
 from .attention import block_attention, kv_move, kv_write
+from .automaton import best_path, class_stats
 from .decoding import accept, commit_, gumbel, nucleus, row_stats, row_topk, select, unmask_
 from .layers import fp8_linear, linear, linear_kv_write, linear_swiglu, rms_norm, swiglu
 from .loss import certainty_forcing_loss, distillation_loss
 
 __all__ = [
     "accept",
+    "best_path",
     "block_attention",
     "certainty_forcing_loss",
+    "class_stats",
     "commit_",
     "distillation_loss",
     "fp8_linear",

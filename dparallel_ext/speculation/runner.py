@@ -321,7 +321,8 @@ class CausalRunner:
         logits = self._logits(key, ids, source, metadata, joined)
         for automaton, state in zip(key.automata, states, strict=True):
             tables = automaton.tables(self.device)
-            allowed = tables.allowed(state.clamp(min=0), left)[:, tables.classes(logits.shape[1])]
+            classes = tables.classes(torch.arange(logits.shape[1], device=self.device))
+            allowed = tables.allowed(state.clamp(min=0), left)[:, classes]
             # Rows of other lanes, and those behind a node that is not of the form, are not constrained.
             logits = logits.masked_fill(~allowed & (state != NOWHERE)[:, None], -math.inf)
         outputs = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
+from forms import a_form
 from ops import test_op_inputs as inputs
 from ops.test_accept import forest
 from ops.test_distillation_loss import compare
@@ -17,7 +18,7 @@ from ops.test_unmask import windows_of
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import policies, reference
+from dparallel_ext import ops, policies, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 2**-52}
@@ -537,10 +538,40 @@ def linear_kv_write(rng: random.Random) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def class_stats(rng: random.Random) -> None:
+    dtype, vocab, classes = rng.choice(DTYPES), rng.choice(VOCABULARIES), rng.randrange(9)
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    special = (math.inf, -math.inf, low, high, 60000.0, math.nan)
+    logits = numbers(rng, dtype, rng.randrange(4), vocab, special=special)
+    ids = [token for token in range(-2, vocab + 2) if rng.random() < 0.8] if classes else []
+    ends = sorted(rng.randint(0, len(ids)) for _ in range(classes))
+    given = (
+        strided(rng, logits),
+        strided(rng, torch.tensor(ids, dtype=torch.int32)),
+        strided(rng, torch.tensor([0, *ends])),
+    )
+    found, expected = ops.class_stats.class_stats(*given), reference.class_stats(*given)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert_stats_close(a, b, name)
+
+
+def best_path(rng: random.Random) -> None:
+    tables = a_form(rng.randrange(10**6)).tables(torch.device("cpu"))
+    windows, cells, classes = rng.randrange(4), rng.randrange(20), len(tables.offsets) - 1
+    scores = -whole(rng, 0, 4, windows, cells, classes).float()  # whole numbers, with ties
+    scores[some(rng, 0.2, windows, cells, classes)] = rng.choice([-math.inf, math.nan])
+    begin, end, room = (whole(rng, 0, cells + 1, windows) for _ in range(3))
+    where = (begin, end, whole(rng, 0, len(tables.distance), windows), room)
+    given = [strided(rng, t) for t in (scores, *where)]
+    found, expected = ops.best_path.best_path(*given, tables), reference.best_path(scores, *where, tables)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 CASES: list[Callable[[random.Random], None]] = [
     row_stats, row_topk, select, unmask_, commit_, accept, certainty_forcing_loss, distillation_loss,
     kv_write, kv_move, block_attention, rms_norm, swiglu, linear, fp8_linear,
-    linear_swiglu, linear_kv_write,
+    linear_swiglu, linear_kv_write, class_stats, best_path,
 ]  # fmt: skip
 
 

@@ -50,6 +50,11 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         ),
         "row_topk": (z, 3, rows, MASK, ids, counters(z, 6)),
         "select": (score, score.clone(), score.clone(), eligible, policy),
+        "class_stats": (z, torch.arange(40).int(), torch.tensor([0, 30, 30, 38])),
+        "best_path": (
+            -torch.rand(2, 3, 2), start, end, start.clone(), end + 1, torch.tensor([0, 1, 1]).int(),
+            torch.tensor([0, 0, 1]).int(), torch.tensor([0, 1, 3]), torch.tensor([1, 0]),
+        ),
         "unmask_": (
             tokens, z, None, torch.tensor([1, 0]), start, end, policy, MASK, ids, 0.7, 1.0, 0,
             keys[:, :3].contiguous(), 0, counters(z, 10),
@@ -299,6 +304,15 @@ OUT_OF_BOUNDS = [
     ("row_topk", 4, [2, 41], r"suppress: expected in \[0, 40\), got 41 at 1"),
     ("row_topk", 4, [2, 1], "suppress: expected ascending ids"),
     ("row_topk", 1, 17, "k: expected 1 to 16, got 17"),
+    ("class_stats", 2, [0, 30, 41, 41], r"offsets: expected in \[0, 41\), got 41 at 2"),
+    ("class_stats", 2, [0, 30, 20, 40], "offsets: expected ascending numbers"),
+    ("best_path", 1, [0, 4], r"begin: expected in \[0, 4\), got 4 at 1"),
+    ("best_path", 2, [-1, 3], r"end: expected in \[0, 4\), got -1 at 0"),
+    ("best_path", 3, [0, 2], r"enter: expected in \[0, 2\), got 2 at 1"),
+    ("best_path", 5, [0, 1, -1], r"origin: expected in \[0, 2\), got -1 at 2"),
+    ("best_path", 6, [0, 2, 1], r"edge_class: expected in \[0, 2\), got 2 at 1"),
+    ("best_path", 7, [0, 4, 3], r"edge_offsets: expected in \[0, 4\), got 4 at 1"),
+    ("best_path", 7, [1, 0, 3], "edge_offsets: expected ascending numbers"),
     ("unmask_", 8, [2**40], "suppress: expected in"),
     ("unmask_", 3, [0, 2], r"lane: expected in \[0, 2\), got 2 at 1"),
     ("unmask_", 3, [-(2**62), 1], "lane: expected in"),
@@ -337,7 +351,7 @@ OUT_OF_BOUNDS = [
 @pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS)
 def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> None:
     call = copied(examples(torch.float32)[name])
-    call[place] = torch.tensor(value) if isinstance(value, list) else value
+    call[place] = torch.tensor(value, dtype=call[place].dtype) if isinstance(value, list) else value
     with pytest.raises(ValueError, match=said):
         op_of(name)(*call)
 
@@ -345,7 +359,7 @@ def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> No
 @pytest.mark.parametrize(("name", "place", "value", "said"), OUT_OF_BOUNDS[::5])
 def test_indices_are_checked_under_compile(name: str, place: int, value: Any, said: str) -> None:
     call = copied(examples(torch.float32)[name])
-    call[place] = torch.tensor(value) if isinstance(value, list) else value
+    call[place] = torch.tensor(value, dtype=call[place].dtype) if isinstance(value, list) else value
     run = torch.compile(lambda *a: op_of(name)(*a), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=said):
         run(*call)

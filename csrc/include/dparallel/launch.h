@@ -71,6 +71,45 @@ struct RowTopkArgs {
   int64_t* error;   // [count] kNoError, or encode_error of the place in the output
 };
 
+// The statistics of classes of ids, each as a row_stats of its ids alone. A class is a run of
+// `ids`; ids outside the vocabulary are passed over.
+struct ClassStatsArgs {
+  Logits logits;
+  int64_t count;       // rows
+  const int32_t* ids;  // [listed], ascending within each class
+  int64_t listed;
+  const int64_t* offsets;  // [classes + 1] where each class begins in `ids`; ascending
+  int64_t classes;
+  // Of count * classes rows, without errors: NaN for a class that holds NaN, as finish() for one
+  // that leaves no token to choose.
+  RowOutput output;
+};
+
+// The transitions of an automaton over classes of tokens, by the state that they lead to.
+struct Transitions {
+  int64_t states, classes, edges;
+  const int32_t* origin;       // [edges] the state that each comes from
+  const int32_t* token_class;  // [edges]
+  const int64_t* offsets;      // [states + 1] where the edges into each state begin; ascending
+  const int64_t* distance;     // [states] the fewest tokens from it to an accepting state
+};
+
+// The best path through the cells [begin, end) of each window: the largest sum of scores on the way
+// from state `enter`, behind which at most `room` tokens lead to an accepting state; where no path
+// has that, the largest sum alone. Of equal sums into a state the first edge counts, of equal last
+// states the lowest. A score of NaN is no way.
+struct BestPathArgs {
+  const float* scores;  // [windows, cells, classes]; -inf: no way
+  int64_t windows, cells;
+  const int64_t* begin;
+  const int64_t* end;    // [windows]
+  const int64_t* enter;  // [windows]
+  const int64_t* room;   // [windows]
+  Transitions transitions;
+  int64_t* state;        // [windows, cells + 1] in front of each cell, and behind the last
+  int64_t* token_class;  // [windows, cells]; -1 outside [begin, end), and where there is no path
+};
+
 // The errors of a launch, kept until the host reads them: where `word` holds kNoError, it becomes
 // the least of `error`.
 struct KeepErrorArgs {
@@ -386,6 +425,8 @@ using Parallel = void (*)(int64_t n, Body body, const void* context);
 
 void row_stats(const RowStatsArgs& args, Parallel parallel);
 void row_topk(const RowTopkArgs& args, Parallel parallel);
+void class_stats(const ClassStatsArgs& args, Parallel parallel);
+void best_path(const BestPathArgs& args, Parallel parallel);
 void select(const SelectArgs& args, Parallel parallel);
 void keep_error(const KeepErrorArgs& args, Parallel parallel);
 void unmask(const UnmaskArgs& args, Parallel parallel);
@@ -421,6 +462,7 @@ struct Workspace {
 };
 int64_t row_stats_scratch(const RowStatsArgs& args);
 int64_t unmask_scratch(const UnmaskArgs& args);
+int64_t best_path_scratch(const BestPathArgs& args);
 int64_t select_scratch(const SelectArgs& args);
 int64_t accept_scratch(const AcceptArgs& args);
 int64_t row_stats_counters(const RowStatsArgs& args);
@@ -431,6 +473,8 @@ int64_t commit_counters(const CommitArgs& args);
 int64_t accept_counters(const AcceptArgs& args);
 int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream);
 int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream);
+int class_stats(const ClassStatsArgs& args, void* stream);
+int best_path(const BestPathArgs& args, const Workspace& workspace, void* stream);
 int select(const SelectArgs& args, const Workspace& workspace, void* stream);
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream);
 int commit(const CommitArgs& args, const Workspace& workspace, void* stream);

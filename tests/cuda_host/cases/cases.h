@@ -241,6 +241,8 @@ inline void near(const Numbers& cuda, const Numbers& cpu, const char* name) {
 // A random case of an op, whose CUDA kernel and CPU kernel are run on it.
 void row_stats_case();
 void row_topk_case();
+void class_stats_case();
+void best_path_case();
 void select_case();
 void unmask_case();
 void loss_case();

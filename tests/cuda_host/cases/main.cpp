@@ -25,7 +25,9 @@ struct {
                       {"row_topk", row_topk_case},
                       {"accept", accept_case},
                       {"distillation_loss", distillation_case},
-                      {"keep_error", keep_error_case}};
+                      {"keep_error", keep_error_case},
+                      {"class_stats", class_stats_case},
+                      {"best_path", best_path_case}};
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {
