@@ -7,8 +7,10 @@ import torch
 
 from . import (
     bench_accept,
+    bench_best_path,
     bench_block_attention,
     bench_certainty_forcing_loss,
+    bench_class_stats,
     bench_commit,
     bench_decode,
     bench_distillation_loss,
@@ -79,6 +81,8 @@ CASES = (
     bench_kv_move.case(1, 8),
     bench_row_topk.case(32),
     bench_select.CASE,
+    bench_class_stats.case(32),
+    bench_best_path.CASE,
     bench_commit.CASE,
     bench_keep_error.CASE,
     *(bench_accept.case(rows) for rows in bench_accept.ROWS),
