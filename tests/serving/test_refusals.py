@@ -13,7 +13,7 @@ import pytest
 import torch
 from asking import BLOCK, MODEL, PAGE, PROMPT, PROMPTS, VOCABULARY, chat, decoded, exchange, joined, raw
 from dparallel import registry
-from dparallel.serving import protocol
+from dparallel.serving import unsupported
 from dparallel.serving.app import Gate, make_app
 from dparallel.serving.errors import ApiError
 from dparallel.serving.service import Service
@@ -135,27 +135,27 @@ def test_bad_completions_are_named(client: OpenAI, settings: dict[str, Any], par
 
 @pytest.mark.parametrize("which", [0, -1])
 def test_neutral_values_are_accepted(client: OpenAI, which: int) -> None:
-    harmless = {**dict.fromkeys(protocol.HARMLESS, "x"), "unheard_of": None}
+    harmless = {**dict.fromkeys(unsupported.HARMLESS, "x"), "unheard_of": None}
 
-    def one_of_each(neutral: protocol.Neutral) -> dict[str, Any]:
+    def one_of_each(neutral: unsupported.Neutral) -> dict[str, Any]:
         return {name: values[which] for name, values in neutral.items()}
 
-    parts = [{"type": "text", "text": PROMPT, **one_of_each(protocol.PART), **harmless}]
-    messages = [{"role": "user", "content": parts, **one_of_each(protocol.MESSAGE), **harmless}]
-    asked = {**one_of_each(protocol.CHAT), **harmless, "messages": messages}
+    parts = [{"type": "text", "text": PROMPT, **one_of_each(unsupported.PART), **harmless}]
+    messages = [{"role": "user", "content": parts, **one_of_each(unsupported.MESSAGE), **harmless}]
+    asked = {**one_of_each(unsupported.CHAT), **harmless, "messages": messages}
     plain = chat(client, max_tokens=8, max_completion_tokens=8).choices[0].message.content
     assert chat(client, max_tokens=8, extra_body=asked).choices[0].message.content == plain
     assert chat(client, max_tokens=8, stream_options={"include_usage": False}).choices[0]
-    options = {"include_usage": True, **one_of_each(protocol.STREAM_OPTIONS)}
+    options = {"include_usage": True, **one_of_each(unsupported.STREAM_OPTIONS)}
     assert joined(chat(client, max_tokens=8, stream=True, stream_options=options))[0] == {0: plain}
-    asked = {**one_of_each(protocol.COMPLETION), **harmless, "best_of": 2}
+    asked = {**one_of_each(unsupported.COMPLETION), **harmless, "best_of": 2}
     answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=8, n=2, extra_body=asked)
     assert [choice.text for choice in answer.choices] == [plain, plain]
 
 
 def test_what_is_not_neutral_is_named() -> None:
-    for name in protocol.CHAT:
-        found = protocol.refused({"user": "me", name: "something else"}, protocol.CHAT)
+    for name in unsupported.CHAT:
+        found = unsupported.refused({"user": "me", name: "something else"}, unsupported.CHAT)
         assert found is not None
         assert found[0] == name
         assert found[1].startswith(f"{name}: only ")
@@ -166,9 +166,9 @@ def test_what_is_not_neutral_is_named() -> None:
         "tools": [{}],
         "ignored": 0,
     }.items():
-        assert (protocol.refused({name: value}, protocol.CHAT) or "")[0] == name
+        assert (unsupported.refused({name: value}, unsupported.CHAT) or "")[0] == name
     # That which says most about what the client is after comes first.
-    found = protocol.refused({"logprobs": 1, "echo": True}, protocol.COMPLETION)
+    found = unsupported.refused({"logprobs": 1, "echo": True}, unsupported.COMPLETION)
     assert found is not None
     assert found[0] == "echo"
 
