@@ -11,11 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from dparallel.toy import tasks
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from server_here import BLOCK, EOS, MODEL, Here
 
 import dparallel_ext as dx
@@ -50,6 +52,17 @@ def decoded(student: tuple[Any, Any], prompt: str, **settings: Any) -> tuple[str
 def chat(client: OpenAI, prompt: str = PROMPT, **settings: Any) -> Any:
     messages = [{"role": "user", "content": prompt}]
     return client.chat.completions.create(**{"model": MODEL, "messages": messages, **settings})
+
+
+@contextmanager
+def bad_request(param: str, said: str = "") -> Iterator[None]:
+    """A request is refused by a 400 whose text begins with the parameter's name and has `said` in it."""
+    with pytest.raises(BadRequestError) as error:
+        yield
+    body: Any = error.value.body
+    assert (body["param"], body["type"]) == (param, "invalid_request_error")
+    assert body["message"].startswith((f"{param}: ", f"{param}."))
+    assert said in body["message"]
 
 
 def joined(stream: Any) -> tuple[dict[int, str], dict[int, str], int]:

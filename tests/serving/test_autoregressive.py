@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from asking import MODEL, PROMPTS, VOCABULARY, joined
+from asking import MODEL, PROMPTS, VOCABULARY, bad_request, joined
 from dparallel import registry, tokenizer
 from dparallel.cli import app
 from dparallel.serving import runner
 from drafters import model_of, riding
-from openai import BadRequestError, OpenAI
+from openai import OpenAI
 from server_here import Here, serving
 from typer.testing import CliRunner
 
@@ -179,16 +179,14 @@ def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(client: OpenAI, change: dict[str, Any], param: str, said: str) -> None:
-    with pytest.raises(BadRequestError, match=said) as error:
+    with bad_request(param, said):
         ask(client, **change)
-    assert error.value.param == param
     assert ask(client, max_tokens=2, suffix="").usage.completion_tokens <= 2
 
 
 def test_an_empty_chat_is_refused(client: OpenAI) -> None:
-    with pytest.raises(BadRequestError, match="messages: expected at least one token, got none") as error:
+    with bad_request("messages", "messages: expected at least one token, got none"):
         client.chat.completions.create(model="causal", messages=[{"role": "user", "content": ""}])
-    assert error.value.param == "messages"
 
 
 def test_text_offsets_are_places_in_the_text(client: OpenAI, loaded: tuple[Any, Any]) -> None:

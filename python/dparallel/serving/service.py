@@ -330,8 +330,9 @@ class ModelService:
             theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
             theirs |= {"automaton": form, "infill": "suffix", "rule": "policy"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs")}
-            message = f"{theirs[ours]}:{reason}" if ours in theirs else str(error)
-            raise ApiError(400, message, param=theirs.get(ours, "policy")) from error
+            # Other arguments, such as steps, follow from the policy.
+            name, reason = (theirs[ours], reason) if ours in theirs else ("policy", f" {error}")
+            raise ApiError(400, f"{name}:{reason}", param=name) from error
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError if they or a prompt hold the mask token."""
