@@ -236,6 +236,55 @@ def test_a_warning_is_one_line_without_its_place(monkeypatch: pytest.MonkeyPatch
     assert said == "warning: gen_length: 600 positions\n"
 
 
+def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    runs = ("trajectories.generate", "drafters.run", "distill.run", "filter.run")
+    for name in ("toy.train.train", "sweep.sweep", *(f"training.{each}" for each in runs)):
+        monkeypatch.setattr(f"dparallel.{name}", interrupted)
+    out = tmp_path / "out"
+    recipe = ("distill", RECIPES / "builtin.yaml", "--answers", "x", "--out", out)
+    commands = (
+        ("train", out),
+        ("trajectories", out, "--data", "builtin:2"),
+        ("drafter", "builtin:causal", out),
+        recipe,
+    )
+    nothing = f"interrupted: {out} keeps nothing yet; the same command begins anew\n"
+    assert [run(*command, code=130) for command in commands] == [nothing] * 4
+    out.mkdir()
+    for number in (1, 2):
+        (out / f"answers-0000{number}.safetensors").touch()
+        (out / f"part-0000{number}.parquet").touch()
+    (out / "part-00003.parquet.77.partial").touch()
+
+    def keeps(part: str, *command: object) -> None:
+        said = run(*command, code=130)
+        assert said == f"interrupted: {out} keeps {part}; the same command goes on from there\n"
+
+    keeps("2 files of answers", "drafter", "builtin:causal", out)
+    keeps("2 shards", "trajectories", out, "--data", "builtin:2")
+    torch.save({"step": 500}, out / "state.pt")
+    keeps("step 500", "drafter", "builtin:causal", out)
+    keeps("step 500", "train", out)
+    for step, saved in ((20, 20), (30, 0)):  # the saving of the latter was interrupted
+        (out / f"checkpoint-{step}").mkdir()
+        (out / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {saved}}}')
+    keeps("checkpoint-20", *recipe)
+    (out / "state.pt").write_bytes(b"cut off")
+    keeps("2 files of answers", "drafter", "builtin:causal", out)
+
+    file = tmp_path / "file"
+    anew = f"interrupted: {file} is as it was; the same command begins anew\n"
+    assert run("filter", file, "--answers", out, code=130) == anew
+    assert "--json FILE" in run("evaluate", code=130)
+    kept = f"{file} keeps the measurements that are complete; --resume goes on behind them"
+    assert run("evaluate", "--json", file, code=130) == f"interrupted: {kept}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", out, code=130) == ""
+
+
 def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path: Path):
     # In place of torch: it catches what the signal raises, as parts of an import may.
     (tmp_path / "torch.py").write_text(

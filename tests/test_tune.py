@@ -349,7 +349,8 @@ def test_a_run_that_is_interrupted_leaves_the_file_as_it_was(
 
     monkeypatch.setattr(tune, at, interrupted)
     file = tmp_path / "tuned.json"
-    run("tune", file, *DRAFTED, *SMALL, "--draft-size", 3, code=130)
+    _, said = run("tune", file, *DRAFTED, *SMALL, "--draft-size", 3, code=130)
+    assert said.endswith(f"interrupted: {file} is as it was; the same command begins anew\n")
     assert not list(tmp_path.iterdir())
     file.write_text("as it was")
     run("tune", file, *DRAFTED, *SMALL, "--draft-size", 3, code=130)

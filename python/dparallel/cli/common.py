@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,11 +90,17 @@ LookaheadOption = Annotated[
 
 
 @contextmanager
-def plain_errors(extra: str = "cli") -> Iterator[None]:
+def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> Iterator[None]:
     """A context that reports bad input, a file that cannot be read or written, or a missing package of
-    `extra` in one line."""
+    `extra` in one line. Ctrl-C ends it with status 130 and, where there is `kept`, a line of what a run has
+    kept."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)  # progress bars end now, not below the line
+        if kept is not None and os.environ.get("RANK", "0") == "0":
+            typer.echo("\n" * sys.stderr.isatty() + f"interrupted: {kept()}", err=True)
+        raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
     except (ValueError, OSError, ImportError) as error:
@@ -107,6 +115,22 @@ def plain_errors(extra: str = "cli") -> Iterator[None]:
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from error
+
+
+def goes_on(out: Path, kept: Callable[[Path], str | None]) -> Callable[[], str]:
+    """What an interrupted run has kept in its directory, and how it goes on, for `plain_errors`."""
+
+    def line() -> str:
+        if (part := kept(out)) is None:
+            return f"{out} keeps nothing yet; the same command begins anew"
+        return f"{out} keeps {part}; the same command goes on from there"
+
+    return line
+
+
+def begins_anew(out: Path) -> Callable[[], str]:
+    """What a command says that writes a file at its end alone, for `plain_errors`."""
+    return lambda: f"{out} is as it was; the same command begins anew"
 
 
 def check_text(**texts: str | None) -> None:

@@ -37,6 +37,7 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
+    begins_anew,
     check_kind,
     plain_errors,
     read_config,
@@ -163,7 +164,12 @@ def evaluate(
     from .. import results as reporting
     from ..recording import Recording
 
-    with plain_errors():
+    def kept() -> str:
+        if json_file is None:
+            return "nothing is kept; with --json FILE measurements are, and --resume goes on behind them"
+        return f"{json_file} keeps the measurements that are complete; --resume goes on behind them"
+
+    with plain_errors(kept=kept):
         if problems is not None:
             whole("problems", problems, 1)
         whole("batch", batch, 1)
@@ -302,7 +308,7 @@ def tune(
     """
     from .. import tune as tuning
 
-    with plain_errors():
+    with plain_errors(kept=begins_anew(out)):
         files.writable("out", out)
         causal = registry.is_causal(model)
         options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}

@@ -29,6 +29,8 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
+    begins_anew,
+    goes_on,
     plain_errors,
 )
 
@@ -51,8 +53,9 @@ def train(
     """Train the built-in model from scratch (76 minutes on two cores; with --causal 56)."""
     from ..toy.train import Settings
     from ..toy.train import train as run
+    from ..training import loop
 
-    with plain_errors():
+    with plain_errors(kept=goes_on(out, loop.kept)):
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
         fields: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
         shipped = {"steps": 1500} if causal else {}
@@ -89,7 +92,7 @@ def answer(
     """
     from ..training import trajectories
 
-    with plain_errors("train"):
+    with plain_errors("train", goes_on(out, trajectories.kept)):
         checker = CHECKER if checker is None else checker
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
@@ -129,7 +132,7 @@ def learn_filter(
     """
     from ..training import filter as filtering
 
-    with plain_errors("train"):
+    with plain_errors("train", begins_anew(out)):
         whole("batch", batch, 1)
         settings = filtering.Settings(tau, steps, lr, hidden, held_out, seed)
         report = filtering.run(answers, out, settings, model=model, batch=batch, device=device)
@@ -221,7 +224,7 @@ def drafter(
     """
     from ..training import drafters
 
-    with plain_errors("train"):
+    with plain_errors("train", goes_on(out, drafters.kept)):
         fields = {
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
@@ -265,7 +268,7 @@ def distill(
     """
     from ..training import distill as distilling
 
-    with plain_errors("train"):
+    with plain_errors("train", None if out is None else goes_on(out, distilling.kept)):
         changes = {"model": model, "mask_id": mask_id}
         loaded = distilling.read(recipe, **{k: value for k, value in changes.items() if value is not None})
         if dry_run:

@@ -157,6 +157,12 @@ def last_checkpoint(directory: Path) -> str | None:
     return None
 
 
+def kept(directory: Path) -> str | None:
+    """The name of the last checkpoint; None if there is none."""
+    checkpoint = last_checkpoint(directory)
+    return None if checkpoint is None else Path(checkpoint).name
+
+
 RECORD = "recipe.json"
 MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "per_device_*", "gradient_*", "dataloader_*", "ddp_*"),

@@ -148,6 +148,15 @@ def run(
     return Trained(seconds, curve)
 
 
+def kept(directory: Path) -> str | None:
+    """The last saved step of the run in a directory, in words; None if there is none."""
+    try:
+        state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+        return f"step {state['step']}"
+    except Exception:  # torch.load raises many kinds
+        return None
+
+
 def make_optimizers(model: nn.Module, matrices: list[nn.Parameter], schedule: Schedule) -> Optimizers:
     """Muon for the matrices and AdamW for the other parameters, each with its full rate."""
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]

@@ -233,6 +233,12 @@ def _answer(
         ]
 
 
+def kept(directory: Path) -> str | None:
+    """The whole shards of the run in a directory, in words; None if there is none."""
+    count = sum(len([*directory.glob(f"part-*.{format}")]) for format in FORMATS)
+    return f"{count} shard{'s' * (count > 1)}" if count else None
+
+
 def _shard(directory: Path, number: int, format: str) -> Path:
     return directory / f"part-{number:05d}.{format}"
 

@@ -6,6 +6,6 @@ the weights is saved.
 """
 
 from .common import Settings
-from .runs import KINDS, judge, lines, run, settings_of
+from .runs import KINDS, judge, kept, lines, run, settings_of
 
-__all__ = ["KINDS", "Settings", "judge", "lines", "run", "settings_of"]
+__all__ = ["KINDS", "Settings", "judge", "kept", "lines", "run", "settings_of"]

@@ -102,6 +102,12 @@ def answers_of(
     return long_enough
 
 
+def kept_answers(directory: Path) -> str | None:
+    """The files of answers in a directory, in words; None if there is none."""
+    count = len([*directory.glob("answers-*.safetensors")])
+    return f"{count} file{'s' * (count > 1)} of answers" if count else None
+
+
 def answer_all(
     model: models.Model, prompts: Sequence[Tensor], settings: Settings, first: int = 0
 ) -> list[Answer]:

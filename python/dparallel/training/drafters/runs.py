@@ -22,7 +22,7 @@ from ... import files, registry
 from ...text import prompt_encoder
 from .. import loop
 from . import adadecode, blocks, riders
-from .answers import answers_of, prompts_of
+from .answers import answers_of, kept_answers, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
 TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers, adadecode.Exits)
@@ -113,6 +113,11 @@ def run(
             report["held_out"] = judge(model, drafter, judged, settings.gen_length, answer_batch)
         files.write_json(directory / "training.json", report)
     return report
+
+
+def kept(directory: Path) -> str | None:
+    """What an interrupted run in a directory has kept, in words; None if that is nothing."""
+    return loop.kept(directory) or kept_answers(directory)
 
 
 @contextmanager
