@@ -96,9 +96,10 @@ def speculate(
             masked diffusion. None: plain decoding. Recordings on a GPU are kept for the next call with the
             same model, if it is plain, its drafter has no part in the model's passes, or the drafter is the
             same object, by itself or by its name.
-        draft_size: the most nodes and riders of a draft. None: the number that gives the most tokens per
-            second, by measured times and acceptance; the text is the same, but the number of passes is
-            reproducible only with a fixed size. Without a drafter it has no effect.
+        draft_size: the most nodes and riders of a draft; beyond the drafter's own `most` it changes nothing.
+            None: the number that gives the most tokens per second, by measured times and acceptance; the text
+            is the same, but the number of passes is reproducible only with a fixed size. Without a drafter it
+            has no effect.
         attention_mask: see `decode`.
         streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
         progress: show a tqdm bar of tokens.

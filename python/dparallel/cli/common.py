@@ -65,7 +65,7 @@ DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 GuessesOption = Annotated[
     int | None,
     typer.Option(
-        help="tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
+        help="the most tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
         "policy one, steps:N or quota:K: guesses of self-speculation; default: none"
     ),
 ]
