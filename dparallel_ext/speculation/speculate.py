@@ -114,6 +114,7 @@ def speculate(
             choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
+    check_causal(keywords)  # before a rule's text is read: there is none that would do
     config = configured("speculate", config, keywords)
     check_causal(vars(config))
     with torch.inference_mode():

@@ -13,7 +13,6 @@ import torch
 from conftest import golden
 from dparallel import registry
 from dparallel.configs import parse_policy
-from dparallel.serving.protocol import CompletionRequest
 from drafters import fast_dllm
 from safetensors.torch import load_file, save_file
 from test_rules import MASK, PROMPTS, Sharp, argmax, best, plain
@@ -324,7 +323,7 @@ def test_filters_that_ship_have_a_name() -> None:
 
 
 def test_a_request_names_no_file_of_the_server(file: Path) -> None:
-    CompletionRequest(model="x", prompt="y", policy="learned:builtin:teacher,0.9")
+    parse_policy("learned:builtin:teacher,0.9", files=False)
     for text in (f"learned:{file}", "learned:/etc/passwd", "learned:/etc/nowhere+one"):
         with pytest.raises(ValueError, match="expected a file that ships, learned:builtin:NAME"):
-            CompletionRequest(model="x", prompt="y", policy=text)
+            parse_policy(text, files=False)

@@ -172,6 +172,7 @@ def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
             "policy",
             "belongs to decoding by blocks, and 'causal' goes",
         ),
+        ({"extra_body": {"policy": "unheard_of"}}, "policy", "belongs to decoding by blocks"),
         ({"suffix": "so it is"}, "suffix", "belongs to decoding by blocks, and 'causal' goes"),
         ({"prompt": ""}, "prompt", "prompt: expected at least one token, got none"),
         ({"max_tokens": 500}, "max_tokens", "maximum context length is 256 tokens"),

@@ -101,6 +101,8 @@ pytest_plugins = ["servers"]
         ({"extra_body": {"ignore_eos": 1}}, "ignore_eos", "valid boolean"),
         ({"extra_body": {"stream_drafts": True}}, "stream_drafts", "stream=true"),
         ({"extra_body": {"policy": "entropy"}}, "policy", "expected entropy:TAU, got 'entropy'"),
+        ({"extra_body": {"policy": "unheard_of"}}, "policy", "expected 'one', steps:N"),
+        ({"extra_body": {"policy": "learned:/etc/passwd"}}, "policy", "expected a file that ships"),
         ({"extra_body": {"policy": "quota:0.5"}}, "policy", "whole number"),
         ({"extra_body": {"policy": "steps:3"}}, "policy", "multiple of the 8 blocks"),
     ],

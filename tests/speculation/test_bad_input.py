@@ -40,6 +40,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"threshold": 0.5}, "threshold: belongs to masked diffusion"),
         ({"block_length": 8}, "block_length: belongs to masked diffusion"),
         ({"rule": "credit"}, "rule: belongs to masked diffusion"),
+        ({"rule": "unheard_of"}, "rule: belongs to masked diffusion"),
         ({"cache": "block"}, "cache: belongs to masked diffusion"),
         ({"eos_id": 61}, "eos_id: expected one of the model's 61 token ids, got 61"),
         ({"eos_id": -2}, "eos_id: expected a whole number >= -1"),

@@ -65,8 +65,8 @@ DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 GuessesOption = Annotated[
     int | None,
     typer.Option(
-        help="the most tokens of a draft; default: the fastest number, as measured. For diffusion models with a "
-        "policy one, steps:N or quota:K: guesses of self-speculation; default: none"
+        help="the most tokens of a draft; default: the fastest number, as measured. For diffusion models "
+        "with a policy one, steps:N or quota:K: guesses of self-speculation; default: none"
     ),
 ]
 

@@ -148,8 +148,8 @@ def evaluate(
     draft_size: Annotated[
         int | None,
         typer.Option(
-            help="the most tokens of a draft; default: the drafter's own most. For policies of diffusion models "
-            "that are one, steps:N or quota:K: guesses of self-speculation; default: none"
+            help="the most tokens of a draft; default: the drafter's own most. For policies of diffusion "
+            "models that are one, steps:N or quota:K: guesses of self-speculation; default: none"
         ),
     ] = None,
     report: Annotated[

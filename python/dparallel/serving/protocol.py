@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from ..configs import parse_policy
 from ..structured import choice_pattern
 from ..text import INCOMPLETE, unicode
 from .errors import ApiError
@@ -182,7 +181,7 @@ class Options(Strict):
     stream_drafts: bool | None = None
     """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
-    """The unmasking rule of a diffusion model, see `parse_policy`."""
+    """The unmasking rule of a diffusion model, see `parse_policy`. It is read when the model is known."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -200,16 +199,6 @@ class Options(Strict):
         if fits and all(isinstance(s, str) and s for s in strings):
             return strings
         raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
-
-    @field_validator("policy")
-    @classmethod
-    def _parsed(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_policy(value, files=False)
-            except ValueError as error:
-                raise ValueError(str(error).removeprefix("policy: ")) from error
-        return value
 
     @model_validator(mode="after")
     def _streamed(self) -> Self:

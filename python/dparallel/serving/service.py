@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from dparallel_ext import Automaton, DecodeConfig, Draft, Engine, Handle, arguments
 
 from .. import page, registry, structured, text
-from ..configs import policy_of, with_ends, without_ends
+from ..configs import parse_policy, policy_of, with_ends, without_ends
 from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, in_time, stopping
@@ -329,7 +329,7 @@ class ModelService:
             ours, _, reason = str(error).partition(":")
             theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
             theirs |= {"automaton": form, "infill": "suffix", "rule": "policy"}
-            theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs")}
+            theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs", "policy")}
             # Other arguments, such as steps, follow from the policy.
             name, reason = (theirs[ours], reason) if ours in theirs else ("policy", f" {error}")
             raise ApiError(400, f"{name}:{reason}", param=name) from error
@@ -346,7 +346,8 @@ class ModelService:
         return ids
 
     def _config(self, request: ChatRequest | CompletionRequest, automaton: Automaton | None) -> DecodeConfig:
-        """The request's config, which overrides the server's. Raises ApiError."""
+        """The request's config, which overrides the server's. Raises ApiError, and ValueError for a
+        policy."""
         config = self.without_ends if request.ignore_eos else self.config
         ids = request.stop_token_ids or []
         self._check_ids("stop_token_ids", ids)
@@ -360,6 +361,7 @@ class ModelService:
         changes |= {"stop": [*config.stop, *([stop] for stop in ids)], "logprobs": request.scored}
         if request.policy is None:
             return config.replace(**changes)
+        parse_policy(request.policy, files=False)
         return config.with_rule(request.policy, **changes)
 
     def _check_ids(self, param: str, ids: list[int]) -> None:
