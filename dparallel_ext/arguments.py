@@ -151,9 +151,9 @@ def token_ids(name: str, value: Any) -> Tensor:
     try:
         ids = on_host(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        hint = "; encode it with the model's tokenizer first" if isinstance(value, str) else ""
         raise ValueError(
-            f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{_first_refused(value)}{hint}"
+            f"{name}: expected int64 (P,) or a list of ids, got {_kind(value)}{_first_refused(value)}"
+            f"{_where_ids_are(value)}"
         ) from error
     if not ids.numel():
         ids = ids.to(torch.int64)  # torch makes an empty list float32
@@ -191,7 +191,10 @@ def _rows(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]  # `token_ids` refuses it
     if not (isinstance(value, Sequence) or hasattr(value, "ndim")):
-        raise ValueError(f"{name}: expected int64 (B, P) or (P,), or a list of (P,), got {_kind(value)}")
+        raise ValueError(
+            f"{name}: expected int64 (B, P) or (P,), or a list of (P,), got {_kind(value)}"
+            f"{_where_ids_are(value)}"
+        )
     if isinstance(value, Sequence):
         # A list of numbers is one sequence, any other list a batch; an empty list is an empty batch.
         return [value] if value and is_number(value[0]) else list(value)
@@ -225,6 +228,15 @@ def _first_refused(value: Any) -> str:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             return f" with {shown(each)}"
     return ""
+
+
+def _where_ids_are(value: Any) -> str:
+    """What an error says of a text, or of what a tokenizer gives in place of ids; else ""."""
+    if isinstance(value, str):
+        return "; encode it with the model's tokenizer first"
+    if isinstance(value, Mapping) and "input_ids" in value:
+        return '; its ids are its ["input_ids"]'
+    return "; its ids are its .ids" if hasattr(value, "ids") else ""
 
 
 def _kind(value: Any) -> str:

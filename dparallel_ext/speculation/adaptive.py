@@ -110,6 +110,7 @@ def adaptive_decode(
             choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
+    check_fields(keywords)  # before a rule's text is read: there is none that would do
     config = configured("adaptive_decode", config, keywords)
     check_fields(vars(config))
     numbers = checked_numbers(mixture, window, lookahead)

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import dparallel_ext as dx
 from dparallel_ext import arguments, compat, models
 
 LLADA = golden.model("llada_tiny_a")
 PROMPT = [5, 6, 7]
+ENCODED = Tokenizer(WordLevel({"a": 5}, unk_token="a")).encode("a")
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, torch.tensor, np.asarray])
@@ -167,6 +170,10 @@ def test_prompts_without_a_token() -> None:
     ("change", "message"),
     [
         ({"prompt": ["text"]}, "prompt: .* got str; encode it with the model's tokenizer first"),
+        ({"prompt": ENCODED}, r"prompt: .* got Encoding; its ids are its \.ids$"),
+        ({"prompt": [ENCODED, ENCODED]}, r"prompt: .* got Encoding; its ids are its \.ids$"),
+        ({"prompt": [{"input_ids": [1]}]}, r'prompt: .* got dict; its ids are its \["input_ids"\]$'),
+        ({"prompt": [UserDict(input_ids=[1])]}, r'prompt: .* got UserDict; its ids are its \["input_ids"\]$'),
         ({"prompt": [1, 2**70]}, f"prompt: .* got list with {2**70}$"),
         ({"prompt": [[1], [2, "a"]]}, "prompt: .* got list with 'a'$"),
         ({"prompt": [True, False]}, "prompt: expected int64 .* got torch.bool"),

@@ -368,6 +368,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),
         ({"streamer": object()}, "streamer: expected an object with the methods put and end, got <object"),
         ({"streamer": SimpleNamespace(put=print, end=print)}, "streamer: expected a batch of 1, got 4"),
+        ({"rule": "unheard_of"}, "rule: with a verifier decoding goes left to right"),
         ({"verifier": LLADA}, "verifier: expected an autoregressive model of .*, got LLaDA"),
         ({"verifier": "nowhere"}, "verifier: no directory nowhere"),
         ({"verifier": "builtin:dflash"}, "verifier: no directory .*dflash"),
