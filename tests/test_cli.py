@@ -52,7 +52,9 @@ def test_info():
     assert found["simd"] in ("avx512", "avx2", "portable")
     assert "builtin:teacher" in found["builtin_models"]
     assert "cpu" in found["backends"]
-    assert "simd" in run("info")
+    table = run("info")
+    assert "simd" in table
+    assert "dparallel-ext" in table
 
 
 def test_a_file_of_the_config(tmp_path: Path) -> None:

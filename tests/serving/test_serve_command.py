@@ -92,6 +92,12 @@ def test_bad_options_are_one_line(args: tuple[str, ...], said: str, monkeypatch:
     assert said in found.stderr
 
 
+def test_more_tokens_than_positions_bring_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.Server, "run", lambda *_: None)
+    with pytest.warns(UserWarning, match="max_length: 257, but student is made for 256 positions"):
+        CliRunner().invoke(app, ["serve", "--port", "0", "--max-length", "257", "--name", "student"])
+
+
 def test_a_diffusion_model_guesses_its_next_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 

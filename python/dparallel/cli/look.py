@@ -71,7 +71,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable"
     table = Table(show_header=False)
     for key, value in facts.items():
         text = ", ".join(value) or "none" if isinstance(value, list) else str(value)
-        table.add_row(key.replace("_", " "), text)
+        table.add_row(key.replace("_", "-" if key == "dparallel_ext" else " "), text)
     Console().print(table)
     if facts["gpus"] and "cuda" not in facts["backends"]:
         typer.echo(f"warning: tensors on a GPU will be refused: {facts['cuda_reason']}", err=True)

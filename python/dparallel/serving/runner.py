@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -27,8 +28,6 @@ from . import connections
 from .app import make_app
 from .service import Service
 from .settings import MAX_LENGTH, Settings
-
-log = logging.getLogger("uvicorn.dparallel")
 
 
 class Server(uvicorn.Server):
@@ -224,7 +223,10 @@ def make_engine(
     positions = dx.models.max_positions(weights) or math.inf
     length = int(min(MAX_LENGTH, positions)) if max_length is None else max_length
     if length > positions:
-        log.warning("max_length: %d, but %s is made for %d positions", length, model.name, positions)
+        # Not to the server's log, which is set up when the server begins.
+        warnings.warn(
+            f"max_length: {length}, but {model.name} is made for {positions} positions", stacklevel=3
+        )
     try:
         return Engine(
             weights,
