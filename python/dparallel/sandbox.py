@@ -32,8 +32,15 @@ MEMORY = 2**30
 """Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
 
 
+TOO_MUCH_MEMORY = f"it took more than {MEMORY / 2**20:.0f} MiB of memory"
+
+
 class Refused(ValueError):
     """Raised if what runs in the process is wrong, raises, or exceeds its limits; the message says which."""
+
+
+class Exceeded(Refused):
+    """Raised if what runs in the process takes more time or memory than its limits."""
 
 
 class Sandbox:
@@ -100,11 +107,13 @@ class Sandbox:
                 if self._closed:
                     raise Refused("its process was closed")
                 if code == -signal.SIGPROF:
-                    raise Refused(f"it took more than {SECONDS:g} s")
+                    raise Exceeded(f"it took more than {SECONDS:g} s")
+                if code == -signal.SIGABRT:  # so ends Rust where memory is refused
+                    raise Exceeded(TOO_MUCH_MEMORY)
                 raise Refused(f"its process ended (status {code})")
         reply: dict[str, Any] = json.loads(answer)
         if "error" in reply:
-            raise Refused(reply["error"])
+            raise (Exceeded if reply["error"] == TOO_MUCH_MEMORY else Refused)(reply["error"])
         return reply
 
     def _exchange(self, line: bytes) -> bytes:
@@ -255,7 +264,7 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
             needed = "jinja2 3.1.6 or later" if "source" in asked else "outlines_core"
             answer = json.dumps({"error": f"{needed} must be installed ({error})"})
         except MemoryError:
-            answer = json.dumps({"error": f"it took more than {MEMORY / 2**20:.0f} MiB of memory"})
+            answer = json.dumps({"error": TOO_MUCH_MEMORY})
         except Exception as error:  # whatever the template does
             answer = json.dumps({"error": str(error)[:1000] or type(error).__name__})
         finally:

@@ -15,7 +15,7 @@ import torch
 
 from dparallel_ext.automaton import NOWHERE, Automaton
 
-from .sandbox import Refused, Sandbox, shared
+from .sandbox import Exceeded, Refused, Sandbox, shared
 from .text import INCOMPLETE, TokenTexts
 
 MOST = 2**22
@@ -101,6 +101,10 @@ def automaton(
     """
     try:
         found = sandbox.automaton_of(pattern)
+    except Exceeded as error:
+        raise ValueError(
+            f"pattern: {error}; expected a smaller form, as of fewer repetitions (minLength, {{n,m}})"
+        ) from error
     except Refused as error:
         raise ValueError(f"pattern: {error}") from error
     onward, final = dict(found["next"]), {*found["final"]}
