@@ -203,9 +203,18 @@ def test_choices() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(", "pattern: .*build"),
-        ("^a$", "pattern: .*anchored"),
-        ("(?=a)b", "pattern: "),
+        ("(", r"pattern: expected a regular .*got '\(' \(Python's re says: missing \), unterminated"),
+        ("a)|(b", r"pattern: expected a regular .*got 'a\)\|\(b' .*: unbalanced parenthesis at position 1\)"),
+        (r"\p{L})|(b", "pattern: expected a regular expression"),
+        ("(?x)(a # )\n)|b)|(c", "pattern: expected a regular expression"),
+        ("a\\", r"pattern: expected a regular .*bad escape \(end of pattern\)"),
+        ("(?", "pattern: expected a regular .*unexpected end of pattern"),
+        ("[a", "pattern: expected a regular .*unterminated character set"),
+        ("(?=a)b", r"without look-around and references to groups, got '\(\?=a\)b'$"),
+        (r"(a)\1", "without look-around and references to groups"),
+        ("^a$", r"pattern: expected a pattern without anchors, got '\^a\$'"),
+        ("a$b", "pattern: expected a pattern without anchors"),
+        (r"a\b", "pattern: expected a pattern without anchors"),
         ("🙂" * 40 + "[^\\x00-\\U0010ffff]", "pattern: "),
     ],
 )

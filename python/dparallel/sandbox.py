@@ -205,9 +205,23 @@ def automaton_of(pattern: str) -> dict[str, Any]:
     # NUL stands for the end of a text, so that no text holds it. Without such an end the library would leave
     # out ways on from a text that matches already ("a|abc").
     end, library_end = 0, 256
-    index = Index(
-        f"(?:{pattern})\\x00", Vocabulary(library_end, {bytes([byte]): [byte] for byte in range(256)})
-    )
+    vocabulary = Vocabulary(library_end, {bytes([byte]): [byte] for byte in range(256)})
+    # "a)|(b" is a pattern in a group, and none by itself. So each is first read without a group, beside a \b,
+    # which the library refuses in a pattern that it could read, before it makes an automaton.
+    for text in (rf"\b|{pattern}", rf"(?:{pattern})\x00"):
+        try:
+            index = Index(text, vocabulary)
+        except ValueError as error:
+            if "building NFA" in str(error):
+                raise ValueError(
+                    "expected a regular expression in the syntax of Rust's regex, without look-around and "
+                    f"references to groups, got {pattern!r:.80}{_of_python(pattern)}"
+                ) from error
+            if text.startswith(r"\b|"):
+                continue
+            if re.search("start state|no transitions|word boundaries", str(error)):
+                raise ValueError(f"expected a pattern without anchors, got {pattern!r:.80}") from error
+            raise
     over = index.get_final_states()
     found = index.get_transitions()
     return {
@@ -218,6 +232,15 @@ def automaton_of(pattern: str) -> dict[str, Any]:
             for state, steps in found.items()
         ],
     }
+
+
+def _of_python(pattern: str) -> str:
+    """What an error says of a pattern that Python refuses as well, since the library gives no reasons."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f" (Python's re says: {error})"
+    return ""
 
 
 def pattern_of(schema: str) -> dict[str, Any]:

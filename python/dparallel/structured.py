@@ -94,7 +94,8 @@ def automaton(
 ) -> Automaton:
     """The token sequences whose whole text matches the pattern, alone or before tokens of `ends`.
 
-    pattern: a regular expression in the syntax of Rust's regex, without anchors; no text holds a NUL.
+    pattern: a regular expression in the syntax of Rust's regex, without anchors, look-around and references
+        to groups; no text holds a NUL.
     sandbox: where the automaton over bytes is made, with limits of time and size.
 
     Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches.
