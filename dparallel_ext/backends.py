@@ -1,4 +1,4 @@
-"""Which devices this build has kernels for, and which multiply bfloat16 fast."""
+"""Which devices there are, which of them this build has kernels for, and which multiply bfloat16 fast."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ import warnings
 import torch
 
 from . import _C
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device of this name, by default the CPU. Raises ValueError if it is not there."""
+    place: torch.device | None
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
+    if place.type == "cpu":
+        return torch.device("cpu")  # safetensors does not know cpu:0
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            built = "none is there" if torch.version.cuda else "this torch is built without CUDA"
+            raise ValueError(f"device: {str(device)!r} needs an NVIDIA GPU, and {built}")
+        if (place.index or 0) >= count:
+            raise ValueError(f"device: expected cuda:0 to cuda:{count - 1}, got {str(device)!r}")
+    return place
 
 
 def warn_without_kernels(device: torch.device | str | None) -> None:

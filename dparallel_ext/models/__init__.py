@@ -1,8 +1,9 @@
 """Native models that read published checkpoints as they are."""
 
+from ..backends import device_of
 from ..cache import KVCache
 from .base import Model
-from .checkpoint import FAMILIES, as_stored, config_of, device_of, family_of, load, save, wrap
+from .checkpoint import FAMILIES, as_stored, config_of, family_of, load, save, wrap
 from .config import Output, Traits
 from .dream import Dream
 from .fast_dllm import FastDLLM

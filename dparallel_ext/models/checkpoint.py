@@ -72,7 +72,7 @@ def load(
             key, or the missing, extra, misshapen, quantised or unreadable tensors.
     """
     _check_dtype(dtype)
-    place = device_of(device)
+    place = backends.device_of(device)
     directory = files.locate(path)
     source = f"path: {directory}"
     config, shape = config_of(directory)
@@ -142,27 +142,6 @@ def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: 
         raise ValueError(f"{source}: eos_token_id has {beyond!r:.80}, expected ids below {rows}")
     if len(ends) > len(of_config):
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-
-
-def device_of(device: torch.device | str | None) -> torch.device:
-    """The device of this name, by default the CPU. Raises ValueError if it is not there."""
-    place: torch.device | None
-    try:
-        place = torch.device("cpu" if device is None else device)
-    except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")
-    if place.type == "cpu":
-        return torch.device("cpu")  # safetensors does not know cpu:0
-    if place.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            built = "none is there" if torch.version.cuda else "this torch is built without CUDA"
-            raise ValueError(f"device: {str(device)!r} needs an NVIDIA GPU, and {built}")
-        if (place.index or 0) >= count:
-            raise ValueError(f"device: expected cuda:0 to cuda:{count - 1}, got {str(device)!r}")
-    return place
 
 
 def wrap(hf_model: nn.Module) -> Model:
