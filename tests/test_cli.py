@@ -358,7 +358,10 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
     for wrong, message in (
         ((*model, "--policy", "one"), "policy: "),
         ((*model, "--suffix", "x"), "suffix: "),
-        ((*model, "--drafter", "medusa"), "drafter: expected a Drafter, a name (ngram, recycling, builtin:"),
+        (
+            (*model, "--drafter", "medusa"),
+            "drafter: expected a Drafter, a name (ngram, recycling, jump_forward, ",
+        ),
         ((*model, "--cache", "dual"), "cache: belongs to masked diffusion"),
         (("--drafter", "ngram"), "drafter: "),
     ):

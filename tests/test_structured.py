@@ -17,6 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import dparallel_ext as dx
 from dparallel_ext.automaton import NOWHERE
+from dparallel_ext.speculation import JumpForward, Lane
+from dparallel_ext.speculation.sequence import SamplingGroup
 
 TEXT = '{"name": "Zoë", "age": 37, "tags": ["a", "b"]} the café costs 4.50 € \t and 12,000 more words'
 SPECIAL = "<end>"
@@ -252,3 +254,46 @@ def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "MOST", 500)
     with pytest.raises(ValueError, match="pattern: expected one of at most 500 transitions, got more"):
         automaton("[a-z]{1,100}", vocabulary)
+
+
+def test_text_of_a_schema_is_guessed_as_its_tokenizer_writes_it() -> None:
+    """Jump-forward drafts of JSON in a byte-level BPE vocabulary: more than half of the tokens that a tokenizer
+    makes of a text need no pass."""
+    rng = random.Random(4)
+
+    def text() -> str:
+        name = "".join(rng.choices("aeioulmnrst", k=rng.randint(3, 9)))
+        city = rng.choice(["Paris", "Rome", "New York"])
+        return json.dumps(
+            {"name": name, "age": rng.randint(1, 99), "city": city, "active": rng.random() < 0.5}
+        )
+
+    properties = {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "city": {"enum": ["Paris", "Rome", "New York"]},
+        "active": {"type": "boolean"},
+    }
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, special_tokens=[SPECIAL])
+    tokenizer.train_from_iterator([TEXT, *(text() for _ in range(300))], trainer)
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    end = tokenizer.token_to_id(SPECIAL)
+    form = automaton(json_pattern(schema), Vocabulary.of(tokenizer), [end])
+    session = JumpForward().session(None, None, 1)  # type: ignore[arg-type]
+    tokens = passes = 0
+    for _ in range(40):
+        ids, known = [*tokenizer.encode(text()).ids, end], 0
+        tokens += len(ids)
+        while known < len(ids):
+            state = form.after(0, ids[:known])
+            lane = Lane(0, torch.tensor([]), 0, SamplingGroup(0.0, 1.0, 0, None), (0, 0), (), form, state)
+            (draft,) = session.propose([lane], [16])
+            right = [a == b for a, b in zip(draft.tokens, ids[known:], strict=False)]
+            known += [*right, False].index(False) + 1  # and the model's own choice
+            passes += 1
+
+    assert passes < tokens / 2

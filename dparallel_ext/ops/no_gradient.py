@@ -57,9 +57,9 @@ def _without_gradient(name: str) -> None:
 
 
 for _name in (
-    "row_stats", "row_topk", "select", "commit_", "unmask_", "accept", "keep_error_", "class_stats", "best_path", "kv_write",
-    "kv_move", "block_attention", "rms_norm", "swiglu", "linear", "fp8_linear", "fp8_widen",
-    "linear_swiglu", "linear_kv_write",
+    "row_stats", "row_topk", "select", "commit_", "unmask_", "accept", "keep_error_", "class_stats",
+    "best_path", "kv_write", "kv_move", "block_attention", "rms_norm", "swiglu", "linear", "fp8_linear",
+    "fp8_widen", "linear_swiglu", "linear_kv_write",
     "certainty_forcing_loss_backward", "certainty_forcing_loss_backward_",
     "distillation_loss_backward", "distillation_loss_backward_",
 ):  # fmt: skip

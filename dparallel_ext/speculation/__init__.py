@@ -12,6 +12,7 @@ from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, Observation
 from .eagle import EagleDrafter, EagleTrees
 from .hidden_transfer import HiddenTransfer
+from .jump_forward import JumpForward
 from .loading import NAMED, drafter_of, load
 from .ngram import NGram
 from .ppd import PromptTokens
@@ -36,6 +37,7 @@ __all__ = [
     "EagleTrees",
     "Fixed",
     "HiddenTransfer",
+    "JumpForward",
     "Lane",
     "Measured",
     "ModelDrafter",

@@ -254,7 +254,16 @@ class CausalBatch:
             return {}
         rows = [(b, self.rows[b]) for b in sizes]
         views = [
-            Lane(b, self._known(b), row.length, row.sampling, row.settings.key, row.eos_ids)
+            Lane(
+                b,
+                self._known(b),
+                row.length,
+                row.sampling,
+                row.settings.key,
+                row.eos_ids,
+                row.settings.automaton,
+                row.state,
+            )
             for b, row in rows
         ]
         drafts: list[Draft] = []

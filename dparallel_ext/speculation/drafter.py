@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from ..arguments import shown
+from ..automaton import Automaton
 from ..cache import AttentionMetadata, KVCache
 from ..decoding.graphs import run_pass
 from ..decoding.padding import recorded_rows, row_padding
@@ -44,6 +45,10 @@ class Lane(NamedTuple):
     the position of the chosen token."""
     eos_ids: tuple[int, ...] = ()
     """Tokens that end the sequence."""
+    automaton: Automaton | None = None
+    """The form of the response."""
+    state: int = 0
+    """The automaton's state behind the root."""
 
     @property
     def suppress(self) -> Tensor | None:

@@ -21,6 +21,7 @@ from .dflash import BlockDrafter
 from .drafter import Apart, Drafter, Expecting
 from .eagle import EagleDrafter, EagleTrees
 from .hidden_transfer import HiddenTransfer
+from .jump_forward import JumpForward
 from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
@@ -34,7 +35,7 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     eagle.KIND: eagle.drafter_of_eagle,
 }
 """Kind that a file names -> what makes a drafter of it, or raises ValueError."""
-NAMED: dict[str, Path | Drafter] = {"recycling": Recycling()}
+NAMED: dict[str, Path | Drafter] = {"recycling": Recycling(), "jump_forward": JumpForward()}
 """Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
 models too; a drafter of your own has the name that you give it here."""
 

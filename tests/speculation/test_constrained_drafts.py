@@ -48,13 +48,13 @@ def test_the_plain_loop() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_drafter_changes_no_token(temperature: float) -> None:
-    fewer = 0
+    fewer, named = 0, ("ngram", "recycling", "jump_forward")
     for seed in range(4):
         form = a_form(seed, 61, ends=(5, 9))
         settings: dict[str, Any] = {"gen_length": LENGTHS, "temperature": temperature, "seed": 7}
         settings |= {"automaton": form, "logprobs": True}
         for model, drafters in (
-            (MODEL, ["ngram", "recycling", drafter_with("dflash"), riding("ppd"), eagle("eagle3")]),
+            (MODEL, [*named, drafter_with("dflash"), riding("ppd"), eagle("eagle3")]),
             (DEEP, [exits()]),
         ):
             expected = dx.speculate(model, PROMPTS, **settings)
@@ -69,7 +69,7 @@ def test_a_drafter_changes_no_token(temperature: float) -> None:
                 assert torch.equal(found.sequences, expected.sequences)
                 torch.testing.assert_close(found.logprobs, expected.logprobs, equal_nan=True)
                 fewer += int((expected.nfe - found.nfe).sum())
-            with dx.Engine(model, lanes=2, drafter="ngram", draft_size=3) as engine:
+            with dx.Engine(model, lanes=2, drafter=named[seed % 3], draft_size=3) as engine:
                 handles = [
                     engine.submit(
                         prompt, **{**settings, "gen_length": length, "seed": None if not temperature else 3}
@@ -83,3 +83,56 @@ def test_a_drafter_changes_no_token(temperature: float) -> None:
                 alone = dx.speculate(model, PROMPTS[0], gen_length=12)
                 assert free.result().tokens == alone.responses[0][: int(alone.kept[0])].tolist()
     assert fewer > 0
+
+
+def path_form(texts: list[list[int]], vocab: int = 61) -> Automaton:
+    """Responses that are one of some texts: a state for each beginning of one, each token a class."""
+    begins = {(): 0}
+    for text in texts:
+        for end in range(1, len(text) + 1):
+            begins.setdefault(tuple(text[:end]), len(begins))
+    transitions = torch.full((len(begins), vocab), NOWHERE)
+    for begin, state in begins.items():
+        if begin:
+            transitions[begins[begin[:-1]], begin[-1]] = state
+    accepting = torch.zeros(len(begins), dtype=torch.bool)
+    accepting[[begins[tuple(text)] for text in texts]] = True
+    return Automaton(torch.arange(vocab), transitions, accepting)
+
+
+def test_text_without_a_choice_is_drafted_along_its_form() -> None:
+    """Two texts that begin alike, and an end (5). The shorter is guessed, and the longer after a refusal."""
+    alike, long, short = [3, 4, 8], [11, 12, 13, 14, 15, 5], [21, 22, 5]
+    settings: dict[str, Any] = {"gen_length": 10, "eos_id": 5}
+    settings["automaton"] = path_form([[*alike, *long], [*alike, *short]])
+    prompts = [torch.cat((prompt, prompt)) for prompt in PROMPTS]  # none of one token, which is a root
+    plain = dx.speculate(MODEL, prompts, **settings)
+    out = dx.speculate(MODEL, prompts, **settings, drafter="jump_forward", draft_size=8, record=True)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.passes is not None
+    for kept, (first, second, *others) in zip(out.kept.tolist(), out.passes, strict=True):
+        assert first.drafted == 0  # the pass that computes the prompt, and chooses 3
+        assert second.drafted == 5  # 4, 8, 21, 22 and the end
+        drafted = [(drafted, accepted) for drafted, accepted, _ in others]
+        if kept == 5:
+            assert (second.accepted, drafted) == (4, [])  # the end counts as the pass's own
+        else:
+            assert (second.accepted, drafted) == (2, [(5, 4)])  # 11 in place of 21; then 12 to the end
+
+
+def test_free_text_is_not_drafted() -> None:
+    """Where more tokens may follow than the drafter guesses among, or where there is no form."""
+    free = dx.speculate(MODEL, PROMPTS, gen_length=12, drafter="jump_forward", draft_size=4)
+    assert torch.equal(free.sequences, dx.speculate(MODEL, PROMPTS, gen_length=12).sequences)
+    assert not free.drafted.any()
+    wide = Automaton(torch.zeros(61).long(), torch.tensor([[0]]), torch.tensor([True]))
+    for choices, drafts in ((60, False), (61, True)):
+        drafter = dx.speculation.JumpForward(choices)
+        out = dx.speculate(MODEL, PROMPTS, gen_length=12, automaton=wide, drafter=drafter, draft_size=4)
+        assert bool(out.drafted.any()) == drafts
+
+
+@pytest.mark.parametrize(("given", "said"), [({"choices": 0}, "choices"), ({"most": 0}, "most")])
+def test_bounds_of_jump_forward(given: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said}: expected a whole number >= 1, got 0"):
+        dx.speculation.JumpForward(**given)

@@ -56,10 +56,10 @@ ConfigOption = Annotated[
     ),
 ]
 DRAFTERS = (
-    "for an autoregressive model: ngram, ngram:N, recycling, the path of a drafter or model, tree: before a "
-    "drafter of blocks (DFlash, ParallelSpec, P-EAGLE); for builtin:causal also "
-    "builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, builtin:hidden_transfer, "
-    "builtin:student; default: none"
+    "for an autoregressive model: ngram, ngram:N, recycling, jump_forward (for responses of a given form), "
+    "the path of a drafter or model, tree: before a drafter of blocks (DFlash, ParallelSpec, P-EAGLE); "
+    "for builtin:causal also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, "
+    "builtin:hidden_transfer, builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
 GuessesOption = Annotated[
