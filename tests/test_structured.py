@@ -257,8 +257,8 @@ def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_of_a_schema_is_guessed_as_its_tokenizer_writes_it() -> None:
-    """Jump-forward drafts of JSON in a byte-level BPE vocabulary: more than half of the tokens that a tokenizer
-    makes of a text need no pass."""
+    """Jump-forward drafts of JSON in a byte-level BPE vocabulary: more than half of the tokens of a text need
+    no pass."""
     rng = random.Random(4)
 
     def text() -> str:
@@ -295,5 +295,4 @@ def test_text_of_a_schema_is_guessed_as_its_tokenizer_writes_it() -> None:
             right = [a == b for a, b in zip(draft.tokens, ids[known:], strict=False)]
             known += [*right, False].index(False) + 1  # and the model's own choice
             passes += 1
-
     assert passes < tokens / 2
