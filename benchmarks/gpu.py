@@ -222,7 +222,7 @@ def gpu_tests() -> list[Path]:
     """The test files that take a device: others import packages that a machine that only measures may
     lack."""
     files = sorted((ROOT / "tests").glob("*/test_*.py"))
-    return [path for path in files if re.search("@every|device: str", path.read_text())]
+    return [path for path in files if re.search(r"@every(where|_level)\b|device: str", path.read_text())]
 
 
 def check(name: str, out: Path, seconds: float) -> dict[str, Any]:

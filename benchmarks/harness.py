@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dparallel_ext.ops.streams import own_recording
+
 OURS = "dparallel_ext"
 CPU = torch.device("cpu")
 LEAST, MOST = 3, 100
@@ -248,7 +250,9 @@ class Clock:
         return times
 
     def graph(self, steps: Callable[[], None]) -> Callable[[], None]:
-        """A function that replays `steps` as one CUDA graph; on a CPU, `steps`."""
+        """A function that replays `steps` as one CUDA graph, recorded as a decode's are, without launches
+        that make counters; on a CPU, `steps`.
+        """
         if not self.cuda:
             return steps
         stream = torch.cuda.Stream()
@@ -258,7 +262,7 @@ class Clock:
             steps()
         self.wait()
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=stream):
+        with own_recording(), torch.cuda.graph(captured, stream=stream):
             steps()
         return captured.replay
 

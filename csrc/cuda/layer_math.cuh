@@ -16,11 +16,12 @@ __device__ __forceinline__ float silu(float z) {
   return __fdividef(z, 1.0f + e);
 }
 
-// Turns a pair by an angle.
+// Turns a pair by an angle. Which products are fused with a sum is written down: the compiler would
+// choose, and not the same in all kernels that have the bits of one another.
 __device__ __forceinline__ void rotate_pair(float a, float b, float cos, float sin, float& first,
                                             float& second) {
-  first = a * cos - b * sin;
-  second = b * cos + a * sin;
+  first = fmaf(a, cos, -(b * sin));
+  second = fmaf(a, sin, b * cos);
 }
 
 }  // namespace dparallel::cuda

@@ -61,8 +61,9 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
     same = "opcheck or compile or arguments_are_named or refused"
     slow = "samples_follow or gradcheck and (33 or linear) or golden_cases and (none or prefix)"
     slow += " or near_certain and 262144"
-    slow += " or dtype0 or dtype2 or dtype3 or torch.float"  # bfloat16 alone: the cases have every dtype
-    names = {*build.ops(), "compat", "sampling"}
+    # bfloat16 alone: the cases have every dtype, but no strides by which vectors do not fit.
+    slow += " or dtype0 and not strides or dtype2 or dtype3 or torch.float"
+    names = {*build.ops(), "compat", "op_inputs", "sampling"}
     files = [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in sorted(names)]
     here = ["-o", f"pythonpath={package} {ROOT}", "-o", "addopts=", "-p", "no:cacheprovider"]
     result = subprocess.run(

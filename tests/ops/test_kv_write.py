@@ -94,30 +94,35 @@ def test_one_rounding(dtype: torch.dtype) -> None:
     assert differing < (0.6 if dtype == torch.float32 else 1e-3)
 
 
-@pytest.mark.skipif(EMULATED, reason="a GPU fuses a product with the sum that it goes into")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotary", [0, 2, 22, 64, 90])
+@pytest.mark.parametrize(
+    ("dim", "rotary"), [(90, 0), (90, 2), (90, 22), (90, 64), (90, 90), (64, 64), (64, 32)]
+)
 @every_level
-def test_each_product_is_rounded_on_a_cpu(rotary: int, dtype: torch.dtype) -> None:
-    """To the bit what torch gives one operation after another."""
-    q, k = torch.randn(7, 3, 90).to(dtype), torch.randn(7, 1, 90).to(dtype)
-    if q.is_cuda:
-        return
-    half, positions = rotary // 2, torch.randint(40, (7,))
-    cos, sin = dx.rope_table(40, rotary) if rotary else torch.ones(2, 40, 0)
-    caches = torch.zeros(2, 1, 1, 16, 90, dtype=dtype)
+def test_which_products_are_rounded(dim: int, rotary: int) -> None:
+    """To the bit: on a CPU each, as by torch one operation after another; a GPU fuses the first number's with
+    the sum, with vectors and without."""
+    for dtype in DTYPES:
+        q, k = torch.randn(7, 3, dim).to(dtype), torch.randn(7, 1, dim).to(dtype)
+        half, positions = rotary // 2, torch.randint(40, (7,))
+        tables = dx.rope_table(40, rotary, device=q.device) if rotary else torch.ones(2, 40, 0)
+        cos, sin = (table[positions][:, None] for table in tables)
+        caches = torch.zeros(2, 1, 1, 16, dim, dtype=dtype)
 
-    def rotated(x: Tensor) -> Tensor:
-        a, b, rest = x.float().split((half, half, 90 - rotary), -1)
-        c, s = cos[positions][:, None], sin[positions][:, None]
-        return torch.cat((a * c - b * s, b * c + a * s, rest), -1).to(dtype)
+        def rotated(x: Tensor, cos: Tensor = cos, sin: Tensor = sin, half: int = half) -> Tensor:
+            a, b, rest = x.float().split((half, half, dim - rotary), -1)
+            if x.is_cuda or EMULATED:  # of float32 numbers a product is exact in float64
+                first = (a.double() * cos - (b * sin).double()).float()
+                second = (a.double() * sin + (b * cos).double()).float()
+            else:
+                first, second = a * cos - b * sin, b * cos + a * sin
+            return torch.cat((first, second, rest), -1).to(x.dtype)
 
-    expected_q, expected_k = rotated(q), rotated(k)
-    slots = torch.arange(7)
-    dx.kv_write(q, k, k, *caches, positions=positions, slot_mapping=slots, cos=cos, sin=sin)
-    assert torch.equal(q, expected_q)
-    assert torch.equal(caches[0, 0, 0, :7], expected_k[:, 0])
-    assert torch.equal(caches[1, 0, 0, :7], k[:, 0])
+        expected_q, expected_k = rotated(q), rotated(k)
+        where = {"positions": positions, "slot_mapping": torch.arange(7), "cos": tables[0], "sin": tables[1]}
+        dx.kv_write(q, k, k, *caches, **where)
+        assert torch.equal(q, expected_q)
+        assert torch.equal(caches[0, 0, 0, :7], expected_k[:, 0])
+        assert torch.equal(caches[1, 0, 0, :7], k[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import counters, everywhere, layouts
+from conftest import EMULATED, counters, everywhere, layouts
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -206,16 +206,18 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return True
 
 
-BY_VECTORS = ("rms_norm", "block_attention")
+BY_VECTORS = ("rms_norm", "block_attention", "kv_write")
 """The ops that a GPU sums in another order where vectors of 16 bytes do not fit."""
 
 
 def as_found(name: str, found: list[Any], expected: list[Any]) -> bool:
-    """`same`, or on a GPU of the results of `BY_VECTORS` to the rounding of their dtype."""
-    if name not in BY_VECTORS or not expected[0].is_cuda:
+    """`same`, or by a GPU's kernels of the numbers of `BY_VECTORS` to the rounding of their dtype."""
+    if name not in BY_VECTORS or not (EMULATED or any(isinstance(t, Tensor) and t.is_cuda for t in expected)):
         return same(found, expected)
     return all(
         bool(((x - y).abs() <= 4 * torch.finfo(y.dtype).eps * y.abs().max()).all())
+        if isinstance(y, Tensor) and y.is_floating_point()
+        else same([x], [y])
         for x, y in zip(found, expected, strict=True)
     )
 
@@ -237,7 +239,7 @@ def test_ops_take_any_strides(name: str, dtype: torch.dtype) -> None:
             call = copied(given)
             call[i] = other
             assert as_found(name, flat(op(*call)), expected), argument.name
-            assert same(call, plain), argument.name
+            assert as_found(name, call, plain), argument.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,7 +258,7 @@ def test_functions_take_any_strides(name: str, dtype: torch.dtype) -> None:
             call = dict(zip(given, copied(tuple(given.values())), strict=True))
             call[argument] = other
             assert as_found(name, flat(function(**call)), expected), argument
-            assert same(list(call.values()), plain), argument
+            assert as_found(name, list(call.values()), plain), argument
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -277,7 +279,7 @@ def test_compiled_ops_take_any_strides(name: str) -> None:
             if isinstance(argument, Tensor) and op.default._schema.arguments[i].name != "counters":
                 call[i] = list(layouts(argument))[number]
         assert as_found(name, flat(run(*call)), expected)
-        assert same(call, plain)
+        assert as_found(name, call, plain)
 
 
 @pytest.mark.parametrize("name", ["linear_kv_write", "unmask_ of windows"])
