@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -186,8 +187,10 @@ def test_suppressed_ids_leave_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [2, 5, 64, 1001, 126464])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("vocab", "temperature"),
+    [*itertools.product([2, 5, 64, 1001], [0.1, 1.0, 3.0]), (126464, 1.0)],
+)
 @every_level
 def test_samples_match_the_oracle(dtype: torch.dtype, vocab: int, temperature: float) -> None:
     logits = (torch.randn(6, vocab) * 2).to(dtype)
