@@ -233,6 +233,84 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
         automaton("[a-z]{3}!", Vocabulary.of(tokenizer))
 
 
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "integer", "minimum": 3}, "minimum: is not supported beside type, at #"),
+        ({"type": "array", "items": {"type": "number", "multipleOf": 2}}, "multipleOf: .* at #/items"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems: "),
+        ({"type": "object", "maxProperties": 2}, "maxProperties: "),
+        ({"type": "object", "required": ["a"]}, "required: is not supported beside type"),
+        (
+            {"type": "object", "properties": {"minimum": {"type": "null"}}, "anyOf": []},
+            "anyOf: .* properties",
+        ),
+        ({"properties": {"a": {"type": "integer", "maximum": 9}}}, "maximum: .* at #/properties/a"),
+        (
+            {"properties": {"a": {"type": "null"}}, "required": ["b"]},
+            r"required: .* of \['a'\], got \['b'\]",
+        ),
+        ({"properties": {"a": {"type": "null"}}, "required": 5}, "required: expected some of"),
+        ({"properties": {"a": {"type": "null"}}, "required": [["a"]]}, "required: expected some of"),
+        ({"type": "string", "pattern": "a+", "maxLength": 3}, "pattern: is not supported beside maxLength"),
+        ({"type": "string", "pattern": "a+", "format": "date"}, "format: is not supported beside pattern"),
+        ({"allOf": [{"type": "integer"}, {"type": "null"}]}, "allOf: expected one schema, got 2"),
+        ({"prefixItems": [{"type": "null"}], "minItems": 2}, "minItems: expected 1, .* got 2"),
+        ({"enum": [1, 2], "const": 3}, "const: is not supported beside enum"),
+        (
+            {"type": "string", "pattern": "^.{2}$"},
+            r"pattern: expected strings without quotes, .* got '\.\{2\}', at #",
+        ),
+        ({"type": "string", "pattern": "^a$|^b$"}, "pattern: expected a pattern without anchors"),
+        ({"properties": {'a"': {"type": "null"}}}, "properties: expected names without escapes"),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "exclusiveMinimum": 0}}},
+            r"exclusiveMinimum: .* at #/\$defs/a",
+        ),
+    ],
+)
+def test_a_constraint_that_the_pattern_would_not_have_is_refused(schema: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"schema: {named}"):
+        json_pattern(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"pattern": "^ab|c$"}, ["ab", "c"], ["b", "a", "abc"]),
+        ({"pattern": r"^[0-9]+\$"}, ["12$"], ["12"]),
+        ({"format": "date"}, ["2024-02-29"], ["2024-13-01", "٢٠٢٤-02-29"]),
+        ({"format": "time"}, ["07:11:14.5Z", "23:59:59+02:00"], ["07:11:14", r"07:11:14\.5Z", "24:00:00Z"]),
+        ({"format": "date-time"}, ["2024-02-29T07:11:14Z"], ["2024-02-29", "2024-02-29T07:11:14"]),
+        ({"format": "email"}, ["a.b+c@d-e.org"], ['"a"@b.org', "a@b", "a..b@c.org", "a@[1.2.3.4]"]),
+        (
+            {"format": "uri"},
+            ["https://a.b:80/c?d=%20#e", "ftp://localhost"],
+            ['http://a/"', "a.b", "http://"],
+        ),
+        ({"format": "uuid"}, ["01234567-89ab-cdef-0123-456789abcdef"], ["01234567"]),
+    ],
+)
+def test_strings_of_a_schema(schema: dict[str, str], right: list[str], wrong: list[str]) -> None:
+    pattern = json_pattern({"type": "string", **schema})
+    assert all(re.fullmatch(pattern, json.dumps(text)) for text in right)
+    assert not any(re.fullmatch(pattern, f'"{text}"') for text in wrong)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "null"}, "minItems": 1, "uniqueItems": False},
+        {"type": "array", "prefixItems": [{"type": "null"}], "items": False, "minItems": 1, "maxItems": 1},
+        {"type": "object", "properties": {"minimum": {"type": "null"}}, "required": [], "minProperties": 0},
+        {"allOf": [{"$ref": "#/definitions/a"}], "definitions": {"a": {"const": 1, "type": "integer"}}},
+        {"type": "integer", "title": "n", "description": "a count", "default": 3, "examples": [1]},
+    ],
+)
+def test_keywords_that_forbid_nothing_more_are_taken(schema: dict[str, Any]) -> None:
+    assert json_pattern(schema)
+
+
 @pytest.mark.parametrize("schema", ['{"type": "foo"}', "[1", '{"$ref": "#/x"}', {"type": 3}])
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(ValueError, match="schema: "):

@@ -21,6 +21,46 @@ from .text import INCOMPLETE, TokenTexts
 MOST = 2**22
 """The most transitions of an automaton over tokens, before those that lead nowhere are removed."""
 
+ITEMS = {"minItems", "maxItems"}
+TEXTS = {"minLength", "maxLength", "pattern", "format"}
+NONE: set[str] = set()
+FOLLOWED = {
+    "properties": {"required", "additionalProperties"},
+    "allOf": NONE,
+    "anyOf": NONE,
+    "oneOf": NONE,
+    "prefixItems": {"items", *ITEMS},
+    "enum": NONE,
+    "const": NONE,
+    "$ref": NONE,
+    "type": {"items", "additionalProperties", *ITEMS, *TEXTS},
+}
+"""The library follows the first of these keywords that a schema has, with these beside it. It would leave out
+any other constraint without a word."""
+STRINGS = {"maxLength": {"pattern", "format"}, "minLength": {"pattern", "format"}, "pattern": {"format"}}
+"""Nor does it follow these beside each of those."""
+OTHERS = """minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minContains
+    maxContains minProperties maxProperties patternProperties propertyNames dependentRequired dependentSchemas
+    dependencies additionalItems unevaluatedItems unevaluatedProperties not if then else"""
+CONSTRAINTS = {*FOLLOWED, *NONE.union(*FOLLOWED.values()), *OTHERS.split()} - {"type"}
+"""The keywords of JSON Schema by which a value may be invalid. Others describe it, or say no more than the
+library's keyword beside them."""
+OFFSET = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?{OFFSET}"
+ATOM, LABEL = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+", "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+WITHIN = "(?:[A-Za-z0-9._~:@!$&'()*+,;=/-]|%[0-9A-Fa-f]{2})*"
+FORMATS = {
+    "date": DATE,
+    "time": TIME,
+    "date-time": f"{DATE}T{TIME}",
+    "email": rf"{ATOM}(?:\.{ATOM})*@{LABEL}(?:\.{LABEL})+",
+    "uri": rf"(?:https?|ftp)://{LABEL}(?:\.{LABEL})*(?::[0-9]{{1,5}})?(?:/{WITHIN})?(?:\?{WITHIN})?(?:#{WITHIN})?",
+}
+"""Of these formats the library's patterns have strings that are not of the format, or no JSON."""
+NO_CONSTRAINT: dict[str, Any] = {"required": [], "uniqueItems": False, "minProperties": 0}
+"""Values with which such a keyword allows everything."""
+
 
 class Vocabulary(NamedTuple):
     """What a tokenizer's tokens add to a text."""
@@ -84,9 +124,79 @@ def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str
     not supported."""
     text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
     try:
-        return sandbox.pattern_of(text)
+        sandbox.pattern_of(text)  # refuses what is no schema
+        read = json.loads(text)
+        _prepare(read, sandbox)
+        return sandbox.pattern_of(json.dumps(read, ensure_ascii=False))
     except Refused as error:
-        raise ValueError(f"schema: {error}") from error
+        raise ValueError(f"schema: {str(error).splitlines()[0].strip()}") from error
+
+
+def _prepare(schema: Any, sandbox: Sandbox) -> None:
+    """Write the patterns of a schema's strings, in place, as the library has to read them. Raises ValueError
+    naming a constraint that the schema's pattern would not have, and its place."""
+    waiting = [("#", schema)]
+    while waiting:
+        at, part = waiting.pop()
+        leading = next((keyword for keyword in FOLLOWED if isinstance(part, dict) and keyword in part), None)
+        if leading is None:
+            continue
+        followed = FOLLOWED[leading]
+        for of_text in ("maxLength", "minLength", "pattern"):
+            if leading == "type" and of_text in part:
+                leading, followed = of_text, followed - STRINGS[of_text]
+                break
+        for keyword in sorted(CONSTRAINTS & part.keys() - followed - {leading}):
+            if NO_CONSTRAINT.get(keyword, ...) != part[keyword]:
+                raise ValueError(f"schema: {keyword}: is not supported beside {leading}, at {at}")
+        if leading == "allOf" and len(part["allOf"]) != 1:
+            raise ValueError(f"schema: allOf: expected one schema, got {len(part['allOf'])}, at {at}")
+        if leading == "prefixItems":
+            count = len(part["prefixItems"])
+            for keyword in sorted(ITEMS):
+                if (got := part.get(keyword, count)) != count:
+                    raise ValueError(
+                        f"schema: {keyword}: expected {count}, as many as prefixItems, got {got}, at {at}"
+                    )
+        if leading in ("pattern", "type") and (text := part.get("pattern", FORMATS.get(part.get("format")))):
+            part["pattern"] = f"(?:{_unanchored(text)})"
+            part.pop("format", None)
+            _check_text(_unanchored(text), at, sandbox)
+        if leading == "properties":
+            names, required = {*part["properties"]}, part.get("required", [])
+            for name in names:
+                if json.dumps(name, ensure_ascii=False) != f'"{name}"':
+                    raise ValueError(
+                        f"schema: properties: expected names without escapes, got {name!r:.80}, at {at}"
+                    )
+            if not isinstance(required, list) or not all(name in [*names] for name in required):
+                raise ValueError(
+                    f"schema: required: expected some of {sorted(names)}, got {required!r:.200}, at {at}"
+                )
+        for keyword in ("properties", "$defs", "definitions"):
+            if isinstance(part.get(keyword), dict):
+                waiting += [(f"{at}/{keyword}/{name}", inner) for name, inner in part[keyword].items()]
+        for keyword in ("allOf", "anyOf", "oneOf", "prefixItems"):
+            if isinstance(part.get(keyword), list):
+                waiting += [(f"{at}/{keyword}/{index}", inner) for index, inner in enumerate(part[keyword])]
+        waiting += [(f"{at}/{keyword}", part.get(keyword)) for keyword in ("items", "additionalProperties")]
+
+
+def _unanchored(pattern: str) -> str:
+    return re.sub(r"^\^|(?<!\\)\$$", "", pattern)
+
+
+def _check_text(pattern: str, at: str, sandbox: Sandbox) -> None:
+    """Raise ValueError unless JSON writes the texts of a pattern as they are."""
+    try:
+        steps = sandbox.automaton_of(pattern)["next"]
+    except Refused as error:
+        raise ValueError(f"schema: pattern: {error}, at {at}") from error
+    if any(byte < 0x20 or byte in b'"\\' for _, onward in steps for byte, _ in onward):
+        raise ValueError(
+            "schema: pattern: expected strings without quotes, backslashes and control characters, as of "
+            f"[a-z ]+, got {pattern!r:.80}, at {at}"
+        )
 
 
 def automaton(
@@ -104,7 +214,8 @@ def automaton(
         found = sandbox.automaton_of(pattern)
     except Exceeded as error:
         raise ValueError(
-            f"pattern: {error}; expected a smaller form, as of fewer repetitions (minLength, {{n,m}})"
+            f"pattern: {error}; expected a smaller form, as of fewer repetitions (minLength, {{n,m}}) or of "
+            "values whose schema has a type"
         ) from error
     except Refused as error:
         raise ValueError(f"pattern: {error}") from error
