@@ -56,6 +56,8 @@ def locate(path: str | Path) -> Path:
     directory, name = as_path("path", path, "a directory or ORG/NAME"), str(path)
     if os.path.isdir(directory):  # Path.is_dir raises for a name that is too long
         return directory
+    if os.path.isfile(directory):
+        raise FileNotFoundError(f"path: expected a checkpoint's directory, got the file {name:.200}")
     if name.startswith("builtin:"):
         raise FileNotFoundError(
             f"path: no directory {name}; dparallel.registry.load loads the models that ship"

@@ -252,7 +252,10 @@ def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tupl
         if values.device != device:
             raise ValueError(f"{name}: expected Tensors on {device}, got one on {values.device}")
         if type(rule).reset is Rule.reset and values.shape[:1] != (lanes,):
-            raise ValueError(f"{name}: expected Tensors ({lanes}, ...), got one {tuple(values.shape)}")
+            raise ValueError(
+                f"{name}: expected Tensors ({lanes}, ...) of a rule without a reset of its own, got one "
+                f"{tuple(values.shape)}"
+            )
     return state
 
 

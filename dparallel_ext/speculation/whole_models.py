@@ -32,7 +32,10 @@ class ModelDrafter:
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
         inner = for_decoding(model)
         if not isinstance(inner, Model):
-            raise ValueError(f"drafter: expected one of dparallel_ext.models, got {type(inner).__name__}")
+            raise ValueError(
+                "drafter: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
+                f"Hugging Face model), got {type(inner).__name__}"
+            )
         check_call(inner, "drafter")
         if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")

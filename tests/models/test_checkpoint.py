@@ -560,6 +560,10 @@ def test_a_directory_comes_before_the_hub(hub: list[Any], tmp_path: Path) -> Non
         with pytest.raises(FileNotFoundError, match="no directory"):
             models.load(name)
     with pytest.raises(
+        FileNotFoundError, match=r"expected a checkpoint's directory, got the file .*config\.json"
+    ):
+        models.load("GSAI-ML/LLaDA-8B-Instruct/config.json")
+    with pytest.raises(
         FileNotFoundError, match=r"builtin:student; dparallel\.registry\.load loads the models that ship"
     ):
         models.load("builtin:student")

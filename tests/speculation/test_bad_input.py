@@ -49,6 +49,10 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": "ngram:x"}, 'drafter: expected "ngram" or "ngram:N"'),
         ({"drafter": "ngram:0"}, 'drafter: expected "ngram" or "ngram:N"'),
         ({"drafter": 3}, "drafter: expected a Drafter"),
+        (
+            {"drafter": torch.nn.Linear(2, 2)},
+            "drafter: expected one of dparallel_ext.models .*wrap.*, got Linear",
+        ),
         ({"drafter": ""}, "drafter: expected a Drafter, a name .* got .."),
         ({"drafter": Model2([])}, "drafter: made for another vocabulary"),
         ({"drafter": Knowing}, "drafter: expected a Drafter, .*got .*class"),

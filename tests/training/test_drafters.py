@@ -416,7 +416,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
     with pytest.raises(ValueError, match=r"gen_length: .* tokens, but builtin:causal was trained on 256"):
         run("builtin:causal", tmp_path / "out", replace(TINY, gen_length=250))  # type: ignore[arg-type]
     model = registry.load(str(target))
-    with pytest.raises(ValueError, match=r"mask_id: .* has no mask token; name an id"):
+    with pytest.raises(ValueError, match=r"mask_id: .* has no mask token; name an id .*--mask-id"):
         run(target, tmp_path / "out", loaded=model)
     assert not list(tmp_path.iterdir())
 

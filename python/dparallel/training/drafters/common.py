@@ -136,8 +136,8 @@ class Target:
             token = checkpoints.mask_token_id(registry.directory_of(self.name))
         if token is None:
             raise ValueError(
-                f"mask_id: {self.name} has no mask token; name an id that its text does not use, below "
-                f"{self.model.shape.embedding_size}"
+                f"mask_id: {self.name} has no mask token; name an id that its text does not use (--mask-id), "
+                f"below {self.model.shape.embedding_size}"
             )
         if token >= self.model.shape.embedding_size:
             count = self.model.shape.embedding_size
