@@ -263,6 +263,7 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
         ),
         ({"type": "string", "pattern": "^a$|^b$"}, "pattern: expected a pattern without anchors"),
         ({"properties": {'a"': {"type": "null"}}}, "properties: expected names without escapes"),
+        ({"enum": [1, [{"a": {"b\n": 1}}]]}, r"enum: expected names without escapes, got 'b\\n', at #"),
         (
             {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "exclusiveMinimum": 0}}},
             r"exclusiveMinimum: .* at #/\$defs/a",

@@ -162,13 +162,14 @@ def _prepare(schema: Any, sandbox: Sandbox) -> None:
             part["pattern"] = f"(?:{_unanchored(text)})"
             part.pop("format", None)
             _check_text(_unanchored(text), at, sandbox)
-        if leading == "properties":
-            names, required = {*part["properties"]}, part.get("required", [])
-            for name in names:
+        if leading in ("properties", "enum", "const"):
+            for name in part[leading] if leading == "properties" else _names(part[leading]):
                 if json.dumps(name, ensure_ascii=False) != f'"{name}"':
                     raise ValueError(
-                        f"schema: properties: expected names without escapes, got {name!r:.80}, at {at}"
+                        f"schema: {leading}: expected names without escapes, got {name!r:.80}, at {at}"
                     )
+        if leading == "properties":
+            names, required = {*part["properties"]}, part.get("required", [])
             if not isinstance(required, list) or not all(name in [*names] for name in required):
                 raise ValueError(
                     f"schema: required: expected some of {sorted(names)}, got {required!r:.200}, at {at}"
@@ -180,6 +181,12 @@ def _prepare(schema: Any, sandbox: Sandbox) -> None:
             if isinstance(part.get(keyword), list):
                 waiting += [(f"{at}/{keyword}/{index}", inner) for index, inner in enumerate(part[keyword])]
         waiting += [(f"{at}/{keyword}", part.get(keyword)) for keyword in ("items", "additionalProperties")]
+
+
+def _names(value: Any) -> list[str]:
+    """The names of the objects in a JSON value, at every depth."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*(value if isinstance(value, dict) else ()), *(name for each in inner for name in _names(each))]
 
 
 def _unanchored(pattern: str) -> str:

@@ -442,7 +442,11 @@ def test_too_few_prompts_are_refused_before_anything_is_written(target: Path, tm
     data, out = tmp_path / "few.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"prompt": f"Tom has {i}"}) + "\n" for i in range(10)))
     for settings, held, said in (
-        (TINY, 500, r"evaluate: expected a number that leaves prompts of .* to learn from, got 500 of 10"),
+        (
+            TINY,
+            500,
+            r"evaluate: expected a number that leaves prompts of .* to learn from, got 500 of 10 different",
+        ),
         (OF_KIND["ppd"], 3, r"data: expected at least 10 answers, .* of kind ppd, got 7"),
     ):
         with pytest.raises(ValueError, match=said):

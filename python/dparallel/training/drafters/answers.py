@@ -49,7 +49,7 @@ def prompts_of(
     except ValueError as error:
         raise ValueError(
             f"evaluate: expected a number that leaves prompts of {data} to learn from, got {held} of "
-            f"{len(drawn)}"
+            f"{len({(*prompt.tolist(),) for prompt in drawn})} different ones"
         ) from error
     return (
         [prompt for prompt, out in zip(drawn, apart, strict=True) if not out],
