@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..automaton import Automaton, Tables
+from ..automaton import FAR, Automaton, Tables
 from ..ops.best_path import best_path
 from ..ops.class_stats import class_stats
 from ..ops.row_stats import LARGEST, merge_parts
@@ -67,12 +67,18 @@ class Constrained(Rule):
         impossible = (moves & (token_class < 0)).any(1)
         moves &= ~impossible[:, None]
 
-        left = where.cells.gather(last - where.column - 1, 0)
+        # Where no path ends in time, all tokens that may follow are allowed.
+        in_time = tables.distance[path[:, -1:]] <= last - end
+        left = where.cells.gather(torch.where(in_time, last - where.column - 1, FAR - 1), 0)
         allowed = tables.allowed(where.cells.gather(path[:, :-1], 0), left)[:, :-1]  # (N, K)
         among, _ = merge_parts(of_classes, allowed)
         chosen = where.cells.gather(token_class, 0).clamp(min=0)[:, None]
-        token, logit = of_classes.token.gather(1, chosen)[:, 0], of_classes.top1.gather(1, chosen)[:, 0]
-        best, share = among.token == token, (logit.clamp(max=LARGEST) - among.lse).exp()
+        token, logit = (t.gather(1, chosen)[:, 0] for t in (of_classes.token, of_classes.top1))
+        assert among.max_logit is not None
+        assert among.log_sum is not None
+        # Less the largest logit first, so that those of +inf share the probability.
+        below = logit.clamp(max=LARGEST) - among.max_logit.clamp(max=LARGEST)
+        best, share = below == 0, (below - among.log_sum).exp()
         # Where another token that is allowed is more probable, the path's is not certain at all.
         judged = {
             "confidence": torch.where(best, among.confidence, share),
@@ -89,10 +95,11 @@ class Constrained(Rule):
 
 
 def _scores(largest: Tensor, tables: Tables, where: Where) -> Tensor:
-    """(W, C, K): the largest logit of each class in each cell, less the cell's largest; where the cell holds
-    a token, 0 for its class and -inf for others. largest: (N, K)."""
+    """(W, C, K): the largest logit of each class in each cell, less the cell's largest, scaled down; where
+    the cell holds a token, 0 for its class and -inf for others. largest: (N, K)."""
     score = largest.clamp(max=LARGEST)
     score -= score.amax(1, keepdim=True).clamp(min=-LARGEST)
+    score *= 2.0**-20  # exact, and a sum of the largest numbers stays finite
     score = where.cells.spread(score, -math.inf)
     number = torch.arange(score.shape[2], device=score.device)
     only = torch.where(number == tables.classes(where.token)[..., None], 0.0, -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,16 +61,16 @@ def plain(
             z = model(x[None]).logits[0, start:end].detach().double()
             state = form.after(0, x[first:start].tolist())
             way = fills(form, z, x[start:end], state, len(x) - end)
+            in_time = form.distance[form.after(state, way.tolist())] <= len(x) - end
             confidence, margin, entropy = (torch.zeros(end - start) for _ in range(3))
             for at, token in enumerate(way.tolist()):
                 behind = form.transitions[state][form.token_class]
                 distance = torch.where(behind >= 0, form.distance[behind.clamp(min=0)], FAR)
-                allowed = distance <= len(x) - start - at - 1
-                allowed = allowed if allowed.any() else distance < FAR
+                allowed = distance <= len(x) - start - at - 1 if in_time else distance < FAR
                 p = z[at].masked_fill(~allowed, -math.inf).softmax(0)
                 others = p.index_fill(0, torch.tensor([token]), -1.0).amax().clamp(min=0)
                 confidence[at], margin[at] = p[token], p[token] - others
-                entropy[at] = -torch.special.xlogy(p, p).sum() if p[token] > others else math.inf
+                entropy[at] = -torch.special.xlogy(p, p).sum() if p[token] >= others else math.inf
                 state = int(behind[token])
             masked = x[start:end] == MASK
             stats = dx.RowStats(way, *(confidence,) * 3, confidence, margin, entropy, way, confidence)
@@ -157,6 +158,48 @@ def test_a_form_that_does_not_fit_is_begun(llada: models.Model) -> None:
         assert form.after(0, out.responses[0].tolist()) == length
     with pytest.raises(ValueError, match="sequence 0 at position 35 leaves no token to choose"):
         dx.decode(llada, PROMPTS[0], gen_length=33, automaton=form, **settings)  # nothing may follow
+
+
+def decode_of(form: list[list[int]], logits: list[list[float]], **settings: Any) -> tuple[list[int], int]:
+    """The response to a prompt of one token, and its passes. form: transitions by the first ids, of which
+    the last state accepts. logits: of each token of the response, in every pass."""
+    table = torch.tensor(form)
+    automaton = Automaton(torch.arange(table.shape[1]), table, torch.arange(len(table)) == len(table) - 1)
+    rows = torch.tensor([[0.0] * len(logits[0]), *logits])
+    out = dx.decode(
+        lambda ids: SimpleNamespace(logits=rows.expand(len(ids), -1, -1)),
+        torch.tensor([0]),
+        gen_length=len(logits),
+        block_length=len(logits),
+        mask_id=len(logits[0]) - 1,
+        automaton=automaton,
+        **settings,
+    )
+    return out.responses[0].tolist(), int(out.nfe)
+
+
+def test_where_nothing_ends_in_time_all_that_may_follow_counts() -> None:
+    """The first token alone would end the response, after which nothing follows; or its logit is -inf."""
+    way = {"selector": "entropy", "threshold": 0.5}
+    over = [[4, 1], [NOWHERE, 2], [NOWHERE, 3], [NOWHERE, 4], [NOWHERE, NOWHERE]]
+    assert decode_of(over, [[0.0, 2.0, 0.0]] * 2, **way) == ([1, 1], 1)
+    without = [[4, 1], [4, 2], [4, 3], [NOWHERE, 4], [NOWHERE, NOWHERE]]
+    assert decode_of(without, [[-math.inf, 2.0, 0.0]] * 2, **way) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize("equal", [2.0, math.inf])
+@pytest.mark.parametrize("way", [("confidence", 0.45), ("entropy", 0.7), ("margin", 0.0)])
+def test_a_token_as_probable_as_a_lower_one(equal: float, way: tuple[Any, float]) -> None:
+    form = [[1, 2], [3, NOWHERE], [NOWHERE, 3], [NOWHERE, NOWHERE]]
+    logits = [[equal, equal, 0.0], [0.0, 5.0, 0.0]]
+    assert decode_of(form, logits, selector=way[0], threshold=way[1]) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize("other", [math.inf, 3e38])
+def test_the_largest_logits_of_tokens_that_may_not_follow(other: float) -> None:
+    form = [[1, 2, NOWHERE], [3, NOWHERE, NOWHERE], [NOWHERE, 3, NOWHERE], [NOWHERE, NOWHERE, 3]]
+    logits = [[0.0, 2.0, other, 0.0]] * 2
+    assert decode_of(form, logits, threshold=0.5)[0] in ([0, 0], [1, 1])
 
 
 def test_suppressed_ids_are_in_no_form(llada: models.Model) -> None:
