@@ -225,6 +225,19 @@ def test_what_is_no_pattern_is_refused(pattern: str, message: str) -> None:
         automaton(pattern, Vocabulary.of(tokenizer_of("bytes")))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [("(?x) a b # or )", "ab"), ("a#", "a#"), ("a |b", "a "), ("a|(?x: b )", "b"), ("(?x)a\\ |b", "a ")],
+)
+def test_flags_and_comments_end_with_the_pattern(pattern: str, texts: str) -> None:
+    tokenizer = tokenizer_of("bytes")
+    form = automaton(pattern, Vocabulary.of(tokenizer))
+    state = form.after(0, tokenizer.encode(texts).ids)
+    assert state != NOWHERE
+    assert form.distance[state] == 0
+    assert form.after(state, tokenizer.encode("\n").ids) == NOWHERE
+
+
 def test_a_pattern_that_no_token_matches_is_refused() -> None:
     _, tokenizer = registry.load("builtin:teacher")
     with pytest.raises(

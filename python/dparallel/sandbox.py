@@ -207,8 +207,9 @@ def automaton_of(pattern: str) -> dict[str, Any]:
     end, library_end = 0, 256
     vocabulary = Vocabulary(library_end, {bytes([byte]): [byte] for byte in range(256)})
     # "a)|(b" is a pattern in a group, and none by itself. So each is first read without a group, beside a \b,
-    # which the library refuses in a pattern that it could read, before it makes an automaton.
-    for text in (rf"\b|{pattern}", rf"(?:{pattern})\x00"):
+    # which the library refuses in a pattern that it could read, before it makes an automaton. The group ends
+    # in a line of its own that matches nothing more: with the flag x a pattern may end in a comment.
+    for text in (rf"\b|{pattern}", f"(?:{pattern}(?x)\n)\\x00"):
         try:
             index = Index(text, vocabulary)
         except ValueError as error:
