@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 from typing import Any
@@ -249,7 +250,15 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
-        ({"type": "integer", "minimum": 3}, "minimum: is not supported beside type, at #"),
+        ({"type": ["integer", "null"], "minimum": 3}, "minimum: is not supported beside type, at #"),
+        ({"type": "number", "exclusiveMinimum": 3}, "exclusiveMinimum: expected a whole number, in minimum"),
+        ({"type": "number", "minimum": 0.5}, "minimum: expected a whole number, .* got 0.5, at #"),
+        ({"type": "integer", "minimum": True}, "minimum: expected a number below 1e100, got True, at #"),
+        ({"type": "integer", "minimum": 1e200}, "minimum: expected a number below 1e100, got 1e"),
+        (
+            {"type": "integer", "minimum": 3, "exclusiveMaximum": 3},
+            "minimum: expected at most 2, got 3",
+        ),
         ({"type": "array", "items": {"type": "number", "multipleOf": 2}}, "multipleOf: .* at #/items"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems: "),
         ({"type": "object", "maxProperties": 2}, "maxProperties: "),
@@ -258,7 +267,7 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
             {"type": "object", "properties": {"minimum": {"type": "null"}}, "anyOf": []},
             "anyOf: .* properties",
         ),
-        ({"properties": {"a": {"type": "integer", "maximum": 9}}}, "maximum: .* at #/properties/a"),
+        ({"properties": {"a": {"type": "integer", "maximum": "9"}}}, "maximum: .* at #/properties/a"),
         (
             {"properties": {"a": {"type": "null"}}, "required": ["b"]},
             r"required: .* of \['a'\], got \['b'\]",
@@ -278,8 +287,8 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
         ({"properties": {'a"': {"type": "null"}}}, "properties: expected names without escapes"),
         ({"enum": [1, [{"a": {"b\n": 1}}]]}, r"enum: expected names without escapes, got 'b\\n', at #"),
         (
-            {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "exclusiveMinimum": 0}}},
-            r"exclusiveMinimum: .* at #/\$defs/a",
+            {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "multipleOf": 2}}},
+            r"multipleOf: .* at #/\$defs/a",
         ),
     ],
 )
@@ -311,6 +320,32 @@ def test_strings_of_a_schema(schema: dict[str, str], right: list[str], wrong: li
     assert not any(re.fullmatch(pattern, f'"{text}"') for text in wrong)
 
 
+def test_bounds_of_numbers() -> None:
+    rng = random.Random(2)
+    near = [rng.randint(-1300, 1300) for _ in range(60)] + [0, 9, 10, 99, 100, 1000, -1, -9, -10, -100]
+    for _ in range(60):
+        low, high = sorted((rng.choice(near), rng.choice(near)))
+        bounds = {"minimum": low, "maximum": high}
+        bounds = {name: bounds[name] for name in rng.choice([["minimum"], ["maximum"], [*bounds]])}
+        least, most = bounds.get("minimum", -math.inf), bounds.get("maximum", math.inf)
+        whole = re.compile(json_pattern({"type": "integer", **bounds}))
+        number = re.compile(json_pattern({"type": "number", **bounds}))
+        around = [value + step for value in (low, high) for step in (-1, 0, 1)]
+        for value in [*range(-1400, 1400, 7), *around, -(10**9), 10**9]:
+            assert bool(whole.fullmatch(str(value))) == (least <= value <= most), (bounds, value)
+            for part in ("", ".0", ".5"):
+                text = f"{value}{part}"
+                assert bool(number.fullmatch(text)) == (least <= float(text) <= most), (bounds, text)
+        assert not whole.fullmatch("007")
+    above = re.compile(json_pattern({"type": "integer", "exclusiveMinimum": 2.5, "exclusiveMaximum": 7}))
+    assert [value for value in range(20) if above.fullmatch(str(value))] == [3, 4, 5, 6]
+    of_two = {"$defs": {"a": {"type": "integer", "minimum": 5, "maximum": 7}}}
+    of_two["prefixItems"] = [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]  # type: ignore[assignment]
+    pattern = json_pattern(of_two)
+    assert re.fullmatch(pattern, "[5, 7]")
+    assert not re.fullmatch(pattern, "[5, 8]")
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -339,6 +374,9 @@ def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"pattern: it took more than 0\.3 s; expected a smaller form"):
             automaton(pattern, vocabulary)
         assert automaton("a", vocabulary).distance[0] == 1
+    several = {f"p{at}": {"type": "string", "pattern": f"(a|b)*a(a|b){{13}}{at}"} for at in range(50)}
+    with pytest.raises(ValueError, match=r"schema: its patterns took more than 0\.3 s together"):
+        json_pattern({"type": "object", "properties": several})
     monkeypatch.setattr(sandbox, "SECONDS", 5)
     with pytest.raises(ValueError, match="pattern: it took more than 1024 MiB of memory; expected a smaller"):
         automaton("((a{1000}){1000}){1000}", vocabulary)

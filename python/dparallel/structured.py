@@ -7,7 +7,10 @@ regular expression. Here the bytes become tokens.
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
+import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ import torch
 
 from dparallel_ext.automaton import NOWHERE, Automaton
 
+from . import sandbox as limits
 from .sandbox import Exceeded, Refused, Sandbox, shared
 from .text import INCOMPLETE, TokenTexts
 
@@ -42,6 +46,7 @@ STRINGS = {"maxLength": {"pattern", "format"}, "minLength": {"pattern", "format"
 OTHERS = """minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minContains
     maxContains minProperties maxProperties patternProperties propertyNames dependentRequired dependentSchemas
     dependencies additionalItems unevaluatedItems unevaluatedProperties not if then else"""
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 CONSTRAINTS = {*FOLLOWED, *NONE.union(*FOLLOWED.values()), *OTHERS.split()} - {"type"}
 """The keywords of JSON Schema by which a value may be invalid. Others describe it, or say no more than the
 library's keyword beside them."""
@@ -126,15 +131,21 @@ def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str
     try:
         sandbox.pattern_of(text)  # refuses what is no schema
         read = json.loads(text)
-        _prepare(read, sandbox)
-        return sandbox.pattern_of(json.dumps(read, ensure_ascii=False))
+        marked = _prepare(read, sandbox)
+        pattern = sandbox.pattern_of(json.dumps(read, ensure_ascii=False))
     except Refused as error:
         raise ValueError(f"schema: {str(error).splitlines()[0].strip()}") from error
+    for mark, numbers in marked.items():
+        pattern = pattern.replace(f'"{mark}"', numbers)
+    return pattern
 
 
-def _prepare(schema: Any, sandbox: Sandbox) -> None:
-    """Write the patterns of a schema's strings, in place, as the library has to read them. Raises ValueError
-    naming a constraint that the schema's pattern would not have, and its place."""
+def _prepare(schema: Any, sandbox: Sandbox) -> dict[str, str]:
+    """Write the patterns of a schema's strings, in place, as the library has to read them, and marks in place
+    of what it does not know; return the mark's patterns. Raises ValueError naming a constraint that the
+    schema's pattern would not have, and its place."""
+    marked: dict[str, str] = {}
+    began = time.monotonic()
     waiting = [("#", schema)]
     while waiting:
         at, part = waiting.pop()
@@ -146,6 +157,10 @@ def _prepare(schema: Any, sandbox: Sandbox) -> None:
             if leading == "type" and of_text in part:
                 leading, followed = of_text, followed - STRINGS[of_text]
                 break
+        if leading == "type" and part["type"] in ("integer", "number") and BOUNDS & part.keys():
+            mark, leading = uuid.uuid4().hex, "const"
+            marked[mark] = _between(*_bounds(part, at), part["type"] == "integer")
+            part["const"] = mark
         for keyword in sorted(CONSTRAINTS & part.keys() - followed - {leading}):
             if NO_CONSTRAINT.get(keyword, ...) != part[keyword]:
                 raise ValueError(f"schema: {keyword}: is not supported beside {leading}, at {at}")
@@ -161,6 +176,11 @@ def _prepare(schema: Any, sandbox: Sandbox) -> None:
         if leading in ("pattern", "type") and (text := part.get("pattern", FORMATS.get(part.get("format")))):
             part["pattern"] = f"(?:{_unanchored(text)})"
             part.pop("format", None)
+            if time.monotonic() - began > limits.SECONDS:
+                raise ValueError(
+                    f"schema: its patterns took more than {limits.SECONDS:g} s together; expected fewer or "
+                    "smaller ones"
+                )
             _check_text(_unanchored(text), at, sandbox)
         if leading in ("properties", "enum", "const"):
             for name in part[leading] if leading == "properties" else _names(part[leading]):
@@ -181,6 +201,78 @@ def _prepare(schema: Any, sandbox: Sandbox) -> None:
             if isinstance(part.get(keyword), list):
                 waiting += [(f"{at}/{keyword}/{index}", inner) for index, inner in enumerate(part[keyword])]
         waiting += [(f"{at}/{keyword}", part.get(keyword)) for keyword in ("items", "additionalProperties")]
+    return marked
+
+
+def _bounds(part: dict[str, Any], at: str) -> tuple[int | None, int | None]:
+    """The least and the greatest value of an integer or a number, None where there is none; taken out of the
+    schema."""
+    low, high = [], []
+    for keyword in sorted(BOUNDS & part.keys()):
+        value, integer = part.pop(keyword), part["type"] == "integer"
+        of_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+        if not of_number or not (integer or (value == int(value) and not keyword.startswith("exclusive"))):
+            kind = "a number below 1e100" if integer else "a whole number, in minimum or maximum"
+            raise ValueError(f"schema: {keyword}: expected {kind}, got {value!r:.80}, at {at}")
+        exclusive = keyword.startswith("exclusive") and value == int(value)
+        if keyword.endswith("inimum"):
+            low.append(math.ceil(value) + exclusive)
+        else:
+            high.append(math.floor(value) - exclusive)
+    if low and high and max(low) > min(high):
+        raise ValueError(f"schema: minimum: expected at most {min(high)}, got {max(low)}, at {at}")
+    return max(low, default=None), min(high, default=None)
+
+
+def _between(low: int | None, high: int | None, integer: bool) -> str:
+    """The regular expression of the numbers from `low` to `high`; None: without a bound."""
+    magnitudes = _naturals if integer else _decimals
+    ways = []
+    if low is None or low < 0:
+        least = 0 if high is None else max(0, -high)
+        ways.append(f"-(?:{magnitudes(least, None if low is None else -low)})")
+    if high is None or high >= 0:
+        ways.append(magnitudes(max(0, low or 0), high))
+    return f"(?:{'|'.join(ways)})"
+
+
+def _decimals(low: int, high: int | None) -> str:
+    fraction = r"(?:\.[0-9]+)?"
+    if high is None:
+        return f"(?:{_naturals(low, None)}){fraction}"
+    most = rf"{high}(?:\.0+)?"
+    return most if low == high else f"(?:{_naturals(low, high - 1)}){fraction}|{most}"
+
+
+def _naturals(low: int, high: int | None) -> str:
+    """Of the whole numbers from `low` >= 0."""
+    sizes = range(len(str(low)), len(str(low if high is None else high)) + 1)
+    ways = []
+    for size in sizes:  # by their number of digits
+        first, last = 10 ** (size - 1) if size > 1 else 0, 10**size - 1
+        ways.append(_digits(str(max(low, first)), str(last if high is None else min(last, high))))
+    if high is None:
+        ways.append(f"[1-9][0-9]{{{sizes[-1]},}}")
+    return "|".join(ways)
+
+
+def _digits(low: str, high: str) -> str:
+    """Of the numbers from `low` to `high`, which have as many digits."""
+    if not low:
+        return ""
+    least, most, rest = int(low[0]), int(high[0]), len(low) - 1
+    if least == most:
+        return f"{least}(?:{_digits(low[1:], high[1:])})"
+    ways = []
+    if low[1:].strip("0"):
+        ways.append(f"{least}(?:{_digits(low[1:], '9' * rest)})")
+        least += 1
+    if high[1:].strip("9"):
+        ways.append(f"{most}(?:{_digits('0' * rest, high[1:])})")
+        most -= 1
+    if least <= most:
+        ways.append(f"[{least}-{most}][0-9]{{{rest}}}")
+    return "|".join(ways)
 
 
 def _names(value: Any) -> list[str]:
