@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"rule": "unheard_of"}, "rule: with a verifier decoding goes left to right"),
         ({"verifier": LLADA}, "verifier: expected an autoregressive model of .*, got LLaDA"),
         ({"verifier": "nowhere"}, "verifier: no directory nowhere"),
-        ({"verifier": "builtin:dflash"}, "verifier: no directory .*dflash"),
+        ({"verifier": "builtin:dflash"}, "verifier: expected a .* directory, got the file .*dflash"),
         ({"verifier": 3}, "verifier: expected an autoregressive model of .*, got int"),
         ({"verifier": None}, "verifier: expected an autoregressive model of .*, got NoneType"),
         ({"prompts": [torch.tensor([505])]}, "verifier: it has 500 token ids, and the prompt holds 505"),
