@@ -65,4 +65,4 @@ def case(rows: int) -> Case:
 @pytest.mark.parametrize("contender", [ON_CPU, OURS])
 def test_class_stats(benchmark: Any, read_bandwidth: float, contender: str) -> None:
     step = work(CPU, False, 32, VOCAB, eager=ON_CPU)
-    on_cpu(benchmark, "class_stats, 32 rows", step, contender, read_bandwidth, rounds=20, rows=32)
+    on_cpu(benchmark, "class_stats, 32 rows", step, contender, read_bandwidth, rounds=20)
