@@ -8,17 +8,6 @@
 namespace dparallel::cpu {
 namespace {
 
-// A path of window w up to its last cell.
-struct Last {
-  bool in_time = false;  // whether the response can end in the room that is left
-  float sum = -kInfinity;
-  int64_t state = -1;
-
-  bool below(const Last& other) const {
-    return in_time != other.in_time ? other.in_time : other.sum > sum;
-  }
-};
-
 void of_window(const BestPathArgs& args, int64_t w) {
   const Transitions& automaton = args.transitions;
   const int64_t begin = args.begin[w], end = args.end[w], states = automaton.states;
@@ -48,12 +37,12 @@ void of_window(const BestPathArgs& args, int64_t w) {
     best.swap(next);
   }
 
-  Last last;
+  PathEnd last;
   for (int64_t s = 0; s < states; ++s) {
-    const Last here{automaton.distance[s] <= args.room[w], best[s], s};
-    if (best[s] > -kInfinity && last.below(here)) last = here;
+    const PathEnd here = PathEnd::of(automaton, s, best[s], args.room[w]);
+    if (last.below(here)) last = here;
   }
-  if (last.state < 0) return;
+  if (!last.exists()) return;
   int64_t at = last.state;
   std::fill(state + std::max(begin, end), state + args.cells + 1, at);
   for (int64_t c = end - 1; c >= begin; --c) {

@@ -24,17 +24,6 @@ struct Step {
   int32_t edge = INT32_MAX;
 };
 
-struct Last {
-  int32_t in_time = 0;  // whether the response can end in the room that is left
-  float sum = -kInfinity;
-  int32_t state = INT32_MAX;
-
-  __device__ bool below(const Last& other) const {
-    if (in_time != other.in_time) return other.in_time > in_time;
-    return other.sum > sum || (other.sum == sum && other.state < state);
-  }
-};
-
 // Scratch of a window: the edge taken into each state of each cell, and the sums that shared memory
 // does not hold.
 struct PathScratch {
@@ -75,7 +64,7 @@ __device__ __forceinline__ Step best_step(const Transitions& automaton, int64_t 
 
 __global__ void __launch_bounds__(kPathThreads) best_path_kernel(BestPathArgs args, void* memory) {
   DPARALLEL_SHARED(in_shared, float[2 * kShared]);
-  DPARALLEL_SHARED(of_warps, Last[kPathThreads / 32]);
+  DPARALLEL_SHARED(of_warps, PathEnd[kPathThreads / 32]);
   const Transitions& automaton = args.transitions;
   const int64_t window = blockIdx.x, cells = args.cells, states = automaton.states;
   const auto thread = static_cast<int64_t>(threadIdx.x);
@@ -113,16 +102,16 @@ __global__ void __launch_bounds__(kPathThreads) best_path_kernel(BestPathArgs ar
     next = swapped;
   }
 
-  Last last;
+  PathEnd last;
 #pragma unroll 1
   for (int64_t s = thread; s < states; s += kPathThreads) {
-    const Last here{automaton.distance[s] <= args.room[window], best[s], static_cast<int32_t>(s)};
-    if (best[s] > -kInfinity && last.below(here)) last = here;
+    const PathEnd here = PathEnd::of(automaton, s, best[s], args.room[window]);
+    if (last.below(here)) last = here;
   }
-  last = merge_block(last, of_warps, [](Last& a, const Last& b) {
+  last = merge_block(last, of_warps, [](PathEnd& a, const PathEnd& b) {
     if (a.below(b)) a = b;
   });
-  if (thread != 0 || !(last.sum > -kInfinity)) return;
+  if (thread != 0 || !last.exists()) return;
   int64_t at = last.state;
 #pragma unroll 1
   for (int64_t c = end; c <= cells; ++c) state[c] = at;

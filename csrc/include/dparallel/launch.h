@@ -3,6 +3,7 @@
 // csrc/cpu/<op>.cpp, the CUDA ones in csrc/cuda/<op>.cu.
 #pragma once
 
+#include "dparallel/best_path.h"
 #include "dparallel/common.h"
 #include "dparallel/policy.h"
 #include "dparallel/row_stats.h"
@@ -83,15 +84,6 @@ struct ClassStatsArgs {
   // Of count * classes rows, without errors: NaN for a class that holds NaN, as finish() for one
   // that leaves no token to choose.
   RowOutput output;
-};
-
-// The transitions of an automaton over classes of tokens, by the state that they lead to.
-struct Transitions {
-  int64_t states, classes, edges;
-  const int32_t* origin;       // [edges] the state that each comes from
-  const int32_t* token_class;  // [edges]
-  const int64_t* offsets;      // [states + 1] where the edges into each state begin; ascending
-  const int64_t* distance;     // [states] the fewest tokens from it to an accepting state
 };
 
 // The best path through the cells [begin, end) of each window: the largest sum of scores on the way

@@ -153,7 +153,7 @@ def kept(directory: Path) -> str | None:
     try:
         state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu", mmap=True)
         return f"step {state['step']}"
-    except Exception:  # torch.load raises many kinds
+    except Exception:  # of many kinds; of a file that is no state nothing goes on
         return None
 
 
