@@ -215,12 +215,13 @@ def test_greedy_is_what_decoding_gives(name: str) -> None:
         dx.decode(model, torch.tensor(p, dtype=torch.int64), gen_length=n, block_length=n)
         .responses[0]
         .tolist()
-        for p, n in zip(prompts, (4, 7, 3), strict=True)
+        # Without a prompt all masks are alike: which of several came first would be a matter of rounding.
+        for p, n in zip(prompts, (4, 7, 1), strict=True)
     ]
     options: dict[str, Any] = {"method": "monte_carlo", "samples": 2}
     assert all(one.greedy for one in log_likelihoods(model, prompts, answers, **options))
     wrong = [
-        [(token + 1) % 11 if i == n % 3 else token for i, token in enumerate(answer)]
+        [(token + 1) % 11 if i == n % len(answer) else token for i, token in enumerate(answer)]
         for n, answer in enumerate(answers)
     ]
     assert not any(one.greedy for one in log_likelihoods(model, prompts, wrong, **options))
