@@ -109,10 +109,17 @@ class KVCache:
             sequences and nothing is kept.
         rope: cos, sin of the model's rotary embedding, each (at least length, R / 2) float32.
         block_table: (B, P) int64 on the CPU, each sequence's pages in order. Default: page b for sequence b.
+        query_scale: (at least length,) float32, the factor of a position's queries; None: 1.
     """
 
-    def __init__(self, slots: Tensor, rope: tuple[Tensor, Tensor], block_table: Tensor | None = None) -> None:
-        self.slots, self.rope = slots, rope
+    def __init__(
+        self,
+        slots: Tensor,
+        rope: tuple[Tensor, Tensor],
+        block_table: Tensor | None = None,
+        query_scale: Tensor | None = None,
+    ) -> None:
+        self.slots, self.rope, self.query_scale = slots, rope, query_scale
         self._layers: list[Any] = [layer.unbind(0) for layer in slots.unbind(0)]
         self.block_table = (
             torch.arange(slots.shape[2], device="cpu")[:, None] if block_table is None else block_table

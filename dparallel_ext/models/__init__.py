@@ -11,7 +11,9 @@ from .files import locate
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
+from .mistral import Ministral3, Mistral
 from .modules import Stream, Taps
+from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
@@ -27,7 +29,10 @@ __all__ = [
     "LLaDA2",
     "LLaDAMoE",
     "Llama",
+    "Ministral3",
+    "Mistral",
     "Model",
+    "NemotronDiffusion",
     "Output",
     "Qwen2",
     "Qwen3",

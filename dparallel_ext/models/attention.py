@@ -37,6 +37,11 @@ class PagedAttention:
         count, head_dim = metadata.positions.shape[0], kv_cache.slots.shape[5]
         check_places((count, 1, head_dim), metadata.positions, metadata.slot_mapping, cos, sin)
         check_segments(count, **self.segments)
+        self.query_scale: Tensor | None = None
+        """(N, 1, 1), in the dtype of the queries."""
+        if kv_cache.query_scale is not None:
+            factors = kv_cache.query_scale[metadata.positions][:, None, None]
+            self.query_scale = factors.to(kv_cache.slots.dtype)
         self.some_whole = metadata.seqused_k.shape[0] > 0
         if self.some_whole:
             self.nowhere = torch.full_like(metadata.slot_mapping, -1)
@@ -62,6 +67,7 @@ class LayerAttention(CachedAttend):
             if not weights:
                 q, k = norms.q(q), norms.k(k)
         kv_write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, **of_pass.turn, **weights)
+        self._scale(q)
         if not of_pass.some_whole:
             return self._attend(q)
         # With q's part taken by k and no slot to write, this only norms and rotates k in place.
@@ -76,18 +82,23 @@ class LayerAttention(CachedAttend):
         if of_pass.some_whole:
             return None
         weight, bias, scale = weights
-        return self._attend(
-            write_product(
-                x,
-                weight,
-                bias,
-                *self.caches,
-                slot_mapping=of_pass.metadata.slot_mapping,
-                scale=scale,
-                constant=True,
-                **of_pass.turn,
-            )
+        q = write_product(
+            x,
+            weight,
+            bias,
+            *self.caches,
+            slot_mapping=of_pass.metadata.slot_mapping,
+            scale=scale,
+            constant=True,
+            **of_pass.turn,
         )
+        self._scale(q)
+        return self._attend(q)
+
+    def _scale(self, q: Tensor) -> None:
+        """Scale q (N, H, D), rotated, in place."""
+        if self.of_pass.query_scale is not None:
+            q.mul_(self.of_pass.query_scale)
 
     def _attend(self, q: Tensor) -> Tensor:
         """q (N, H, D), rotated: `kv_write` has checked it, and the caches."""

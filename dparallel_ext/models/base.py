@@ -187,8 +187,12 @@ class Model(Named):
         rope_dtype = torch.promote_types(x.dtype, torch.float32) if s.rope_in_float32 else x.dtype
         cos, sin = (t[: x.shape[1], None].to(rope_dtype) for t in self._rope_of(x.shape[1]))
 
+        query_scale = self._query_scale_of(x.shape[1])
+
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
+            if query_scale is not None:
+                q = q * query_scale[:, None, None].to(q.dtype)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             grouped = s.kv_heads != s.heads
             y = F.scaled_dot_product_attention(
@@ -409,8 +413,9 @@ class Model(Named):
         """
         s, page_size = self.shape, max(1, page_size)
         shape = (s.layers if kept else 1, 2, pages, s.kv_heads, page_size, s.head_dim)
-        rope = self._rope_of(page_size * (1 if block_table is None else block_table.shape[1]))
-        return KVCache(torch.zeros(shape, dtype=self.dtype, device=self.device), rope, block_table)
+        length = page_size * (1 if block_table is None else block_table.shape[1])
+        slots = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return KVCache(slots, self._rope_of(length), block_table, self._query_scale_of(length))
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin (at least length, R / 2) float32, of the R dimensions of a head that are rotated."""
@@ -422,6 +427,11 @@ class Model(Named):
                 width = s.rotary_dim or s.head_dim
                 self._rope = rope.table(rows, width, s.rope_theta, s.rope_scaling, self.device)
         return self._rope
+
+    def _query_scale_of(self, length: int) -> Tensor | None:
+        """(length,) float32 as `rope.QueryScaling.table`."""
+        scaling = self.shape.query_scaling
+        return None if scaling is None else scaling.table(length, self.device)
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask of attention, (B or 1, 1, 1 or L, L) bool; None: none is needed."""

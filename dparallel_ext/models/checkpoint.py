@@ -28,7 +28,9 @@ from .fast_dllm import FastDLLM
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
+from .mistral import Ministral3, Mistral
 from .modules import shapes_only
+from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .sdar import SDAR, SDARMoE
 from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
@@ -42,6 +44,9 @@ FAMILIES: dict[str, type[Model]] = {
     "sdar_moe": SDARMoE,
     "Fast_dLLM_Qwen": FastDLLM,
     "llama": Llama,
+    "mistral": Mistral,
+    "ministral3": Ministral3,
+    "nemotron_labs_diffusion": NemotronDiffusion,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "qwen3_moe": Qwen3MoE,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import files
-from .rope import RopeScaling
+from .rope import QueryScaling, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class ModelConfig:
     eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    query_scaling: QueryScaling | None = None
     rope_in_float32: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -92,6 +93,9 @@ class ModelConfig:
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None
     """Length of a block-causal model's blocks; None for others."""
+    mask_block: int | None = None
+    """Of an autoregressive model that predicts masks behind its text too: the length of the blocks, each of
+    the last known token and masks, that it was trained for; None for others."""
     experts: ExpertsConfig | None = None
 
     @property

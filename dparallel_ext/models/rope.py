@@ -114,6 +114,22 @@ def table(
     return cos * scaling.attention_factor, sin * scaling.attention_factor
 
 
+@dataclass(frozen=True)
+class QueryScaling:
+    """Llama 4's scaling of queries, for texts longer than the original context (Ministral 3): at position p
+    by 1 + beta log(1 + floor(p / original))."""
+
+    beta: float
+    original: int
+
+    def table(self, length: int, device: torch.device) -> Tensor | None:
+        """(length,) float32, the factors of positions from 0; None: all are 1."""
+        if length <= self.original:
+            return None
+        contexts = torch.floor(torch.arange(length, device=device) / self.original)
+        return 1 + self.beta * torch.log(1 + contexts)
+
+
 # --- of a config.json ---------------------------------------------------------------------------
 
 FIELDS = {
@@ -126,6 +142,7 @@ FIELDS = {
 """Keys of a config.json."""
 _FACTOR = Field(float, most=2**20)
 _BETA = Field(float, None, least=0, most=2**20)
+_QUERY_BETA = "llama_4_scaling_beta"
 _LLAMA3 = {
     "factor": _FACTOR,
     "low_freq_factor": Field(float, least=1e-6, most=2**20),
@@ -190,6 +207,14 @@ SCALINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], RopeSc
     "yarn": _yarn,
 }
 """Type of scaling, beside "default" -> the function that reads it."""
+
+
+def query_scaling(config: Mapping[str, Any]) -> QueryScaling | None:
+    """The scaling of queries that a config.json specifies. Raises ValueError as `fields.read`."""
+    c = fields.read(config, FIELDS)
+    rope = c["rope_parameters"] or {}
+    beta = fields.read(rope, {_QUERY_BETA: _BETA}, "rope_parameters")[_QUERY_BETA]
+    return QueryScaling(beta, _original(rope, c, "rope_parameters")) if beta else None
 
 
 def read(

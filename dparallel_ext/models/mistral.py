@@ -1,0 +1,30 @@
+"""Mistral (arXiv 2310.06825) and Ministral 3 (arXiv 2601.08584): causal, in Llama's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from . import fields, rope
+from .config import ModelConfig
+from .llama import Llama, llama_shape
+
+
+class Mistral(Llama):
+    """Mistral 7B from version 0.2 on, Mistral Nemo, and others without a sliding window."""
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        # transformers takes a missing key for 4096.
+        fields.check_supported(config, {"sliding_window": None}, ("sliding_window",))
+        return llama_shape(config)
+
+
+class Ministral3(Llama):
+    """Queries far behind the original context are scaled up, see `rope.QueryScaling`."""
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        fields.check_supported(config, {"sliding_window": None, "attention_bias": False, "mlp_bias": False})
+        return replace(llama_shape(config), query_scaling=rope.query_scaling(config))

@@ -1,0 +1,42 @@
+"""Nemotron-Labs-Diffusion (NVIDIA, 2026): Ministral 3's layers, trained to predict the next token and masks.
+
+Source: the technical report "Nemotron-Labs-Diffusion: A Tri-Mode Language Model Unifying Autoregressive,
+Diffusion, and Self-Speculation Decoding", and the code published with the checkpoints.
+
+    autoregressive     as Ministral 3: the logits at a position are for the next
+    masks              of a block behind the text, whose rows see each other: the logits at a mask are for the
+                       mask's own position
+    self-speculation   masks draft, the autoregressive model verifies (`speculation.SelfDrafter`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from . import fields
+from .config import ModelConfig
+from .llama import LLAMA_NAMES
+from .mistral import Ministral3
+
+_SUPPORTED = {"dlm_type": "llada"}
+"""With "dream" the logits for a mask are at the position before it."""
+
+
+class NemotronDiffusion(Ministral3):
+    """An autoregressive model, which drafts for itself with `drafter="self"`.
+
+    The tests compare, on random weights, its logits with transformers' Ministral 3, and its drafts and passes
+    with the published self-speculation, written again in plain torch. No released weights were read.
+    """
+
+    NAMES: ClassVar[dict[str, str]] = {
+        ours: theirs.replace("model.", "encoder.", 1) for ours, theirs in LLAMA_NAMES.items()
+    } | {"lm_head": "diffusion_head"}
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        fields.check_supported(config, _SUPPORTED)
+        block = fields.read(config, {"block_size": replace(fields.BLOCK_LENGTH, default=32, least=2)})
+        return replace(Ministral3.read_config(config), mask_block=block["block_size"])
