@@ -18,6 +18,7 @@ from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
 from .riders import RiderDrafter
+from .self_drafter import SelfDrafter
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
 from .whole_models import ModelDrafter
@@ -46,6 +47,7 @@ __all__ = [
     "PromptTokens",
     "Recycling",
     "RiderDrafter",
+    "SelfDrafter",
     "Sizer",
     "SpeculateOutput",
     "TreeDrafter",

@@ -24,6 +24,8 @@ from ..ops.inputs import DTYPES
 
 OURS = "dparallel"
 """The key of config.json for what the published layout has no place for."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""The files of a LoRA adapter, as PEFT writes them."""
 METADATA = "config"
 """The key of a single file's metadata that holds the content of config.json."""
 
@@ -87,7 +89,7 @@ class DraftCheckpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> DraftCheckpoint:
-    """Read a directory (or ORG/NAME, see `models.locate`), or one .safetensors file.
+    """Read a directory (or ORG/NAME, see `models.locate`), also of an adapter, or one .safetensors file.
 
     Raises:
         FileNotFoundError: naming the missing file or directory.
@@ -96,7 +98,10 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
     is_file = _is_file(path)
     directory = path.parent if is_file else files.locate(path)
-    file = path if is_file else directory / "model.safetensors"
+    config_file, weights = "config.json", "model.safetensors"
+    if not is_file and (directory / ADAPTER[0]).is_file():
+        config_file, weights = ADAPTER
+    file = path if is_file else directory / weights
     if not os.path.isfile(file):
         others = [] if is_file else sorted(other.name for other in directory.glob("*.bin"))
         hint = f"; {others[0]} is not read, safetensors.torch.save_file writes its tensors" if others else ""
@@ -110,7 +115,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
     if config is None:
-        config = files.read_json(directory / "config.json", required=True)
+        config = files.read_json(directory / config_file, required=True)
     return DraftCheckpoint(str(path), config, tensors)
 
 

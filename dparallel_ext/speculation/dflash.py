@@ -30,19 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._C import DraftTree, draft_trees
+from .._C import DraftTree
 from ..arguments import instance
-from ..cache import AttentionMetadata, KVCache, Span
-from ..models import Model, Qwen3, fused_weights, own_precision, rope
+from ..cache import AttentionMetadata, KVCache
+from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
-from ..ops import kv_move, kv_write, row_topk
-from ..packed import Packing, Shapes, unpack
+from ..ops import kv_move, kv_write
+from .blocks import BlockSession, chain
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import EMBEDDING, Lane, Observation, RecordedSession, check_layers
+from .drafter import EMBEDDING, Observation, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -219,7 +219,7 @@ class BlockDrafter:
 
     def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
         """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
-        return Draft(tuple(guesses[cell] for cell in tree.cells))
+        return chain(tree, guesses)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config and weights, see `write_checkpoint`."""
@@ -234,39 +234,33 @@ def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:
     return BlockDrafter(model, checkpoint.source)
 
 
-class _Key(NamedTuple):
-    """All that the launches of a draft depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    max_q_len: int
-    max_kv_len: int
-    suppressed: tuple[Tensor, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:3], *map(id, self.suppressed))
-
-
-class _Session(RecordedSession):
+class _Session(BlockSession):
     """Keeps the context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        self._drafter, self._layers = drafter, drafter.on(model.device, model.dtype)
-        super().__init__(self._layers, model, graphs)
-        self.layout = drafter.layout
-        self.taps = self.layout.taps
-        s, pages, size = self.layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
+        self._layers, layout = drafter.on(model.device, model.dtype), drafter.layout
+        s, pages, size = layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
         slots = torch.zeros(
             (s.layers, 2, pages, s.kv_heads, size, s.head_dim), dtype=model.dtype, device=model.device
         )
         table = rope.table(kv_cache.length, s.head_dim, s.rope_theta, s.rope_scaling, model.device)
-        self.kv_cache = KVCache(slots, table, kv_cache.block_table)
-        self.size = slots.nbytes
+        super().__init__(
+            self._layers,
+            model,
+            KVCache(slots, table, kv_cache.block_table),
+            block=layout.block,
+            mask_id=layout.mask_id,
+            causal=CAUSAL[layout.kind],
+            width=drafter.width,
+            draft=drafter.draft,
+            graphs=graphs,
+        )
+        self.taps, self.size = layout.taps, slots.nbytes
 
     def observe(self, seen: Observation) -> None:
         feature = self._layers.feature(seen.taps)
         cos, sin = self.kv_cache.rope
-        for layer in range(self.layout.shape.layers):
+        for layer in range(len(self._layers.layers)):
             k, v = self._layers.context(layer, feature)
             kv_write(
                 torch.empty_like(k),  # queries, of which there are none
@@ -282,49 +276,5 @@ class _Session(RecordedSession):
     def moved(self, source: Tensor, target: Tensor) -> None:
         kv_move(self.kv_cache.slots, source, target)
 
-    def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
-        causal, mask_id = CAUSAL[self.layout.kind], self.layout.mask_id
-        spans: list[Span] = []
-        ids: list[int] = []
-        source: list[int] = []
-        group: list[int] = []
-        counts: list[int] = []
-        suppressed: dict[int, Tensor] = {}
-        for lane, most in zip(lanes, sizes, strict=True):
-            start, ends = len(lane.tokens) - 1, lane.length
-            # Rows behind those that are read are seen by them in both directions, but not causally.
-            rows = min(self.layout.block, ends - start, most + 1 if causal else ends)
-            counts.append(min(most, rows - 1))
-            source += range(len(ids) + 1, len(ids) + 1 + counts[-1])
-            ids += [int(lane.tokens[-1]), *[mask_id] * (rows - 1)]
-            spans.append(Span(lane.lane, start, start + rows, start + rows))
-            if lane.suppress is not None:
-                suppressed.setdefault(id(lane.suppress), lane.suppress)
-            index = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
-            group += [index] * counts[-1]
-        packing = Packing()
-        rows, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, self._pad_to)
-        packing.padded(ids, mask_id, rows)
-        read = self._put_sources(packing, source)
-        packing.padded(group, -1, read)
-        inputs, shapes = packing.pack()
-        best = self._run_pass(_Key(shapes, max_q_len, max_kv_len, tuple(suppressed.values())), inputs)
-        tokens, bits = best[:, : len(source)].flatten(1).cpu()
-        guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
-        trees = draft_trees(scores, self._drafter.width, counts, list(sizes))
-        return [self._drafter.draft(tree, guesses) for tree in trees]
-
-    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
-        """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of
-        their log-probabilities in float32, which are -inf or NaN where a row has no more guesses."""
-        *about_tokens, ids, source, group = unpack(inputs, key.shapes)
-        causal = CAUSAL[self.layout.kind]
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=causal)
-        with own_precision(self.model, self.model.device):
-            x = self._layers.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))
-            logits = self.model.head(x[source])
-        for number, tokens in enumerate(key.suppressed):
-            out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
-            logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
-        best = row_topk(logits, self._drafter.width, mask_id=self.layout.mask_id, check=False)
-        return torch.stack((best.token, best.logprob.view(torch.int32).to(torch.int64)))
+    def hidden(self, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return self._layers.rows(self.model.embed(ids), PagedAttention(self.kv_cache, metadata))

@@ -26,6 +26,7 @@ from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
 from .riders import drafter_of_riders
+from .self_drafter import SelfDrafter, drafter_of_adapter
 from .whole_models import ModelDrafter
 
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
@@ -33,9 +34,14 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
     adadecode.KIND: adadecode.drafter_of_heads,
     eagle.KIND: eagle.drafter_of_eagle,
+    "lora": drafter_of_adapter,
 }
 """Kind that a file names -> what makes a drafter of it, or raises ValueError."""
-NAMED: dict[str, Path | Drafter] = {"recycling": Recycling(), "jump_forward": JumpForward()}
+NAMED: dict[str, Path | Drafter] = {
+    "recycling": Recycling(),
+    "jump_forward": JumpForward(),
+    "self": SelfDrafter(),
+}
 """Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
 models too; a drafter of your own has the name that you give it here."""
 
@@ -57,6 +63,7 @@ def load(path: str | Path) -> Drafter:
         kind = Origin.of(checkpoint.config).kind
         if kind is None:  # a published file
             kind = eagle.KIND if eagle.is_config(checkpoint.config) else "dflash"
+            kind = "lora" if "peft_type" in checkpoint.config else kind
         if kind not in KINDS:
             raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(KINDS)}")
         return KINDS[kind](checkpoint)

@@ -1,0 +1,158 @@
+"""Self-speculation of a model that predicts masks and the next token (Nemotron-Labs-Diffusion, NVIDIA, 2026).
+
+    draft     rows [root, mask, ...] behind the text, which see each other: each mask's likeliest token
+    verify    the same model, each position seeing those up to itself
+
+The text is the autoregressive model's. The draft's keys and values lie where the verify pass writes its own.
+A LoRA adapter (arXiv 2106.09685) may take part in the draft alone, as the published `linear_spec_lora` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..arguments import whole
+from ..cache import AttentionMetadata, KVCache
+from ..models import Model, fused_weights
+from ..models.fields import NO, Field, check_supported, read
+from ..ops.inputs import DTYPES
+from .blocks import BlockSession
+from .checkpoint import DraftCheckpoint
+
+_RANK = Field(int, most=2**14)
+_FIELDS = {"r": _RANK, "lora_alpha": Field(float, least=0, most=2**20), "use_rslora": NO}
+_SUPPORTED = {
+    **{"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False},
+    **{"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "layer_replication": []},
+}
+_PREFIX = "base_model.model."
+
+
+class LowRank(nn.Module):
+    """A layer's output and up(down(x)). down: (r, in), up: (out, r), with the adapter's factor in it."""
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = (nn.Parameter(t, requires_grad=False) for t in (down, up))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        return fused_weights.apply(self.base, x) + F.linear(F.linear(x, self.down), self.up)
+
+
+class Adapter:
+    """A LoRA adapter of linear layers, as PEFT writes it.
+
+    Raises ValueError naming the key of adapter_config.json, or the tensor, that is not supported.
+    """
+
+    def __init__(self, checkpoint: DraftCheckpoint) -> None:
+        self.source, config = checkpoint.source, checkpoint.config
+        check_supported(config, _SUPPORTED)
+        c = read(config, _FIELDS)
+        factor = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        """The checkpoint's name of a layer -> down and up, see `LowRank`."""
+        left = dict(checkpoint.tensors)
+        for name in sorted(checkpoint.tensors):
+            layer, _, end = name.removeprefix(_PREFIX).rpartition(".lora_A.")
+            up = left.pop(name.replace(".lora_A.", ".lora_B."), None) if layer and end == "weight" else None
+            if up is None:
+                continue
+            down = left.pop(name)
+            if any(t.ndim != 2 or t.dtype not in DTYPES for t in (down, up)) or len(down) != up.shape[1]:
+                raise ValueError(f"{self.source}: {name}: expected (r, in), and (out, r) of lora_B")
+            self.pairs[layer] = down, up * factor
+        if left or not self.pairs:
+            names = f"got {sorted(left)[0]:.200}" if left else "got none"
+            raise ValueError(f"{self.source}: expected tensors LAYER.lora_A.weight and lora_B, {names}")
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError for a layer that the model does not have, or that has another shape."""
+        layers = dict(model.named_modules())
+        for name, (down, up) in self.pairs.items():
+            layer: Any = layers.get(name)
+            if layer is None or not hasattr(layer, "in_features"):
+                raise ValueError(f"drafter: {self.source} adapts {name:.200}, which the model does not have")
+            if (layer.out_features, layer.in_features) != (len(up), down.shape[1]):
+                raise ValueError(
+                    f"drafter: {self.source} adapts {name} of ({len(up)}, {down.shape[1]}), and the model "
+                    f"has ({layer.out_features}, {layer.in_features})"
+                )
+
+    def on(self, model: Model) -> Model:
+        """A model that shares all modules of `model` but the adapted layers."""
+        adapted, layers = model, dict(model.named_modules())
+        for name, pair in self.pairs.items():
+            down, up = (t.to(model.device, model.dtype) for t in pair)
+            adapted = _replaced(adapted, name.split("."), LowRank(layers[name], down, up))
+        return adapted
+
+
+def _replaced(module: Any, path: Sequence[str], part: nn.Module) -> Any:
+    """A copy of the module that shares all but the part at `path`, and the modules around it."""
+    if not path:
+        return part
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    copied._modules[path[0]] = _replaced(module._modules[path[0]], path[1:], part)
+    return copied
+
+
+class SelfDrafter:
+    """Drafts with the model itself, a block of masks in one pass: the published `linear_spec_generate`.
+
+    Args:
+        block: rows of a block, the root among them, from 2 to 512; at the end of a sequence, as many as it
+            has room for. The published code has 32, as in training.
+        adapter: takes part in drafts. `load` reads a drafter with one.
+    """
+
+    def __init__(self, block: int = 32, adapter: Adapter | None = None) -> None:
+        self.most = whole("block", block, 2, 512) - 1
+        self.adapter = adapter
+
+    def __repr__(self) -> str:
+        return f"SelfDrafter(block={self.most + 1}, adapter={self.adapter and self.adapter.source!r})"
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError for a model that predicts the next token alone, without a mask token, or whose
+        layers the adapter does not fit."""
+        if model.shape.mask_block is None:
+            raise ValueError(
+                'drafter: "self" is for models that predict masks too, as Nemotron-Labs-Diffusion does, got '
+                f"{type(model).__name__}"
+            )
+        if model.mask_id is None:
+            raise ValueError('drafter: "self" needs a mask token, and the model\'s config names none')
+        if self.adapter is not None:
+            self.adapter.check(model)
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> BlockSession:
+        return _Session(self, model, kv_cache, graphs)
+
+
+def drafter_of_adapter(checkpoint: DraftCheckpoint) -> SelfDrafter:
+    """The drafter of an adapter's directory. Raises ValueError as `Adapter`."""
+    return SelfDrafter(adapter=Adapter(checkpoint))
+
+
+class _Session(BlockSession):
+    def __init__(self, drafter: SelfDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
+        assert model.mask_id is not None
+        self._adapted = None if drafter.adapter is None else drafter.adapter.on(model)
+        parts = [] if self._adapted is None else [m for m in self._adapted.modules() if type(m) is LowRank]
+        own = nn.ParameterList([t for part in parts for t in (part.down, part.up)])
+        self.size = sum(t.nbytes for t in own)
+        block = drafter.most + 1
+        super().__init__(own, model, kv_cache, block=block, mask_id=model.mask_id, graphs=graphs)
+
+    def hidden(self, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return (self._adapted or self.model).step(ids, self.kv_cache, metadata)

@@ -1,0 +1,329 @@
+"""Nemotron-Labs-Diffusion: logits of transformers' Ministral 3, and the published self-speculation, written
+again in plain torch on transformers' layers."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drafters import model_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dparallel_ext as dx
+from dparallel_ext import models, speculation
+from dparallel_ext.models import NemotronDiffusion
+from dparallel_ext.speculation import Draft, SelfDrafter
+from dparallel_ext.speculation.self_drafter import LowRank
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+MASK = 12
+ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16},
+    "llama_4_scaling_beta": 0.5,
+}
+SIZES = {
+    **{"vocab_size": 13, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5},
+    **{"max_position_embeddings": 512, "rope_parameters": ROPE, "eos_token_id": 2},
+}
+CONFIG = {
+    **{"model_type": "nemotron_labs_diffusion", "dlm_paradigm": "bidirectional", "block_size": 32},
+    **{"mask_token_id": MASK, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
+    **{"hidden_act": "silu", "sliding_window": None, **SIZES},
+}
+PROMPTS = [torch.randint(3, 12, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 23)]
+
+
+@functools.cache
+def theirs() -> Any:
+    """transformers' Ministral 3 with random weights, by which guesses of masks are right now and then."""
+    torch.manual_seed(1)
+    of = transformers.Ministral3ForCausalLM(transformers.Ministral3Config(**SIZES, pad_token_id=None))
+    with torch.no_grad():
+        for p in of.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.35)
+    return of.eval()
+
+
+def names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of the published checkpoints."""
+    return {
+        ("encoder." + name.removeprefix("model.")).replace("encoder.lm_head", "diffusion_head"): tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the published layout."""
+    path = tmp_path_factory.mktemp("nemotron")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(
+        {k: v.contiguous() for k, v in names(theirs().state_dict()).items()}, path / "model.safetensors"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> models.Model:
+    return models.load(directory)
+
+
+@torch.no_grad()
+def chosen_behind(text: Sequence[int]) -> list[int]:
+    """The autoregressive model's choice behind each token."""
+    return theirs()(torch.tensor([text])).logits[0].argmax(-1).tolist()
+
+
+@torch.no_grad()
+def guesses(of: Any, text: Sequence[int], masks: int) -> list[int]:
+    """The likeliest tokens of a block of the text's last token and masks: its rows see each other, and what
+    the model without an adapter has made of the text in front."""
+    cache, known = None, len(text) - 1
+    if known:
+        cache = theirs()(torch.tensor([text[:-1]]), use_cache=True).past_key_values
+    block = torch.tensor([[text[-1], *[MASK] * masks]])
+    everything = torch.zeros(1, 1, masks + 1, known + masks + 1)
+    found = of(block, past_key_values=cache, attention_mask=everything).logits[0, 1:]
+    found[:, MASK] = -torch.inf  # ours never guesses the mask
+    return found.argmax(-1).tolist()
+
+
+class Reference:
+    """The published `linear_spec_generate` at temperature 0: its text, and its passes over prompt and blocks.
+
+    At the end, a block has the rows that the response has room for; the published code computes and drops
+    more.
+    """
+
+    def __init__(self, prompt: Tensor, gen_length: int, block: int, drafts_with: Any = None) -> None:
+        text, end = prompt.tolist(), len(prompt) + gen_length
+        self.drafts: list[tuple[int, ...]] = []
+        self.passes = 0
+        if len(text) > 1:  # a single token needs no pass before the first draft
+            text.append(chosen_behind(text)[-1])
+            self.passes = 1
+        while len(text) < end:
+            room = end - len(text)
+            draft = guesses(drafts_with or theirs(), text, min(block - 1, room))[: room - 1]
+            chosen = chosen_behind(text + draft)[len(text) - 1 :]
+            wrong = [a != b for a, b in zip(draft, chosen, strict=False)]
+            text += chosen[: [*wrong, True].index(True) + 1]
+            self.drafts.append(tuple(draft))
+            self.passes += 1
+        self.text = text
+
+
+class Heard(SelfDrafter):
+    """Notes the drafts of each step."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.drafts: list[list[Draft]] = []
+
+    def session(self, *args: Any, **settings: Any) -> Any:
+        made: Any = super().session(*args, **settings)
+        propose = made.propose
+
+        def noted(lanes: Any, sizes: Sequence[int]) -> list[Draft]:
+            self.drafts.append(propose(lanes, sizes))
+            return self.drafts[-1]
+
+        made.propose = noted
+        return made
+
+
+def test_logits_are_those_of_ministral_3(model: models.Model) -> None:
+    """Over three original contexts, each of which scales the queries otherwise."""
+    assert isinstance(model, NemotronDiffusion)
+    assert (model.mask_id, model.eos_ids, model.shape.mask_block) == (MASK, (2,), 32)
+    x = torch.randint(3, 12, (2, 50))
+    with torch.no_grad():
+        expected, found = theirs()(x).logits, model(x).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    unscaled = type(model)({**CONFIG, "rope_parameters": {**ROPE, "llama_4_scaling_beta": None}})
+    unscaled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        apart = (unscaled(x).logits - expected).abs().amax((0, 2)) > 1e-3
+    assert apart.tolist() == [False] * 16 + [True] * 34
+
+
+@pytest.mark.parametrize("block", [32, 7])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_drafts_and_passes_are_those_of_the_published_loop(
+    model: models.Model, prompt: Tensor, block: int
+) -> None:
+    expected, drafter = Reference(prompt, 40, block), Heard(block)
+    out = dx.speculate(model, prompt, gen_length=40, eos_id=-1, drafter=drafter, draft_size=block - 1)
+    assert out.sequences[0].tolist() == expected.text
+    assert [each[0].tokens for each in drafter.drafts if each[0].tokens] == [d for d in expected.drafts if d]
+    assert out.nfe.tolist() == [expected.passes]
+    assert expected.passes < 40  # some guesses are right
+    plain = dx.speculate(model, prompt, gen_length=40, eos_id=-1)
+    assert torch.equal(plain.sequences, out.sequences)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_in_batches_and_engines(model: models.Model, temperature: float) -> None:
+    """The text is that without a drafter; masks leave nothing behind in the pages that others share."""
+    settings: dict[str, Any] = {
+        "gen_length": [40, 3, 17],
+        "temperature": temperature,
+        "seed": 4,
+        "eos_id": -1,
+    }
+    expected = dx.speculate(model, PROMPTS, **settings)
+    found = dx.speculate(model, PROMPTS, drafter="self", **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found.nfe.sum() < expected.nfe.sum()
+    long = [torch.cat((PROMPTS[2], PROMPTS[0][:n])) for n in (0, 2, 5)]
+    alone = [dx.speculate(model, p, gen_length=30, eos_id=-1).responses[0] for p in long]
+    with dx.Engine(model, lanes=2, max_length=80, page_size=8, drafter="self") as engine:
+        for _ in range(2):  # the second time from shared pages
+            handles = [engine.submit(p, gen_length=30, eos_id=-1) for p in long]
+            for handle, text in zip(handles, alone, strict=True):
+                assert torch.equal(torch.tensor(handle.result(60).tokens), text)
+
+
+# --- the adapter of the draft -------------------------------------------------------------------
+
+
+@functools.cache
+def adapted() -> Any:
+    """Their model with a LoRA adapter of output projections, as the published one has."""
+    import copy
+
+    torch.manual_seed(8)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["o_proj"])
+    of = peft.get_peft_model(copy.deepcopy(theirs()), config)
+    with torch.no_grad():
+        for name, p in of.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0.0, 0.3)
+    return of.eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the names that PEFT gives it on the published class."""
+    path = tmp_path_factory.mktemp("adapter")
+    adapted().save_pretrained(path)
+    file = path / "adapter_model.safetensors"
+    renamed = {k.replace("model.model.model.", "model.model.encoder."): v for k, v in load_file(file).items()}
+    assert not any("encoder" in k for k in load_file(file))
+    save_file(renamed, file)
+    return path
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_adapter_takes_part_in_drafts_alone(model: models.Model, adapter: Path, fused: bool) -> None:
+    drafter, prompt = speculation.load(adapter), PROMPTS[0]
+    assert isinstance(drafter, SelfDrafter)
+    if fused:
+        model = models.wrap(model).fuse()
+    heard = Heard(32, drafter.adapter)
+    out = dx.speculate(model, prompt, gen_length=40, eos_id=-1, drafter=heard, draft_size=31)
+    expected, bare = Reference(prompt, 40, 32, adapted()), Reference(prompt, 40, 32)
+    assert out.sequences[0].tolist() == expected.text == bare.text
+    assert [each[0].tokens for each in heard.drafts if each[0].tokens] == [d for d in expected.drafts if d]
+    assert expected.drafts != bare.drafts
+    by_path = dx.speculate(model, prompt, gen_length=40, eos_id=-1, drafter=str(adapter), draft_size=31)
+    assert torch.equal(by_path.nfe, out.nfe)
+    assert not any(type(part) is LowRank for part in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"rank_pattern": {"o_proj": 2}}, "rank_pattern=.* is not supported"),
+        ({"r": None}, "'r' is null"),
+    ],
+)
+def test_other_adapters_are_refused(
+    adapter: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text()) | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=said):
+        speculation.load(tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(model: models.Model, adapter: Path, tmp_path: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    first = min(tensors)
+
+    def refused(said: str, content: dict[str, Tensor]) -> None:
+        save_file(content, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            dx.speculate(model, PROMPTS[0], gen_length=4, drafter=tmp_path)
+
+    refused("LAYER.lora_A.weight and lora_B, got base_model", {first: tensors[first]})
+    refused("LAYER.lora_A.weight and lora_B, got none", {})
+    beyond = {k.replace("layers.1.", "layers.7."): v for k, v in tensors.items()}
+    refused("adapts encoder.layers.7.self_attn.o_proj, which the model does not have", beyond)
+    wide = {k: torch.zeros(4, 24) if "lora_A" in k else v for k, v in tensors.items()}
+    refused(r"o_proj of \(32, 24\), and the model has \(32, 64\)", wide)
+
+
+# --- what else is refused -----------------------------------------------------------------------
+
+
+def test_models_without_masks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'drafter: "self" is for models that predict masks .* got Qwen3'):
+        dx.speculate(model_of(), PROMPTS[0], gen_length=4, drafter="self")
+    bare = NemotronDiffusion({k: v for k, v in CONFIG.items() if k != "mask_token_id"}).eval()
+    with pytest.raises(ValueError, match='"self" needs a mask token'):
+        dx.speculate(bare, PROMPTS[0], gen_length=4, drafter="self")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dlm_type": "dream"}, "dlm_type='dream' is not supported, only 'llada'"),
+        ({"block_size": 1}, "block_size=1, expected a whole number >= 2"),
+        ({"sliding_window": 64}, "sliding_window=64 is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        (
+            {"rope_parameters": {**ROPE, "llama_4_scaling_beta": "x"}},
+            "rope_parameters: llama_4_scaling_beta='x'",
+        ),
+    ],
+)
+def test_configs_that_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        NemotronDiffusion({**CONFIG, **changes})
+
+
+def test_the_published_class_is_wrapped(model: models.Model) -> None:
+    """By its names: the layers are `encoder`, the head is `diffusion_head`."""
+
+    class PublishedConfig(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
+        model_type = CONFIG["model_type"]
+
+    class Published(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = PublishedConfig.from_dict(CONFIG)
+            self.encoder, self.diffusion_head = theirs().model, theirs().lm_head
+
+    wrapped = models.wrap(Published())
+    assert type(wrapped) is NemotronDiffusion
+    assert wrapped.lm_head.weight is theirs().lm_head.weight
+    found, expected = (
+        dx.speculate(each, PROMPTS[0], gen_length=20, eos_id=-1, drafter="self") for each in (wrapped, model)
+    )
+    assert torch.equal(found.sequences, expected.sequences)
