@@ -21,6 +21,8 @@ from dparallel_ext.models import NemotronDiffusion
 from dparallel_ext.speculation import Draft, SelfDrafter
 from dparallel_ext.speculation.self_drafter import LowRank
 
+pytest_plugins = ["taping"]
+
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
@@ -327,3 +329,22 @@ def test_the_published_class_is_wrapped(model: models.Model) -> None:
         dx.speculate(each, PROMPTS[0], gen_length=20, eos_id=-1, drafter="self") for each in (wrapped, model)
     )
     assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_recorded_drafts_are_the_same(
+    model: models.Model, adapter: Path, with_adapter: bool, request: pytest.FixtureRequest
+) -> None:
+    """Also over an original context, behind which queries are scaled; the next call replays the recordings,
+    unless the adapter is read anew."""
+    drafter = speculation.load(adapter) if with_adapter else speculation.SelfDrafter()
+    settings: dict[str, Any] = {"gen_length": 40, "eos_id": -1, "draft_size": 9, "drafter": drafter}
+    expected = dx.speculate(model, PROMPTS, **settings)
+    taped = request.getfixturevalue("taped")
+    for again in (False, True):
+        taped.clear()
+        found = dx.speculate(model, PROMPTS, **settings)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.nfe, expected.nfe)
+        assert len(taped) == (0 if again else 2)
+        assert all(graphs.replays > 5 for graphs in taped)
