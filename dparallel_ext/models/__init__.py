@@ -2,6 +2,7 @@
 
 from ..backends import device_of
 from ..cache import KVCache
+from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
 from .checkpoint import FAMILIES, as_stored, config_of, family_of, load, save, wrap
 from .config import Output, Traits
@@ -22,6 +23,9 @@ from .wrappers import check_call, for_decoding, logits_of, own_precision, unwrap
 __all__ = [
     "FAMILIES",
     "SDAR",
+    "A2DLlama",
+    "A2DQwen2",
+    "A2DQwen3",
     "Dream",
     "FastDLLM",
     "KVCache",

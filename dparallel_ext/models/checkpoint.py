@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import files, fused_weights
+from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
 from .config import ModelConfig, token_ids
 from .dream import Dream
@@ -43,6 +44,9 @@ FAMILIES: dict[str, type[Model]] = {
     "sdar": SDAR,
     "sdar_moe": SDARMoE,
     "Fast_dLLM_Qwen": FastDLLM,
+    "a2d-llama": A2DLlama,
+    "a2d-qwen2": A2DQwen2,
+    "a2d-qwen3": A2DQwen3,
     "llama": Llama,
     "mistral": Mistral,
     "ministral3": Ministral3,

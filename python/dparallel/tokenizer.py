@@ -9,7 +9,10 @@ from dparallel_ext.models import files
 
 QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
 """Values of tokenizer_class that `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
-QWEN2_FAMILIES = {"Dream", "sdar", "sdar_moe", "Fast_dLLM_Qwen", "qwen2", "qwen3", "qwen3_moe"}
+QWEN2_FAMILIES = {
+    *("Dream", "sdar", "sdar_moe", "Fast_dLLM_Qwen"),
+    *("a2d-qwen2", "a2d-qwen3", "qwen2", "qwen3", "qwen3_moe"),
+}
 """Values of model_type for which `qwen2` builds the tokenizer if no tokenizer_class is given."""
 ANY_TEXT = "a \n\U0010ffff"
 """A text with a character that no vocabulary has."""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.models import SDAR, Dream, FastDLLM, LLaDA, checkpoint, files
+from dparallel_ext.models import SDAR, A2DQwen3, Dream, FastDLLM, LLaDA, checkpoint, files
 
 CONFIG = golden.json("llada_tiny_a", "config")
 TENSORS = golden.tensors("llada_tiny_a")
@@ -110,7 +110,10 @@ QWEN = {
 
 @pytest.mark.parametrize(
     ("family", "config", "mask"),
-    [(Dream, QWEN, 151666), (SDAR, QWEN, 151669), (FastDLLM, QWEN, 151665), (LLaDA, CONFIG, 126336)],
+    [
+        *((Dream, QWEN, 151666), (SDAR, QWEN, 151669), (A2DQwen3, QWEN, 151669)),
+        *((FastDLLM, QWEN, 151665), (LLaDA, CONFIG, 126336)),
+    ],
 )
 def test_the_published_mask_where_nothing_names_one(
     family: type[models.Model], config: dict[str, Any], mask: int

@@ -170,10 +170,16 @@ def test_ids_with_holes_are_those_of_the_files(tmp_path: Path) -> None:
     assert (ids[1], ids[-1]) == (BASE + 40, BASE + 1)
 
 
-@pytest.mark.parametrize("name", ["Qwen2TokenizerFast", "DreamTokenizer", None])
-def test_the_class_that_it_is(tmp_path: Path, name: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *(("Qwen2TokenizerFast", "Dream"), ("DreamTokenizer", "Dream"), (None, "Dream")),
+        *((None, "a2d-qwen2"), (None, "a2d-qwen3")),
+    ],
+)
+def test_the_class_that_it_is(tmp_path: Path, name: str | None, family: str) -> None:
     write(tmp_path, tokenizer_class=name)
-    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     assert tokenizer.load(tmp_path).encode("<|mask|>").ids == [BASE + 5]
 
 
