@@ -6,7 +6,7 @@
 from .adadecode import AdaDecode
 from .adaptive import AdaptiveBatch, AdaptiveOutput, adaptive_decode
 from .batch import CausalBatch
-from .ddtree import TreeDrafter
+from .ddtree import SelfTrees, TreeDrafter
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, Observation
@@ -48,6 +48,7 @@ __all__ = [
     "Recycling",
     "RiderDrafter",
     "SelfDrafter",
+    "SelfTrees",
     "Sizer",
     "SpeculateOutput",
     "TreeDrafter",

@@ -1,6 +1,6 @@
 """Trees for drafters of blocks: DDTree, arXiv 2604.12989.
 
-A pass of the drafter (`dflash`) says of each row of its block how likely each token is there, whatever stands
+A pass of the drafter (`blocks`) says of each row of its block how likely each token is there, whatever stands
 in front of it. The chain of the rows' argmaxes uses one token of each. Here the draft is a tree:
 
     node      a path of guesses, one of each row up to its own; its score is the sum of their
@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from .._C import DraftTree
 from ..arguments import whole
 from ..ops.row_topk import MOST as WIDEST
+from .blocks import chain
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
+from .self_drafter import Adapter, SelfDrafter
 
 NODES = 64
 """The most nodes of a draft."""
@@ -28,20 +30,15 @@ WIDTH = 8
 """The default number of guesses of a row."""
 
 
-class TreeDrafter(BlockDrafter):
-    """Drafts trees from the blocks of a drafter's weights.
+class Trees:
+    """Before a drafter of blocks in a class's bases: its drafts become trees.
 
-    Args:
-        model, source: see `BlockDrafter`.
-        width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
-
-    Raises ValueError for another width, or more guesses than the vocabulary has tokens.
+    width: from 1 to `most`, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
+    Raises ValueError for another width.
     """
 
-    def __init__(self, model: DraftModel, source: str = "drafter", *, width: int = WIDTH) -> None:
-        super().__init__(model, source)
-        self.width = whole("width", width, 1, min(WIDEST, self.layout.shape.embedding_size))
-        self.most = NODES
+    def grow(self, width: int, most: int = WIDEST) -> None:
+        self.width, self.most = whole("width", width, 1, most), NODES
         self._trees = [0] * NODES
         """The number of trees that had an n-th node ..."""
         self._chances = [0.0] * NODES
@@ -56,4 +53,30 @@ class TreeDrafter(BlockDrafter):
         for at, chance in enumerate(tree.chances):
             self._trees[at] += 1
             self._chances[at] += chance
-        return super().draft(tree, guesses)._replace(parents=tuple(tree.parents))
+        return chain(tree, guesses)._replace(parents=tuple(tree.parents))
+
+
+class TreeDrafter(Trees, BlockDrafter):
+    """Drafts trees from the blocks of a drafter's weights.
+
+    Args:
+        model, source: see `BlockDrafter`.
+        width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
+
+    Raises ValueError for another width, or more guesses than the vocabulary has tokens.
+    """
+
+    def __init__(self, model: DraftModel, source: str = "drafter", *, width: int = WIDTH) -> None:
+        super().__init__(model, source)
+        self.grow(width, min(WIDEST, self.layout.shape.embedding_size))
+
+
+class SelfTrees(Trees, SelfDrafter):
+    """Drafts trees from the masks of the model itself, see `SelfDrafter`.
+
+    width: see `TreeDrafter`; a smaller vocabulary bounds it.
+    """
+
+    def __init__(self, block: int = 32, adapter: Adapter | None = None, *, width: int = WIDTH) -> None:
+        super().__init__(block, adapter)
+        self.grow(width)

@@ -16,7 +16,7 @@ from ..models import load as load_model
 from ..models.files import read_json
 from . import adadecode, dflash, eagle
 from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
-from .ddtree import TreeDrafter
+from .ddtree import SelfTrees, TreeDrafter
 from .dflash import BlockDrafter
 from .drafter import Apart, Drafter, Expecting
 from .eagle import EagleDrafter, EagleTrees
@@ -99,6 +99,8 @@ def drafter_of(
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:
             blocks = drafter_of(argument, device)
+            if isinstance(blocks, SelfDrafter):
+                return SelfTrees(blocks.block, blocks.adapter)
             if not isinstance(blocks, BlockDrafter):
                 raise ValueError(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'

@@ -17,13 +17,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._C import DraftTree
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, fused_weights
 from ..models.fields import NO, Field, check_supported, read
 from ..ops.inputs import DTYPES
-from .blocks import BlockSession
+from .blocks import BlockSession, chain
 from .checkpoint import DraftCheckpoint
+from .draft import Draft
 
 _RANK = Field(int, most=2**14)
 _FIELDS = {"r": _RANK, "lora_alpha": Field(float, least=0, most=2**20), "use_rslora": NO}
@@ -115,12 +117,16 @@ class SelfDrafter:
         adapter: takes part in drafts. `load` reads a drafter with one.
     """
 
+    width = 1
+    """As `BlockDrafter.width`."""
+
     def __init__(self, block: int = 32, adapter: Adapter | None = None) -> None:
-        self.most = whole("block", block, 2, 512) - 1
-        self.adapter = adapter
+        self.block, self.adapter = whole("block", block, 2, 512), adapter
+        self.most = self.block - 1
 
     def __repr__(self) -> str:
-        return f"SelfDrafter(block={self.most + 1}, adapter={self.adapter and self.adapter.source!r})"
+        adapter = self.adapter and self.adapter.source
+        return f"{type(self).__name__}(block={self.block}, adapter={adapter!r})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model that predicts the next token alone, without a mask token, or whose
@@ -134,6 +140,10 @@ class SelfDrafter:
             raise ValueError('drafter: "self" needs a mask token, and the model\'s config names none')
         if self.adapter is not None:
             self.adapter.check(model)
+
+    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
+        """As `BlockDrafter.draft`."""
+        return chain(tree, guesses)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> BlockSession:
         return _Session(self, model, kv_cache, graphs)
@@ -151,8 +161,16 @@ class _Session(BlockSession):
         parts = [] if self._adapted is None else [m for m in self._adapted.modules() if type(m) is LowRank]
         own = nn.ParameterList([t for part in parts for t in (part.down, part.up)])
         self.size = sum(t.nbytes for t in own)
-        block = drafter.most + 1
-        super().__init__(own, model, kv_cache, block=block, mask_id=model.mask_id, graphs=graphs)
+        super().__init__(
+            own,
+            model,
+            kv_cache,
+            block=drafter.block,
+            mask_id=model.mask_id,
+            width=min(drafter.width, model.shape.embedding_size),
+            draft=drafter.draft,
+            graphs=graphs,
+        )
 
     def hidden(self, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         return (self._adapted or self.model).step(ids, self.kv_cache, metadata)

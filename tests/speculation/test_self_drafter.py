@@ -187,6 +187,9 @@ def test_in_batches_and_engines(model: models.Model, temperature: float) -> None
     found = dx.speculate(model, PROMPTS, drafter="self", **settings)
     assert torch.equal(found.sequences, expected.sequences)
     assert found.nfe.sum() < expected.nfe.sum()
+    trees = dx.speculate(model, PROMPTS, drafter="tree:self", draft_size=64, **settings)
+    assert torch.equal(trees.sequences, expected.sequences)
+    assert trees.nfe.sum() < found.nfe.sum()
     long = [torch.cat((PROMPTS[2], PROMPTS[0][:n])) for n in (0, 2, 5)]
     alone = [dx.speculate(model, p, gen_length=30, eos_id=-1).responses[0] for p in long]
     with dx.Engine(model, lanes=2, max_length=80, page_size=8, drafter="self") as engine:
@@ -335,9 +338,9 @@ def test_the_published_class_is_wrapped(model: models.Model) -> None:
 def test_recorded_drafts_are_the_same(
     model: models.Model, adapter: Path, with_adapter: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Also over an original context, behind which queries are scaled; the next call replays the recordings,
-    unless the adapter is read anew."""
-    drafter = speculation.load(adapter) if with_adapter else speculation.SelfDrafter()
+    """Also over an original context, behind which queries are scaled, and of trees; the next call replays the
+    recordings."""
+    drafter = dx.speculation.drafter_of(f"tree:{adapter}") if with_adapter else SelfDrafter()
     settings: dict[str, Any] = {"gen_length": 40, "eos_id": -1, "draft_size": 9, "drafter": drafter}
     expected = dx.speculate(model, PROMPTS, **settings)
     taped = request.getfixturevalue("taped")
