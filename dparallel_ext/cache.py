@@ -44,6 +44,21 @@ class Span(NamedTuple):
     visible: int
 
 
+def block_causal_spans(
+    row: int, start: int, end: int, length: int, block_length: int, origin: int = 0
+) -> list[Span]:
+    """The spans of positions [start, end), of `length` in all, one for each block, that sees up to its end.
+
+    origin: where a block begins; others begin at multiples of their length before and behind it.
+    """
+
+    def end_of_block(position: int) -> int:
+        return position + block_length - (position - origin) % block_length
+
+    cuts = [start, *range(end_of_block(start), end, block_length), end]
+    return [Span(row, a, b, min(end_of_block(a), length)) for a, b in itertools.pairwise(cuts) if a < b]
+
+
 @dataclass(frozen=True)
 class AttentionMetadata:
     """What one forward pass computes: spans of any sequences and lengths, packed.

@@ -103,12 +103,12 @@ class Batch:
         model does not have.
         """
         first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
-        layout = lay_out(first, gen_length, size, schedule.causal, settings.steps, masked)
-        prefill = schedule.stores_blocks and bool(layout.blocks) and layout.columns[0] >= size
+        layout = lay_out(first, gen_length, size, schedule.aligned, settings.steps, masked)
+        published = schedule.published_prefills(layout)
         suppress = self.runner.suppress(settings.suppress)
         kept = len(layout.columns)
         row = SequenceState(
-            first, layout, settings, kept, suppress, published=int(prefill), num_cached=num_cached
+            first, layout, settings, kept, suppress, published=published, num_cached=num_cached
         )
         self.rows[lane] = row
         if settings.record:
@@ -290,7 +290,7 @@ class Batch:
         row.step_in_block += not prefill_only
         row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
         if self.schedule.stores_blocks:
-            row.num_cached = row.block[0] - row.block[0] % self.schedule.block_length
+            row.num_cached = row.layout.start_of_block(row.block[0])
 
     def _advance(self, b: int, counted: Counts) -> bool:
         """Update sequence b by a pass's counts; return whether its front block is complete."""
@@ -331,7 +331,8 @@ class Batch:
             first, last = self.schedule.computed(row)
             spans = [Span(b, first, last, row.length)]
             if isinstance(self.model, Model):
-                spans = self.model.spans(b, first, last, row.length, self.schedule.block_length)
+                size = self.schedule.block_length if self.schedule.causal else None
+                spans = self.model.spans(b, first, last, row.length, size, row.layout.origin)
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)
@@ -386,7 +387,7 @@ class Batch:
         start, end = window.block[:2]
         if rule.reads == "response" and schedule.to_the_end:
             start, end = row.columns[0], row.length
-        elif start and schedule.shift and schedule.causal and start % schedule.block_length == 0:
+        elif start and schedule.shift and schedule.causal and row.layout.start_of_block(start) == start:
             start += 1  # its logits are the block before's, which passes with cache "block" do not compute
         elif row.edited and schedule.shift and schedule.keeps and not schedule.causal and row.step_in_block:
             start += 1  # a token that was remasked there would have no logits in the next pass

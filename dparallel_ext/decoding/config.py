@@ -75,8 +75,8 @@ class DecodeConfig:
 
     gen_length: int | Sequence[int] | Tensor = 256
     """Tokens to decode, one number or one per sequence; the last block is shorter where block_length does not
-    divide it. Block-causal models fill the last block to its end. Beyond the positions that the model's
-    config names there is a warning."""
+    divide it. Block-causal models whose blocks count from position 0 fill the last block to its end. Beyond
+    the positions that the model's config names there is a warning."""
     infill: bool = False
     """Fill the prompt's mask tokens too, between given tokens, whether few are missing or most of a response
     (a warm start); `gen_length` may be 0. Blocks count from the first mask; blocks without a mask are left
@@ -89,7 +89,8 @@ class DecodeConfig:
     block_length: int | None = None
     """Tokens of a block; blocks are decoded left to right. None: the model's own, where it is block-causal
     (blocks count from position 0), else 32. Block-causal models of ours attend by the blocks that are asked
-    for, as in SDAR's published loop."""
+    for, as in SDAR's published loop. A2D's attend by blocks with cache "block" alone; there, and in every
+    model that is not block-causal, blocks count from the first mask."""
     sub_block_length: int | None = None
     """A divisor of block_length: of each block, the leftmost part of this length that has masks is filled
     first, the rest waits. None: the model's own (Fast-dLLM v2), else block_length."""
@@ -127,8 +128,9 @@ class DecodeConfig:
     the block on), "dual" (one full pass per block, then the block alone), and for block-causal ones "block"
     (each pass the block alone; finished blocks are exact). There, with sub-blocks, "dual" works inside the
     block: a pass over all of it until the sub-block's first token is known, then over the sub-block alone
-    (Fast-dLLM v2's sub-block cache). None: in `decode` "none", in an engine "block" for block-causal models
-    and "dual" for others."""
+    (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal ones (BD3LM) with "block", and
+    see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
+    models and "dual" for others, A2D's among them."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1

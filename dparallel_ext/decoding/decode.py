@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..models import Model, check_call, for_decoding, traits, warn_beyond
+from ..models import Model, check_call, for_decoding, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
@@ -208,9 +208,8 @@ def start(
         masked = [masks(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
     if isinstance(model, Model):
         prompts = arguments.moved(prompts, model.device)
-    causal = traits(model).block_length is not None
     lengths = [
-        whole_length(len(prompt), count, block_length, causal)
+        whole_length(len(prompt), count, block_length, of_model.schedule.aligned)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
     warn_beyond(model, "gen_length", max(lengths, default=0))

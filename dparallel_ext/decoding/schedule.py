@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ..models import Traits
-from .sequence import OpenBlock, SequenceState
+from .sequence import Layout, OpenBlock, SequenceState
 
 
 class Window(NamedTuple):
@@ -48,7 +48,10 @@ class Schedule:
     sub_block_length: int
     shift: bool
     causal: bool
-    """Whether the model is block-causal, with blocks of `block_length`."""
+    """Whether attention is block-causal, with blocks of `block_length`."""
+    aligned: bool
+    """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from there.
+    Aligned, a response fills its last block."""
     active_blocks: int = 1
     open_at: float = 0.1
     activate_at: float = 0.95
@@ -82,16 +85,14 @@ class Schedule:
         first token of the next. So, as published, the pass that stores a block also commits that token, and
         passes over the next block know it.
         """
-        at_a_block = s.first_mask > 0 and s.first_mask % self.block_length == 0
+        at_a_block = s.first_mask > 0 and s.layout.start_of_block(s.first_mask) == s.first_mask
         return self.shift and self.causal and at_a_block
 
     def part(self, s: SequenceState) -> tuple[int, int]:
         """Columns [start, end) of the front block's active sub-block. Sub-blocks count from where the block
         begins, which may be in the prompt.
         """
-        start = s.block[0]
-        origin = start - start % self.block_length if self.causal else start
-        low = s.first_mask - (s.first_mask - origin) % self.sub_block_length
+        low = s.first_mask - (s.first_mask - s.layout.start_of_block(s.block[0])) % self.sub_block_length
         return low, low + self.sub_block_length
 
     def windows(self, s: SequenceState) -> list[Window]:
@@ -121,6 +122,10 @@ class Schedule:
     def is_over(self, s: SequenceState) -> bool:
         """Whether the front block is complete after its last pass."""
         return not s.masks_left
+
+    def published_prefills(self, layout: Layout) -> int:
+        """Passes that change nothing, which the published loop runs before the first block."""
+        return 0
 
     def published_passes(self, s: SequenceState) -> int:
         """Passes that change nothing, which the published loop runs for the front block after it is
@@ -179,7 +184,7 @@ class Dual(Prefix):
 
 
 class Block(Schedule):
-    """For block-causal models: finished blocks are exact, and the pass after their last stores them
+    """For block-causal attention: finished blocks are exact, and the pass after their last stores them
     (SDAR)."""
 
     stores_blocks = True
@@ -188,8 +193,13 @@ class Block(Schedule):
         # Blocks finished since the last pass are computed once more, so that they are stored.
         return s.num_cached, s.block[0] if self.prefill_only(s) else s.open[-1].end
 
+    def published_prefills(self, layout: Layout) -> int:
+        # Where blocks count from the prompt's end (BD3LM in dLLM), the pass over what is in front of a block
+        # is run anew for each block, and none after the last: as many in all as blocks.
+        return int(self.aligned and bool(layout.blocks) and layout.columns[0] >= self.block_length)
+
     def published_passes(self, s: SequenceState) -> int:
-        return 1  # the pass that stores the block
+        return 1  # the pass that stores the block, or the one in front of it
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,11 @@ class SubBlock(Block):
 CACHES = ("none", "prefix", "dual", "block")
 
 
+def is_block_causal(traits: Traits, cache: str) -> bool:
+    """Whether a model attends block-causally with a cache mode."""
+    return traits.block_length is not None or (traits.block_causal_too and cache == "block")
+
+
 def make(
     cache: str,
     traits: Traits,
@@ -226,7 +241,7 @@ def make(
     activate_at: float = 0.95,
 ) -> Schedule:
     """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
-    causal = traits.block_length is not None
+    causal = is_block_causal(traits, cache)
     kind = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual, "block": Block}[cache]
     options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
@@ -234,6 +249,7 @@ def make(
         sub_block_length or block_length,
         traits.shift,
         causal,
+        causal and traits.aligned_blocks,
         active_blocks,
         open_at,
         activate_at,

@@ -114,7 +114,7 @@ def new_cache(
     """
     lanes, per_lane = block_table.shape
     size = schedule.block_length
-    unit = math.gcd(size, page_size) if schedule.causal else 1  # blocks begin at multiples of it
+    unit = math.gcd(size, page_size) if schedule.aligned else 1  # blocks begin at multiples of it
     each = (page_size - unit + size - 1) // page_size + 1
     each = per_lane if schedule.to_the_end else min(per_lane, each)
     guessed_pages = torch.arange(pages, pages + lanes * draft_size * each, device="cpu").view(-1, each)

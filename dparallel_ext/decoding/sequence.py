@@ -67,41 +67,47 @@ class Layout(NamedTuple):
     origin: int = 0
     """The column where the first block begins: in the prompt, if the prompt ends within a block."""
     asked: int = 0
-    """The column behind the last token asked for; behind it is the rest of a block-causal model's block."""
+    """The column behind the last token asked for; behind it is the rest of an aligned block."""
+    block_length: int = 1
+
+    def start_of_block(self, column: int) -> int:
+        """Where the block begins that has the column; blocks are in the prompt too."""
+        return column - (column - self.origin) % self.block_length
 
 
-def whole_length(prompt: int, gen_length: int, block_length: int, causal: bool) -> int:
-    """The length of prompt and response; a block-causal model's response ends where a block does."""
+def whole_length(prompt: int, gen_length: int, block_length: int, aligned: bool) -> int:
+    """The length of prompt and response; with `aligned` blocks a response ends where a block does."""
     length = prompt + gen_length
-    return -(-length // block_length) * block_length if causal and gen_length else length
+    return -(-length // block_length) * block_length if aligned and gen_length else length
 
 
 def lay_out(
     prompt: int,
     gen_length: int,
     block_length: int,
-    causal: bool,
+    aligned: bool,
     steps: int | None = None,
     masked: Sequence[int] = (),
 ) -> Layout:
     """The layout of `gen_length` masks after a prompt of `prompt` tokens, whose columns `masked` (ascending)
     are to be filled too.
 
-    Blocks count from the first mask, as published; a block without a mask is left out. Block-causal models
-    count blocks from position 0, so that the first mask may lie within a block, and fill the last block to
-    its end if gen_length > 0. Raises ValueError if `steps` is no multiple of the number of blocks.
+    Blocks count from the first mask, as published; a block without a mask is left out. `aligned` blocks, of
+    most block-causal models, count from position 0, so that the first mask may lie within a block, and the
+    last block is filled to its end if gen_length > 0. Raises ValueError if `steps` is no multiple of the
+    number of blocks.
     """
-    length = whole_length(prompt, gen_length, block_length, causal)
+    length = whole_length(prompt, gen_length, block_length, aligned)
     columns = [*masked, *range(prompt, length)]
     first = columns[0] if columns else length
-    origin = first - first % block_length if causal else first
+    origin = first - first % block_length if aligned else first
     cuts = [first, *range(origin + block_length, length, block_length), length]
     blocks = [
         (a, b) for a, b in itertools.pairwise(cuts) if bisect_left(columns, a) < bisect_left(columns, b)
     ]
     if steps is not None and blocks and steps % len(blocks):
         raise ValueError(f"steps: expected a multiple of the {len(blocks)} blocks, got {steps}")
-    return Layout(columns, blocks, length, origin, prompt + gen_length)
+    return Layout(columns, blocks, length, origin, prompt + gen_length, block_length)
 
 
 class OpenBlock(NamedTuple):

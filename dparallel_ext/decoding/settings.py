@@ -15,7 +15,7 @@ from ..ops.inputs import check_sampling
 from ..rules import Rule
 from ..rules.constrained import Constrained
 from .config import ACTIVE, DecodeConfig, decided
-from .schedule import Schedule, make
+from .schedule import Schedule, is_block_causal, make
 from .sequence import Settings
 
 
@@ -43,7 +43,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     """
     check_diffusion(model)
     model_traits, cache, refresh = traits(model), config.cache or cache, config.refresh
-    causal = model_traits.block_length is not None
+    causal = is_block_causal(model_traits, cache)
     block_length = config.block_length or model_traits.block_length or 32
     if cache != "none" and not isinstance(model, Model):
         raise ValueError(

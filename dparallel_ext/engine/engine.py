@@ -122,9 +122,9 @@ class Engine:
         max_waiting: the most requests that may wait, beside those for which a lane is free; `submit` then
             raises EngineFull.
         share: requests with a common prefix share the pages of that prefix, and the drafter's data in them;
-            pages of finished requests are kept for this while there is room. Needs cache "block" or an
-            autoregressive model. Shared keys and values equal one's own but for rounding, so the default is
-            on unless `batch_invariant` is.
+            pages of finished requests are kept for this while there is room. Needs cache "block" with blocks
+            that count from position 0 (not A2D's), or an autoregressive model. Shared keys and values equal
+            one's own but for rounding, so the default is on unless `batch_invariant` is.
         keywords: fields of `DecodeConfig`; they replace the config's.
 
     An engine is thread-safe, and a request that fails does not affect others. Use it in a `with` block, or

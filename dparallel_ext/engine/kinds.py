@@ -170,8 +170,12 @@ class Diffusion(Kind):
         self._draft_size = states_to_guess(draft_size, self._schedule)
         self.mask_id = self._mask_id
         self.config = config.replace(**self._of_model.fields)
-        self.page_unit = self._schedule.block_length if block_causal else 1
-        self.unshared = None if self.cache == "block" else f"cache {self.cache!r}"
+        self.page_unit = self._schedule.block_length if self._schedule.aligned else 1
+        if self.cache != "block":
+            self.unshared = f"cache {self.cache!r}"
+        elif not self._schedule.aligned:
+            # A prefix of two prompts is cut into blocks from the end of each, so it has other keys in each.
+            self.unshared = f"blocks of {type(model).__name__} that count from the end of each prompt"
         self.keeps = self.cache != "none"
 
     def check(self, fields: Mapping[str, Any]) -> None:
@@ -185,13 +189,13 @@ class Diffusion(Kind):
         return settings
 
     def length(self, prompt: int, gen_length: int) -> int:
-        return whole_length(prompt, gen_length, self._schedule.block_length, self._schedule.causal)
+        return whole_length(prompt, gen_length, self._schedule.block_length, self._schedule.aligned)
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
         settings, schedule = self.settings(config), self._schedule
         masked = masks(ids, self._mask_id) if config.infill else []
-        size, causal = schedule.block_length, schedule.causal
-        layout = lay_out(len(ids), gen_length, size, causal, settings.steps, masked)
+        size, aligned = schedule.block_length, schedule.aligned
+        layout = lay_out(len(ids), gen_length, size, aligned, settings.steps, masked)
         # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
         # so it is computed in any case.
         known = layout.columns[0] if layout.columns else len(ids)

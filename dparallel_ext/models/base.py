@@ -7,7 +7,6 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..arguments import check_tensor
-from ..cache import AttentionMetadata, KVCache, Span
+from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
@@ -52,8 +51,11 @@ class Model(Named):
     """The part of a block that this family's published decoder fills at a time; None: all of it."""
     published_mask_id: ClassVar[int | None] = None
     """The mask token of this family's released checkpoints, used if a config names none."""
+    block_causal_too: ClassVar[bool] = False
+    aligned_blocks: ClassVar[bool] = True
+    """See `Traits`."""
     block_length: int | None
-    """Block-causal families: the length of the blocks, counted from position 0. Else None."""
+    """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         layer = next(name.partition("{}.")[0] for name in self.NAMES.values() if "{}" in name)
@@ -276,23 +278,20 @@ class Model(Named):
         return norm_of_sum(self.norm, stream)[1]
 
     def spans(
-        self, row: int, start: int, end: int, length: int, block_length: int | None = None
+        self, row: int, start: int, end: int, length: int, block_length: int | None = None, origin: int = 0
     ) -> list[Span]:
         """The spans of positions [start, end) of sequence `row`, which has `length` positions.
 
-        A block-causal model has one span for each block, of `block_length` or by default its own, that sees
-        up to the block's end. A causal model has one span that sees [0, end), whose positions see up to
-        themselves.
+        A block-causal model has `block_causal_spans`, of `block_length` or by default its own; with
+        `block_length`, so has a model that sees both ways. A causal model has one span that sees [0, end),
+        whose positions see up to themselves.
         """
         if self.causal:
             return [Span(row, start, end, end)] if start < end else []
-        if self.block_length is None:
-            return [Span(row, start, end, length)] if start < end else []
         size = block_length or self.block_length
-        cuts = [start, *range((start // size + 1) * size, end, size), end]
-        return [
-            Span(row, a, b, min((a // size + 1) * size, length)) for a, b in itertools.pairwise(cuts) if a < b
-        ]
+        if size is None:
+            return [Span(row, start, end, length)] if start < end else []
+        return block_causal_spans(row, start, end, length, size, origin)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None

@@ -163,6 +163,11 @@ class Traits:
     """The part of a block that its published decoder fills at a time; None: all of it."""
     causal: bool = False
     """Autoregressive: position p sees the positions up to p, and its logits are for position p + 1."""
+    block_causal_too: bool = False
+    """Whether cache "block" decodes it block-causally, though its calls and the other caches see both
+    ways."""
+    aligned_blocks: bool = True
+    """Where it is decoded block-causally: whether blocks count from position 0, else from the first mask."""
 
 
 @dataclass

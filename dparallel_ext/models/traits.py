@@ -32,14 +32,7 @@ def traits(model: Any) -> Traits:
     if (stated := stated_traits(inner)) is not None:
         return stated
     if isinstance(inner, Model):
-        return Traits(
-            inner.mask_id,
-            inner.shift,
-            inner.strict,
-            inner.block_length,
-            inner.sub_block_length,
-            inner.causal,
-        )
+        return _of_family(type(inner), inner.mask_id, inner.block_length)
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
@@ -51,9 +44,7 @@ def traits(model: Any) -> Traits:
     mask_id, block_length = next((candidate for candidate in candidates if candidate is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
         block_length = getattr(config, "bd_size", None) or 32
-    result = Traits(
-        mask_id, family.shift, family.strict, block_length, family.sub_block_length, family.causal
-    )
+    result = _of_family(family, mask_id, block_length)
     for name, part in _held(inner, known=family is not Model):
         inside = traits(part)
         if replace(inside, mask_id=None) != replace(result, mask_id=None):
@@ -65,6 +56,19 @@ def traits(model: Any) -> Traits:
             )
         result = inside if result.mask_id is None else result
     return result
+
+
+def _of_family(family: type[Model], mask_id: int | None, block_length: int | None) -> Traits:
+    return Traits(
+        mask_id,
+        family.shift,
+        family.strict,
+        block_length,
+        family.sub_block_length,
+        family.causal,
+        family.block_causal_too,
+        family.aligned_blocks,
+    )
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:

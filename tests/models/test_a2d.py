@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import golden
 from dparallel.cli import app
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.cache import Span
 from dparallel_ext.models import A2DLlama, A2DQwen2, A2DQwen3, Model, Traits
 
 transformers = pytest.importorskip("transformers")
@@ -23,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 VOCABULARY, MASK, EOS, PAD = 300, 299, 2, 1
 FAMILIES: dict[str, type[Model]] = {"qwen3": A2DQwen3, "qwen2": A2DQwen2, "llama": A2DLlama}
 every_family = pytest.mark.parametrize("base", FAMILIES)
+TRAITS = Traits(MASK, block_causal_too=True, aligned_blocks=False)
 
 
 def theirs_of(base: str, **changes: Any) -> Any:
@@ -43,7 +46,7 @@ def theirs_of(base: str, **changes: Any) -> Any:
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.3)
-        theirs.model.embed_tokens.weight[MASK] *= 0.1  # dLLM's loop might commit it; here it never leads
+        theirs.lm_head.weight[MASK] *= 0.1  # dLLM's loop might commit it; here it never leads
     return theirs.eval()
 
 
@@ -84,7 +87,7 @@ def test_a_checkpoint_has_the_logits_of_its_base_without_a_mask(
     model = models.load(tmp_path, mask_id=MASK)
     assert type(model) is FAMILIES[base]
     assert (model.mask_id, model.eos_id, model.block_length) == (MASK, EOS, None)
-    assert models.traits(model) == Traits(MASK)
+    assert models.traits(model) == TRAITS
     expected = logits_of(theirs, x)
     assert expected.std() > 1
     assert not torch.allclose(theirs(x).logits, expected, atol=0.1)  # a causal mask would tell
@@ -104,7 +107,7 @@ def test_wrap_shares_the_weights_of_a_loaded_model(base: str, recwarn: pytest.Wa
     theirs.generation_config.mask_token_id = MASK
     model = models.wrap(theirs)
     assert type(model) is FAMILIES[base]
-    assert models.traits(theirs) == models.traits(model) == Traits(MASK)
+    assert models.traits(theirs) == models.traits(model) == TRAITS
     given = {name: p.data_ptr() for name, p in theirs.named_parameters()}
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == given
     torch.testing.assert_close(model(x).logits, logits_of(theirs, x), rtol=0, atol=1e-4)
@@ -190,6 +193,218 @@ def test_llada_decodes_as_many_tokens_a_pass_as_dllm_in_another_order() -> None:
             assert steps >= masks or masks % steps or theirs == ours
 
 
+# --- BD3LM ----------------------------------------------------------------------------------------
+
+
+def seen_from(column: Tensor, size: int, origin: int = 0) -> Tensor:
+    """(L, L) bool: each column sees the blocks up to its own; blocks begin at `origin`, and every `size`."""
+    block = (column - origin).div(size, rounding_mode="floor")
+    return block[:, None] >= block
+
+
+def commit(x: Tensor, logits: Tensor, start: int, end: int, count: int, threshold: float | None) -> None:
+    """Fill masks of x (L,) in columns [start, end): the `count` surest, or those above the threshold."""
+    masked = x[start:end] == MASK
+    if threshold is not None:
+        p = logits[start:end].double().softmax(-1).amax(-1)
+        count = max(1, int((masked & (p >= threshold)).sum()))
+    chosen, tokens = best_of(logits[start:end], masked, min(count, int(masked.sum())))
+    x[start + chosen] = tokens
+
+
+def bd3lm(
+    theirs: Any,
+    prompts: list[Tensor],
+    gen_length: int,
+    size: int,
+    steps: int = 1,
+    threshold: float | None = None,
+    eos: int | None = None,
+) -> tuple[list[Tensor], list[int]]:
+    """The responses of dLLM's BD3LM sampler, and the passes over their blocks: prompts are padded in front to
+    a multiple of `size`, blocks are columns of the padded batch, and RoPE counts real tokens.
+
+    steps: passes over each block, by LLaDA's counts; with a threshold as many as it takes.
+    """
+    width = -(-max(map(len, prompts)) // size) * size
+    x = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0), value=-1) for p in prompts])
+    passes, ends = [0] * len(prompts), [gen_length] * len(prompts)
+    for start in range(width, width + gen_length, size):
+        end = min(start + size, width + gen_length)
+        x = torch.nn.functional.pad(x, (0, end - start), value=MASK)
+        real = x >= 0
+        position = real.long().cumsum(1) - 1
+        seen = seen_from(torch.arange(end), size) & real[:, None]
+        seen |= torch.eye(end, dtype=torch.bool)  # padding sees itself, so that its rows are numbers
+        base, rest = divmod(end - start, steps)
+        for step in range(steps if threshold is None else end - start):
+            logits = logits_of(theirs, x.clamp(min=0), seen[:, None], position_ids=position.clamp(min=0))
+            for b in range(len(x)):
+                if ends[b] == gen_length and (x[b, start:end] == MASK).any():
+                    commit(x[b], logits[b], start, end, base + (step < rest), threshold)
+                    passes[b] += 1
+        for b in range(len(x)):
+            if eos is not None and ends[b] == gen_length and (x[b, start:end] == eos).any():
+                ends[b] = end - width
+    return [row[width : width + end] for row, end in zip(x, ends, strict=True)], passes
+
+
+LENGTHS = (1, 5, 8, 13, 16, 30)
+"""Of prompts: shorter than a block of 8, some blocks, and blocks with a shorter one in front."""
+
+
+def prompts_of(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    return [ids(length, seed=length) for length in lengths]
+
+
+@pytest.mark.parametrize(("gen_length", "size", "steps"), [(16, 8, 8), (20, 8, 3), (5, 32, 2)])
+@every_family
+def test_block_diffusion_gives_the_tokens_of_the_published_loop(
+    base: str, gen_length: int, size: int, steps: int
+) -> None:
+    theirs, prompts = theirs_of(base), prompts_of()
+    model, blocks = models.wrap(theirs), -(-gen_length // size)
+    expected, passes = bd3lm(theirs, prompts, gen_length, size, steps)
+    settings: dict[str, Any] = {"gen_length": gen_length, "block_length": size, "steps": steps * blocks}
+    out = dx.decode(model, prompts, cache="block", mask_id=MASK, **settings)
+    assert [r.tolist() for r in out.responses] == [r.tolist() for r in expected]
+    assert out.nfe.tolist() == passes
+    # Theirs has a pass over all that is in front of each block.
+    assert out.nfe_published.tolist() == [n + blocks for n in passes]
+    alone = dx.decode(model, prompts[3], cache="block", mask_id=MASK, **settings)
+    assert torch.equal(alone.responses[0], expected[3])
+    bidirectional = dx.decode(model, prompts, mask_id=MASK, **settings)
+    assert not all(map(torch.equal, bidirectional.responses, out.responses))
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Any, Model]:
+    theirs = theirs_of("qwen3", tie_word_embeddings=False)
+    theirs.generation_config.mask_token_id = MASK
+    return theirs, models.wrap(theirs)
+
+
+BLOCKS: dict[str, Any] = {"cache": "block", "block_length": 8}
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.3])
+def test_thresholds_and_ends(both: tuple[Any, Model], threshold: float) -> None:
+    theirs, model = both
+    prompts = prompts_of()
+    settings: dict[str, Any] = {**BLOCKS, "gen_length": 27, "selector": "confidence", "threshold": threshold}
+    expected, passes = bd3lm(theirs, prompts, 27, 8, threshold=threshold)
+    out = dx.decode(model, prompts, **settings)
+    assert [r.tolist() for r in out.responses] == [r.tolist() for r in expected]
+    assert out.nfe.tolist() == passes
+    assert min(passes) < 27
+    eos = int(expected[2][10])
+    ended, _ = bd3lm(theirs, prompts, 27, 8, threshold=threshold, eos=eos)
+    out = dx.decode(model, prompts, eos_id=eos, **settings)
+    assert min(map(len, ended)) < 27
+    for response, until, kept in zip(out.responses, ended, out.kept.tolist(), strict=True):
+        held = until.tolist()
+        assert kept == (held.index(eos) if eos in held else 27)
+        assert response[:kept].tolist() == held[:kept]
+
+
+def test_blocks_count_from_the_prompts_end(both: tuple[Any, Model]) -> None:
+    """As those of SDAR they would not: other tokens, to the end of the last block."""
+    _, model = both
+    prompt = ids(13, seed=13)
+    out = dx.decode(model, prompt, gen_length=20, **BLOCKS)
+    assert out.responses[0].shape == (20,)
+    model.traits = Traits(MASK, block_causal_too=True)  # type: ignore[assignment]
+    try:
+        aligned = dx.decode(model, prompt, gen_length=20, **BLOCKS)
+    finally:
+        del model.traits
+    assert aligned.responses[0].shape == (27,)
+    assert not torch.equal(aligned.responses[0][:20], out.responses[0])
+    assert model.spans(2, 0, 12, 30, 8, 5) == [Span(2, 0, 5, 5), Span(2, 5, 12, 13)]
+    assert model.spans(2, 5, 14, 14, 8, 21) == [Span(2, 5, 13, 13), Span(2, 13, 14, 14)]
+    assert model.spans(2, 6, 8, 30) == [Span(2, 6, 8, 30)]
+    assert model.spans(2, 6, 6, 30, 8, 5) == []
+
+
+def test_a_pass_computes_a_block_and_what_is_not_stored(
+    both: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = both
+    widths: list[int] = []
+    step = Model.step
+    monkeypatch.setattr(Model, "step", lambda self, x, *a: widths.append(len(x)) or step(self, x, *a))
+    dx.decode(model, ids(13), gen_length=20, rule="quota:4", **BLOCKS)
+    assert widths == [13 + 8, 8, 8 + 8, 8, 8 + 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"page_size": 5}, {"batch_invariant": True}, {"draft_size": 3}])
+def test_an_engine_gives_the_tokens_of_decode(both: tuple[Any, Model], options: dict[str, Any]) -> None:
+    """Prompts have prefixes in common, which are cut into other blocks in each."""
+    _, model = both
+    prompts = [ids(30, seed=1)[:length] for length in (9, 30, 16, 17, 25, 30)]
+    settings: dict[str, Any] = {**BLOCKS, "gen_length": 20, "rule": "quota:2"}
+    expected = dx.decode(model, prompts, **settings)
+    with dx.Engine(model, lanes=2, max_length=64, **BLOCKS, **options) as engine:
+        handles = [engine.submit(prompt, gen_length=20, rule="quota:2") for prompt in prompts]
+        results = [handle.result(60) for handle in handles]
+    assert [result.tokens for result in results] == [r.tolist() for r in expected.responses]
+    if "draft_size" not in options:
+        assert [result.nfe for result in results] == expected.nfe.tolist()
+    with pytest.raises(ValueError, match=r"share: .*got blocks of A2DQwen3 that count from the end of each"):
+        dx.Engine(model, share=True, **BLOCKS)
+
+
+def test_the_default_of_an_engine_is_that_of_models_that_see_both_ways(both: tuple[Any, Model]) -> None:
+    _, model = both
+    with dx.Engine(model, max_length=64) as engine:
+        assert engine.config.cache == "dual"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"draft_size": 3, "rule": "quota:1"}, {"active_blocks": 2}, {"sub_block_length": 4}, {"infill": True}],
+    ids=str,
+)
+def test_finished_blocks_are_exact(both: tuple[Any, Model], options: dict[str, Any]) -> None:
+    """Whatever else is asked for, each token is that of a pass over the whole text so far."""
+    theirs, model = both
+    prompts = prompts_of()
+    if options.get("infill"):
+        for prompt in prompts[2:]:
+            prompt[[2, 3, -2]] = MASK
+    settings: dict[str, Any] = {**BLOCKS, "gen_length": 20, "record": True, **options}
+    if "rule" not in options:
+        settings |= {"selector": "confidence", "threshold": 0.6}
+    out = dx.decode(model, prompts, **settings)
+    assert out.trajectory is not None
+    for b, prompt in enumerate(prompts):
+        final, steps = out.sequences[b, : len(prompt) + 20], out.trajectory.step[b]
+        places = [*(prompt == MASK).nonzero()[:, 0].tolist(), *range(len(prompt), len(final))]
+        seen = seen_from(torch.arange(len(final)), 8, places[0])
+        step_of = dict(zip(places, steps.tolist(), strict=False))
+        for step in set(step_of.values()) if "draft_size" not in options else ():
+            now = [column for column in places if step_of[column] == step]
+            x = final.clone()
+            x[[column for column in places if step_of[column] >= step]] = MASK
+            logits = logits_of(theirs, x[None], seen)[0, now]
+            assert logits.argmax(-1).tolist() == final[now].tolist()
+    if "draft_size" in options:
+        plain = dx.decode(model, prompts, **BLOCKS, gen_length=20, rule="quota:1")
+        assert torch.equal(out.sequences, plain.sequences)
+        assert sum(out.nfe.tolist()) < sum(plain.nfe.tolist())
+
+
+def test_what_block_diffusion_does_not_go_with_is_named(both: tuple[Any, Model]) -> None:
+    theirs, model = both
+    with pytest.raises(ValueError, match=r"cache: 'block' needs one of dparallel_ext\.models"):
+        dx.decode(theirs, ids(1, 4), cache="block", mask_id=MASK)
+    with pytest.raises(ValueError, match="refresh: belongs to cache"):
+        dx.decode(model, ids(1, 4), cache="block", refresh=2)
+    llada = models.LLaDA.__name__
+    with pytest.raises(ValueError, match=rf'"none", "prefix" or "dual", since {llada} is not block-causal'):
+        dx.decode(golden.model("llada_tiny_a"), ids(1, 4), cache="block")
+
+
 # --- files and the command line -------------------------------------------------------------------
 
 
@@ -219,7 +434,7 @@ def test_the_tokenizers_files_name_the_mask(checkpoint: Path) -> None:
     assert A2DQwen2.published_mask_id is A2DLlama.published_mask_id is None
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
 def test_the_command_line_decodes_a_checkpoint(checkpoint: Path, cache: str) -> None:
     args = ("--gen-length", 16, "--block-length", 8, "--policy", "quota:2", "--cache", cache, "--json")
     result = CliRunner().invoke(app, [*map(str, ("decode", "hello", "--model", checkpoint, *args))])
