@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.cache import Span
+from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import A2DLlama, A2DQwen2, A2DQwen3, Model, Traits
 
+pytest_plugins = ["taping"]
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, MASK, EOS, PAD = 300, 299, 2, 1
@@ -324,6 +326,45 @@ def test_blocks_count_from_the_prompts_end(both: tuple[Any, Model]) -> None:
     assert model.spans(2, 5, 14, 14, 8, 21) == [Span(2, 5, 13, 13), Span(2, 13, 14, 14)]
     assert model.spans(2, 6, 8, 30) == [Span(2, 6, 8, 30)]
     assert model.spans(2, 6, 6, 30, 8, 5) == []
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        *({"rule": "edit:0.2,0.3,4"}, {"rule": "credit+entropy:3"}, {"rule": "sched:0.4,0.1", "steps": 48}),
+        *({"rule": "prophet:3"}, {"steps": 12}, {"threshold": 3.0, "active_blocks": 2}, {"draft_size": 2}),
+        {"threshold": 4.0, "temperature": 0.8, "seed": 4, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_whole_blocks_are_decoded_as_those_of_other_block_causal_models(
+    both: tuple[Any, Model], way: dict[str, Any]
+) -> None:
+    """Where prompts end with a block there is no difference, whatever decides."""
+    _, model = both
+    settings: dict[str, Any] = {**BLOCKS, "gen_length": 24, **way}
+    prompts = prompts_of((8, 16, 40))
+    out = dx.decode(model, prompts, **settings)
+    model.traits = Traits(MASK, block_length=8)  # type: ignore[assignment]
+    try:
+        other = dx.decode(model, prompts, **settings)
+    finally:
+        del model.traits
+    assert torch.equal(other.sequences, out.sequences)
+    assert torch.equal(other.nfe, out.nfe)
+
+
+@pytest.mark.parametrize("way", [{"threshold": 2.0}, {"rule": "edit:0.2,0.3,4"}, {"draft_size": 2}], ids=str)
+def test_passes_are_replayed(both: tuple[Any, Model], taped: list[Graphs], way: dict[str, Any]) -> None:
+    """Where blocks begin is a number of a pass, not part of its form."""
+    model = models.wrap(both[0])  # without recordings
+    settings: dict[str, Any] = {**BLOCKS, "gen_length": 44, **way}
+    expected = dx.decode(model, prompts_of(), graphs=False, **settings)
+    out = dx.decode(model, prompts_of(), **settings)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.nfe, expected.nfe)
+    assert taped[0].recorder is not None, "a recording failed"
+    assert taped[0].replays >= 2
 
 
 def test_a_pass_computes_a_block_and_what_is_not_stored(
