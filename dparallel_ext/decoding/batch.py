@@ -329,16 +329,17 @@ class Batch:
         for b in lanes:
             row = rows[b]
             first, last = self.schedule.computed(row)
+            onward = self.schedule.onward and self.schedule.prefill_only(row)
             spans = [Span(b, first, last, row.length)]
             if isinstance(self.model, Model):
-                size = self.schedule.block_length if self.schedule.causal else None
+                size = self.schedule.block_length if self.schedule.causal and not onward else None
                 spans = self.model.spans(b, first, last, row.length, size, row.layout.origin)
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)
             if row.settings.eos_id is not None:
                 ending = max(row.last_run, row.block[0]), row.open[-1].end
-            work[b] = SequenceWork(spans, windows, read, self._counted(row), ending)
+            work[b] = SequenceWork(spans, windows, read, self._counted(row), ending, onward)
         return work
 
     def _counted(self, row: SequenceState) -> list[tuple[int, int]]:
@@ -398,6 +399,10 @@ class Batch:
         """The live lanes, grouped by the pass that they share."""
         if self.batch_invariant:
             return [[b] for b in live]
+        if self.schedule.onward:  # some see onward, and some both ways
+            stores = [b for b in live if self.schedule.prefill_only(self.rows[b])]
+            fills = [b for b in live if b not in stores]
+            return [group for group in (stores, fills) if group]
         if isinstance(self.model, Model):
             return [live]
         by_length: dict[int, list[int]] = {}

@@ -130,7 +130,8 @@ class DecodeConfig:
     block: a pass over all of it until the sub-block's first token is known, then over the sub-block alone
     (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal ones (BD3LM) with "block", and
     see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
-    models and "dual" for others, A2D's among them."""
+    models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone, which an engine
+    must be told: by default it decodes that model autoregressively."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1

@@ -186,11 +186,11 @@ def start(
     schedule: maps the cache mode's schedule to the one that is followed. options: arguments of `Batch`.
     Raises ValueError naming the argument that does not fit.
     """
-    settings = make_settings(config, model, config.cache or "none", len(prompts))
     model = for_decoding(model)
+    of_model = check_model(config, model, "none")
+    settings = make_settings(config, model, of_model.cache, len(prompts))
     check_call(model)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
-    of_model = check_model(config, model, "none")
     mask_id, block_length = of_model.mask_id, of_model.schedule.block_length
     check_settings(model, settings, of_model)
     if config.active_blocks > 1 and any(setting.one_block for setting in settings):

@@ -32,6 +32,9 @@ class SequenceWork(NamedTuple):
     """Columns [start, end) of the blocks whose `Counts` the host needs."""
     ending: tuple[int, int]
     """Columns [start, end) in which an EOS ends the sequence."""
+    onward: bool = False
+    """The positions are finished, see those up to themselves, and have the logits for the next one; so with
+    all sequences of a pass."""
 
 
 class GraphKey(NamedTuple):
@@ -40,6 +43,8 @@ class GraphKey(NamedTuple):
     shapes: Shapes
     max_q_len: int
     max_kv_len: int
+    onward: bool
+    """See `SequenceWork`."""
     record: bool
     """Whether commits are written to the trajectory."""
     cells: int
@@ -49,7 +54,7 @@ class GraphKey(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:6], tuple(group.key for group in self.groups))
+        return (*self[:7], tuple(group.key for group in self.groups))
 
     @property
     def recorded(self) -> bool:
@@ -86,13 +91,13 @@ class InputPacker:
         """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
         it.
         """
-        reach = self._reach(rows, work)
+        reach, onward = self._reach(rows, work), any(lane_work.onward for lane_work in work.values())
         lanes = sorted({*work, *self.beside_of(len(rows), work, reach)})
         packing, longest = Packing(), (0, 0)
         if isinstance(self.model, Model):
             assert self.kv_cache is not None
             spans = [span for b in lanes if b in work for span in work[b].spans]
-            metadata = self.kv_cache.metadata(spans, self._pad_to)
+            metadata = self.kv_cache.metadata(spans, self._pad_to, causal=onward)
             longest = metadata.max_q_len, metadata.max_kv_len
             packing.tensors(metadata.tensors)
         groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
@@ -118,7 +123,7 @@ class InputPacker:
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
         record = any(rows[b].settings.record for b in work)
         sampling = tuple(group for group, _ in groups.values())
-        return inputs, GraphKey(shapes, *longest, record, cells, eos, sampling)
+        return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, sampling)
 
     def _put_rows(
         self,
@@ -143,11 +148,12 @@ class InputPacker:
                 everything = reads(rows[b], "block") or reads(rows[b], "response")
                 columns = self._columns(b, lane_work.reads, reach, everything)
                 first, last = lane_work.spans[0].start, lane_work.spans[-1].end
+                shift = self.shift or int(lane_work.onward)
                 of_lane.append(columns)
                 low, high = (columns[0], columns[-1]) if columns else (first, first)
-                to = offset - first - self.shift
-                if not (first <= low - self.shift and high - self.shift < last):
-                    near = (min(max(column - self.shift, first), last - 1) for column in columns)
+                to = offset - first - shift
+                if not (first <= low - shift and high - shift < last):
+                    near = (min(max(column - shift, first), last - 1) for column in columns)
                     packing.add(at - first + offset for at in near)
                 elif isinstance(columns, range):
                     packing.ascending(columns.start + to, columns.stop + to)

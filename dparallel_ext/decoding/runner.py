@@ -150,7 +150,7 @@ class Runner:
             inputs, key.shapes
         )
         if isinstance(self.model, Model):
-            metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens)
+            metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=key.onward)
             assert self.kv_cache is not None
             with own_precision(self.model, self.tokens.device):
                 x = self.model.step(self.tokens[metadata.rows, metadata.positions], self.kv_cache, metadata)

@@ -52,6 +52,8 @@ class Schedule:
     aligned: bool
     """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from there.
     Aligned, a response fills its last block."""
+    onward: bool
+    """Whether finished positions see those up to themselves, and predict the next (`models.Traits`)."""
     active_blocks: int = 1
     open_at: float = 0.1
     activate_at: float = 0.95
@@ -65,10 +67,19 @@ class Schedule:
     them."""
 
     @property
+    def handed_over(self) -> bool:
+        """Whether the pass that stores a block gives the next one's first token."""
+        return self.onward or (self.shift and self.causal)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether blocks are not filled as a whole."""
+        return self.sub_block_length < self.block_length or self.handed_over
+
+    @property
     def first_mask_matters(self) -> bool:
         """Whether the next pass depends on the position of the first mask."""
-        in_parts = self.sub_block_length < self.block_length or (self.shift and self.causal)
-        return in_parts or self.active_blocks > 1
+        return self.in_parts or self.active_blocks > 1
 
     def full(self, s: SequenceState) -> bool:
         """Whether the next pass computes the whole sequence."""
@@ -81,12 +92,13 @@ class Schedule:
     def prefill_only(self, s: SequenceState) -> bool:
         """Whether the next pass computes only the blocks in front of the front one.
 
-        With shifted logits and a block-causal model (Fast-dLLM v2), the last position of a block predicts the
-        first token of the next. So, as published, the pass that stores a block also commits that token, and
-        passes over the next block know it.
+        With shifted logits and a block-causal model (Fast-dLLM v2), and where finished positions see onward
+        (Nemotron-Labs-Diffusion), the last position of a block predicts the first token of the next. So, as
+        published, the pass that stores a block also commits that token, and passes over the next block know
+        it.
         """
         at_a_block = s.first_mask > 0 and s.layout.start_of_block(s.first_mask) == s.first_mask
-        return self.shift and self.causal and at_a_block
+        return self.handed_over and at_a_block
 
     def part(self, s: SequenceState) -> tuple[int, int]:
         """Columns [start, end) of the front block's active sub-block. Sub-blocks count from where the block
@@ -250,6 +262,7 @@ def make(
         traits.shift,
         causal,
         causal and traits.aligned_blocks,
+        causal and traits.onward,
         active_blocks,
         open_at,
         activate_at,

@@ -41,9 +41,14 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     cache: the mode if the config has none. Raises ValueError naming the field that does not fit the model,
     and for an autoregressive model.
     """
-    check_diffusion(model)
-    model_traits, cache, refresh = traits(model), config.cache or cache, config.refresh
+    check_diffusion(model, onward=True)
+    model_traits, refresh = traits(model), config.refresh
+    cache = config.cache or ("block" if model_traits.causal else cache)
     causal = is_block_causal(model_traits, cache)
+    if model_traits.causal and not causal:
+        raise ValueError(
+            f'cache: expected "block", by which {type(model).__name__} fills masks, got {cache!r}'
+        )
     block_length = config.block_length or model_traits.block_length or 32
     if cache != "none" and not isinstance(model, Model):
         raise ValueError(
@@ -69,29 +74,35 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
     mask_id = mask_of(model, config.mask_id)
     active = {name: getattr(config, name) for name in ACTIVE}
-    if config.active_blocks > 1 and (part < block_length or (model_traits.shift and causal)):
+    schedule = make(cache, model_traits, block_length, part, refresh, **active)
+    if config.active_blocks > 1 and schedule.in_parts:
         by_parts, handed = f"these are filled {part} by {part}", "here the block before begins each block"
         how = by_parts if part < block_length else handed
         raise ValueError(
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
             f"a whole, and {how}"
         )
-    schedule = make(cache, model_traits, block_length, part, refresh, **active)
+    if config.infill and schedule.onward:
+        raise ValueError(
+            f"infill: does not go with {type(model).__name__}, which sees given tokens from behind, got True"
+        )
     return OfModel(cache, schedule, mask_id)
 
 
 def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
-    cache: the mode in force. Raises ValueError if the config has values for another number of sequences.
+    cache: the mode in force; "none" where an autoregressive model decodes from left to right. Raises
+    ValueError if the config has values for another number of sequences.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
+    left_to_right = model_traits.causal and cache != "block"
     if automaton is not None:
         mask_id = model_traits.mask_id if config.mask_id is None else config.mask_id
-        never = [*(config.suppress or ()), *(() if mask_id is None or model_traits.causal else (mask_id,))]
+        never = [*(config.suppress or ()), *(() if mask_id is None or left_to_right else (mask_id,))]
         automaton = automaton.without(never, vocabulary(model))
-        if not model_traits.causal:
+        if not left_to_right:
             rule = _constrained(config, rule, automaton)
     if rule is not None and rule.in_order and config.infill:
         name = "an automaton" if automaton is not None else type(rule).__name__
@@ -122,7 +133,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             top_p=top_p,
             top_k=top_k,
             rule=rule,
-            automaton=automaton if model_traits.causal else None,
+            automaton=automaton if left_to_right else None,
             record=config.record or config.logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )
@@ -151,17 +162,12 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     """Raise ValueError for an EOS, a stop sequence or a rule's token that the model never decodes, a rule
     that does not fit the model, and a fixed schedule where blocks are filled part by part.
     """
-    model_traits, schedule = traits(model), of_model.schedule
+    schedule = of_model.schedule
     ends = {(setting.eos_id, setting.stop) for setting in settings}
     for eos_id, stop in ends:
         check_ends(() if eos_id is None else (eos_id,), stop, vocabulary(model), of_model.mask_id)
     for setting in settings:
-        if (
-            setting.rule is not None
-            and setting.rule.edits
-            and model_traits.shift
-            and model_traits.block_length is not None
-        ):
+        if setting.rule is not None and setting.rule.edits and schedule.handed_over:
             raise ValueError(
                 f"rule: {type(setting.rule).__name__} edits, which does not go with {type(model).__name__}: "
                 "its blocks are begun by the block before"
@@ -176,8 +182,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
             )
         rule.check(model, schedule.block_length)
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
-    in_parts = schedule.sub_block_length < schedule.block_length or (schedule.shift and schedule.causal)
-    if steps is not None and in_parts:
+    if steps is not None and schedule.in_parts:
         raise ValueError(
             "steps: the fixed schedule is for whole blocks; this one is filled part by part "
             f"(sub_block_length {schedule.sub_block_length}), so expected None, got {steps}"

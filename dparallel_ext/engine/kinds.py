@@ -18,6 +18,7 @@ from ..decoding import batch as diffusion
 from ..decoding import self_speculation
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
+from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
 from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
@@ -173,7 +174,7 @@ class Diffusion(Kind):
         self.page_unit = self._schedule.block_length if self._schedule.aligned else 1
         if self.cache != "block":
             self.unshared = f"cache {self.cache!r}"
-        elif not self._schedule.aligned:
+        elif not (self._schedule.aligned or self._schedule.onward):
             # A prefix of two prompts is cut into blocks from the end of each, so it has other keys in each.
             self.unshared = f"blocks of {type(model).__name__} that count from the end of each prompt"
         self.keeps = self.cache != "none"
@@ -199,7 +200,7 @@ class Diffusion(Kind):
         # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
         # so it is computed in any case.
         known = layout.columns[0] if layout.columns else len(ids)
-        reusable = max(0, known - schedule.shift)
+        reusable = max(0, known - int(schedule.shift or schedule.onward))
         return Plan(ids, gen_length, layout.length, reusable, settings, masked)
 
     def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
@@ -360,7 +361,8 @@ def kind_of(
 
     Raises ValueError naming the argument that does not fit the model.
     """
-    name, causal = type(model).__name__, traits(model).causal
+    name, of_model = type(model).__name__, traits(model)
+    causal = of_model.causal and not is_block_causal(of_model, config.cache or "none")
     if causal:
         why = f"belongs to diffusion models, and {name} is autoregressive"
         foreign = [("verifier", verifier, why), *((number, value, why) for number, value in numbers.items())]

@@ -53,6 +53,7 @@ class Model(Named):
     """The mask token of this family's released checkpoints, used if a config names none."""
     block_causal_too: ClassVar[bool] = False
     aligned_blocks: ClassVar[bool] = True
+    onward: ClassVar[bool] = False
     """See `Traits`."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
@@ -283,15 +284,13 @@ class Model(Named):
         """The spans of positions [start, end) of sequence `row`, which has `length` positions.
 
         A block-causal model has `block_causal_spans`, of `block_length` or by default its own; with
-        `block_length`, so has a model that sees both ways. A causal model has one span that sees [0, end),
-        whose positions see up to themselves.
+        `block_length`, so has every model. A causal model has one span that sees [0, end), whose positions
+        see up to themselves.
         """
-        if self.causal:
-            return [Span(row, start, end, end)] if start < end else []
         size = block_length or self.block_length
-        if size is None:
-            return [Span(row, start, end, length)] if start < end else []
-        return block_causal_spans(row, start, end, length, size, origin)
+        if size is not None:
+            return block_causal_spans(row, start, end, length, size, origin)
+        return [Span(row, start, end, end if self.causal else length)] if start < end else []
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None

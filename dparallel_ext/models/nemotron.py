@@ -4,8 +4,9 @@ Source: the technical report "Nemotron-Labs-Diffusion: A Tri-Mode Language Model
 Diffusion, and Self-Speculation Decoding", and the code published with the checkpoints.
 
     autoregressive     as Ministral 3: the logits at a position are for the next
-    masks              of a block behind the text, whose rows see each other: the logits at a mask are for the
-                       mask's own position
+    diffusion          masks of a block behind the text, whose rows see each other: the logits at a mask are
+                       for the mask's own position. The block's first token is the autoregressive choice, and
+                       a finished block is computed again, each position seeing those up to itself
     self-speculation   masks draft, the autoregressive model verifies (`speculation.SelfDrafter`)
 """
 
@@ -25,12 +26,21 @@ _SUPPORTED = {"dlm_type": "llada"}
 
 
 class NemotronDiffusion(Ministral3):
-    """An autoregressive model, which drafts for itself with `drafter="self"`.
+    """An autoregressive model, which drafts for itself with `drafter="self"`, and which `decode` decodes by
+    diffusion (an engine with cache "block").
 
-    The tests compare, on random weights, its logits with transformers' Ministral 3, and its drafts and passes
-    with the published self-speculation, written again in plain torch. No released weights were read.
+    Where diffusion differs from the published code:
+    - gen_length need not be a multiple of block_length: the last block is shorter.
+    - There is no budget of thinking tokens, and no fixed schedule (`steps`).
+    - The mask token is never committed.
+
+    The tests compare, on random weights, its logits with transformers' Ministral 3, and tokens, drafts and
+    passes with the published loops, written again in plain torch. No released weights were read.
     """
 
+    block_causal_too = True
+    aligned_blocks = False
+    onward = True
     NAMES: ClassVar[dict[str, str]] = {
         ours: theirs.replace("model.", "encoder.", 1) for ours, theirs in LLAMA_NAMES.items()
     } | {"lm_head": "diffusion_head"}

@@ -68,6 +68,7 @@ def _of_family(family: type[Model], mask_id: int | None, block_length: int | Non
         family.causal,
         family.block_causal_too,
         family.aligned_blocks,
+        family.onward,
     )
 
 
@@ -82,9 +83,10 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
-def check_diffusion(model: Any) -> None:
-    """Raise ValueError for an autoregressive model."""
-    if traits(model).causal:
+def check_diffusion(model: Any, *, onward: bool = False) -> None:
+    """Raise ValueError for an autoregressive model; onward: but not for one that predicts masks too."""
+    of_model = traits(model)
+    if of_model.causal and not (onward and of_model.onward):
         inner = unwrap(model)
         other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"
         raise ValueError(

@@ -114,11 +114,12 @@ def block_length(name: str) -> int:
     return models.config_of(directory_of(name))[1].block_length or 32
 
 
-def is_causal(name: str) -> bool:
-    """Whether a model is autoregressive, by its config.json alone. Raises as `block_length`."""
+def is_causal(name: str, cache: str | None = None) -> bool:
+    """Whether a model is decoded autoregressively, by its config.json alone; of a model that predicts masks
+    too the cache mode says it. Raises as `block_length`."""
     config, _ = models.config_of(directory_of(name))
     family = models.family_of(config)
-    return family is not None and family.causal
+    return family is not None and family.causal and not (family.onward and cache == "block")
 
 
 def gen_length(name: str) -> int:

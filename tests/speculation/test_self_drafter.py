@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from drafters import model_of
+from nemotron import CONFIG, MASK, PROMPTS, ROPE, chosen_behind, guesses, names, ours, theirs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,78 +27,10 @@ pytest_plugins = ["taping"]
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-MASK = 12
-ROPE = {
-    **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "beta_fast": 32.0, "beta_slow": 1.0},
-    **{"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16},
-    "llama_4_scaling_beta": 0.5,
-}
-SIZES = {
-    **{"vocab_size": 13, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5},
-    **{"max_position_embeddings": 512, "rope_parameters": ROPE, "eos_token_id": 2},
-}
-CONFIG = {
-    **{"model_type": "nemotron_labs_diffusion", "dlm_paradigm": "bidirectional", "block_size": 32},
-    **{"mask_token_id": MASK, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
-    **{"hidden_act": "silu", "sliding_window": None, **SIZES},
-}
-PROMPTS = [torch.randint(3, 12, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 23)]
 
-
-@functools.cache
-def theirs() -> Any:
-    """transformers' Ministral 3 with random weights, by which guesses of masks are right now and then."""
-    torch.manual_seed(1)
-    of = transformers.Ministral3ForCausalLM(transformers.Ministral3Config(**SIZES, pad_token_id=None))
-    with torch.no_grad():
-        for p in of.parameters():
-            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.35)
-    return of.eval()
-
-
-def names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of the published checkpoints."""
-    return {
-        ("encoder." + name.removeprefix("model.")).replace("encoder.lm_head", "diffusion_head"): tensor
-        for name, tensor in state.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in the published layout."""
-    path = tmp_path_factory.mktemp("nemotron")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(
-        {k: v.contiguous() for k, v in names(theirs().state_dict()).items()}, path / "model.safetensors"
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(directory: Path) -> models.Model:
-    return models.load(directory)
-
-
-@torch.no_grad()
-def chosen_behind(text: Sequence[int]) -> list[int]:
-    """The autoregressive model's choice behind each token."""
-    return theirs()(torch.tensor([text])).logits[0].argmax(-1).tolist()
-
-
-@torch.no_grad()
-def guesses(of: Any, text: Sequence[int], masks: int) -> list[int]:
-    """The likeliest tokens of a block of the text's last token and masks: its rows see each other, and what
-    the model without an adapter has made of the text in front."""
-    cache, known = None, len(text) - 1
-    if known:
-        cache = theirs()(torch.tensor([text[:-1]]), use_cache=True).past_key_values
-    block = torch.tensor([[text[-1], *[MASK] * masks]])
-    everything = torch.zeros(1, 1, masks + 1, known + masks + 1)
-    found = of(block, past_key_values=cache, attention_mask=everything).logits[0, 1:]
-    found[:, MASK] = -torch.inf  # ours never guesses the mask
-    return found.argmax(-1).tolist()
+@pytest.fixture
+def model() -> models.Model:
+    return ours()
 
 
 class Reference:
@@ -116,7 +49,9 @@ class Reference:
             self.passes = 1
         while len(text) < end:
             room = end - len(text)
-            draft = guesses(drafts_with or theirs(), text, min(block - 1, room))[: room - 1]
+            masks = [MASK] * min(block - 1, room)
+            _, found = guesses(drafts_with or theirs(), text[:-1], [text[-1], *masks])
+            draft = found[1:][: room - 1]
             chosen = chosen_behind(text + draft)[len(text) - 1 :]
             wrong = [a != b for a, b in zip(draft, chosen, strict=False)]
             text += chosen[: [*wrong, True].index(True) + 1]
@@ -144,9 +79,17 @@ class Heard(SelfDrafter):
         return made
 
 
+def test_a_checkpoint_in_the_published_layout_is_read(tmp_path: Path, model: models.Model) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = {name: tensor.contiguous() for name, tensor in names(theirs().state_dict()).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = models.load(tmp_path)
+    assert type(found) is NemotronDiffusion
+    assert torch.equal(found(PROMPTS[0][None]).logits, model(PROMPTS[0][None]).logits)
+
+
 def test_logits_are_those_of_ministral_3(model: models.Model) -> None:
     """Over three original contexts, each of which scales the queries otherwise."""
-    assert isinstance(model, NemotronDiffusion)
     assert (model.mask_id, model.eos_ids, model.shape.mask_block) == (MASK, (2,), 32)
     x = torch.randint(3, 12, (2, 50))
     with torch.no_grad():

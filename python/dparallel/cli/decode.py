@@ -114,7 +114,7 @@ def decode(
         drafter = drafters[0] if drafters else None
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
-        causal = registry.is_causal(model)
+        causal = registry.is_causal(model, cache or content.get("cache"))
         check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
         if causal:
             check_drafted(drafters, draft_size)

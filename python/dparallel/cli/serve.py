@@ -126,7 +126,7 @@ def serve(
             "mask_id": loading.mask_id,
             "verifier": verifier,
         }
-        causal = {each: registry.is_causal(each) for each in model}
+        causal = {each: registry.is_causal(each, cache or content.get("cache")) for each in model}
         guesses = None if any(causal.values()) else draft_size  # with both kinds they are a drafter's
         others = {"policy": policy, "cache": cache, "block_length": block_length, "draft_size": guesses}
         numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
