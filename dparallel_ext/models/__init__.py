@@ -4,9 +4,10 @@ from ..backends import device_of
 from ..cache import KVCache
 from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
-from .checkpoint import FAMILIES, as_stored, config_of, family_of, load, save, wrap
+from .checkpoint import as_stored, config_of, load, save, wrap
 from .config import Output, Traits
 from .dream import Dream
+from .families import FAMILIES, family_of
 from .fast_dllm import FastDLLM
 from .files import locate
 from .llada import LLaDA, LLaDAMoE

@@ -20,42 +20,12 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import files, fused_weights
-from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
 from .config import ModelConfig, token_ids
-from .dream import Dream
 from .experts import Experts, Router, in_parts
-from .fast_dllm import FastDLLM
-from .llada import LLaDA, LLaDAMoE
-from .llada2 import LLaDA2
-from .llama import Llama
-from .mistral import Ministral3, Mistral
+from .families import FAMILIES, family_in, family_of
 from .modules import shapes_only
-from .nemotron import NemotronDiffusion
-from .qwen import Qwen2, Qwen3, Qwen3MoE
-from .sdar import SDAR, SDARMoE
 from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
-
-FAMILIES: dict[str, type[Model]] = {
-    "llada": LLaDA,
-    "lladamoe": LLaDAMoE,
-    "llada2_moe": LLaDA2,
-    "Dream": Dream,
-    "sdar": SDAR,
-    "sdar_moe": SDARMoE,
-    "Fast_dLLM_Qwen": FastDLLM,
-    "a2d-llama": A2DLlama,
-    "a2d-qwen2": A2DQwen2,
-    "a2d-qwen3": A2DQwen3,
-    "llama": Llama,
-    "mistral": Mistral,
-    "ministral3": Ministral3,
-    "nemotron_labs_diffusion": NemotronDiffusion,
-    "qwen2": Qwen2,
-    "qwen3": Qwen3,
-    "qwen3_moe": Qwen3MoE,
-}
-"""config.json's model_type -> the family that reads it, see `family_of`."""
 
 
 def load(
@@ -121,7 +91,7 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     """
     file = directory / "config.json"
     config = files.read_json(file, required=True)
-    family = _family(config, f"path: {file}")
+    family = family_in(config, f"path: {file}")
     try:
         return config, family.shape_of(config)
     except ValueError as error:
@@ -134,7 +104,7 @@ def _set_mask(config: dict[str, Any], mask_id: int | None, directory: Path, rows
     name, token = "mask_id", mask_id
     if mask_id is None:
         name = f"path: the mask token of {directory}, unless mask_id is given"
-        causal = _family(config, f"path: {directory}").causal
+        causal = family_in(config, f"path: {directory}").causal
         token = config.get("mask_token_id") if causal else files.mask_token_id(directory)
     if token is not None and (type(token) is not int or not 0 <= token < rows):
         raise ValueError(f"{name}: expected an id below {rows}, got {token!r}")
@@ -202,7 +172,7 @@ def wrap(hf_model: nn.Module) -> Model:
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
     files.refuse_quantised(content, weights, source)
-    family = _family(content, source)
+    family = family_in(content, source)
     if changed := [name or "the model" for name in changed_modules(hf_model, adapted, family.causal)]:
         warnings.warn(
             f"{source}: {', '.join(changed[:3])}{', ...' if changed[3:] else ''}: hooks, or a forward of its "
@@ -321,21 +291,6 @@ TABLES = ".rotary_emb.inv_freq"
 """The end of the names of tensors, in checkpoints of Llama 1 and 2, that follow from config.json."""
 
 
-def family_of(config: Mapping[str, Any]) -> type[Model] | None:
-    """The family of `FAMILIES` that reads a config.json."""
-    name = config.get("model_type")
-    if name == "llada" and config.get("num_experts"):
-        name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
-    return FAMILIES.get(name) if isinstance(name, str) else None
-
-
-def _family(config: Mapping[str, Any], source: str) -> type[Model]:
-    family = family_of(config)
-    if family is None:
-        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
-    return family
-
-
 def _assemble(
     config: Mapping[str, Any],
     tensors: Iterable[Offer],
@@ -351,7 +306,7 @@ def _assemble(
 
     No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
-    family = _family(config, source)
+    family = family_in(config, source)
     with shapes_only():
         model = family(config)
     offers = {offer.name: offer for offer in tensors}

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .base import Model
-from .checkpoint import FAMILIES, family_of
 from .config import Traits
+from .families import FAMILIES, family_of
 from .fast_dllm import FastDLLM
 from .wrappers import stated_traits, unwrap
 

@@ -1,0 +1,55 @@
+"""The families, by the `model_type` of a config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .a2d import A2DLlama, A2DQwen2, A2DQwen3
+from .base import Model
+from .dream import Dream
+from .fast_dllm import FastDLLM
+from .llada import LLaDA, LLaDAMoE
+from .llada2 import LLaDA2
+from .llama import Llama
+from .mistral import Ministral3, Mistral
+from .nemotron import NemotronDiffusion
+from .qwen import Qwen2, Qwen3, Qwen3MoE
+from .sdar import SDAR, SDARMoE
+
+FAMILIES: dict[str, type[Model]] = {
+    "llada": LLaDA,
+    "lladamoe": LLaDAMoE,
+    "llada2_moe": LLaDA2,
+    "Dream": Dream,
+    "sdar": SDAR,
+    "sdar_moe": SDARMoE,
+    "Fast_dLLM_Qwen": FastDLLM,
+    "a2d-llama": A2DLlama,
+    "a2d-qwen2": A2DQwen2,
+    "a2d-qwen3": A2DQwen3,
+    "llama": Llama,
+    "mistral": Mistral,
+    "ministral3": Ministral3,
+    "nemotron_labs_diffusion": NemotronDiffusion,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_moe": Qwen3MoE,
+}
+"""config.json's model_type -> the family that reads it, see `family_of`."""
+
+
+def family_of(config: Mapping[str, Any]) -> type[Model] | None:
+    """The family of `FAMILIES` that reads a config.json."""
+    name = config.get("model_type")
+    if name == "llada" and config.get("num_experts"):
+        name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
+    return FAMILIES.get(name) if isinstance(name, str) else None
+
+
+def family_in(config: Mapping[str, Any], source: str) -> type[Model]:
+    """The same. Raises ValueError naming `source`, where the config.json comes from, if there is none."""
+    family = family_of(config)
+    if family is None:
+        raise ValueError(f"{source}: model_type {config.get('model_type')!r} is none of {list(FAMILIES)}")
+    return family
