@@ -22,11 +22,12 @@ from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
+from .expected import Expected
 from .fp8 import Fp8Linear
-from .modules import DROPOUT, Block, Named, RMSNorm, Stream, Taps, all_modules, norm_of_sum, rotate
+from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, norm_of_sum, rotate
 
 
-class Model(Named):
+class Model(Expected):
     """A language model: of masked diffusion, or autoregressive if the family is `causal`.
 
     A position sees all others; in a block-causal family, the positions up to its block's end; in a causal
@@ -78,7 +79,6 @@ class Model(Named):
         self.norm = RMSNorm(s)
         self.lm_head = nn.Linear(s.width, s.embedding_size, bias=s.head_bias and not s.tied)
         self.tie()
-        self.checkpointing: dict[str, Any] | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_post_hook(_without_tied_head)
         self.register_load_state_dict_pre_hook(_with_tied_head)
@@ -134,18 +134,6 @@ class Model(Named):
     def sharded(self) -> bool:
         """Whether parameters are DTensors, as FSDP2 and its like make them."""
         return any(hasattr(parameter, "placements") for parameter in self.parameters())
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding, by the name that transformers and PEFT look for; `get_output_embeddings`: the
-        head."""
-        return self.embed
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
-        """PEFT expects this method of models for causal language modelling; `decode` does not use it."""
-        return {"input_ids": input_ids}
 
     @property
     def device(self) -> torch.device:
@@ -291,40 +279,6 @@ class Model(Named):
         if size is not None:
             return block_causal_spans(row, start, end, length, size, origin)
         return [Span(row, start, end, end if self.causal else length)] if start < end else []
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
-        """In training, keep only each layer's input and compute the rest again, as transformers' models do.
-
-        gradient_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`.
-        """
-        self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.checkpointing = None
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.checkpointing is not None
-
-    def enable_input_require_grads(self) -> None:
-        """Do nothing: `hidden` makes the layers' input require a gradient if a checkpoint needs it."""
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` by transformers 5's name. Raises ValueError for its other
-        options."""
-        if every_n_layers != 1 or offload:
-            raise ValueError(
-                "activation_checkpointing: expected every_n_layers=1 and offload=False, "
-                f"got {every_n_layers} and {offload}"
-            )
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def groups(self) -> Iterator[list[nn.Parameter]]:
         """The groups of parameters of every layer, see `Block.groups`."""
