@@ -245,3 +245,25 @@ class Knowing(DraftSession):
             tokens.append(text[at] if knows else self.rng.randrange(self.vocabulary))
             parents.append(parent)
         return Draft(tuple(tokens), tuple(parents) if self.tree else None)
+
+
+class Noted:
+    """Before a drafter in a class's bases: notes the sessions that it makes, and the drafts of each step."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.sessions: list[Any] = []
+        self.drafts: list[list[Draft]] = []
+
+    def session(self, *args: Any, **settings: Any) -> Any:
+        of: Any = super()
+        made = of.session(*args, **settings)
+        propose = made.propose
+
+        def noted(lanes: Any, sizes: Sequence[int]) -> list[Draft]:
+            self.drafts.append(propose(lanes, sizes))
+            return self.drafts[-1]
+
+        made.propose = noted
+        self.sessions.append(made)
+        return made

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dparallel import registry
 from dparallel.toy import tasks
-from drafters import MODEL, model_of
+from drafters import MODEL, Noted, model_of
 from test_speculate import PROMPTS, plain
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import CausalBatch, Draft, Recycling
+from dparallel_ext.speculation import CausalBatch, Recycling
 from dparallel_ext.speculation.drafter import Expecting
 from dparallel_ext.speculation.recycling import DEPTH, RANKS
 from dparallel_ext.speculation.sizing import Fixed
@@ -29,25 +29,8 @@ from dparallel_ext.speculation.sizing import Fixed
 pytest_plugins = ["taping"]
 
 
-class Heard(Recycling):
-    """Notes the sessions that it makes, and the drafts of each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sessions: list[Any] = []
-        self.drafts: list[list[Draft]] = []
-
-    def session(self, *args: Any, **settings: Any) -> Any:
-        made: Any = super().session(*args, **settings)
-        propose = made.propose
-
-        def noted(lanes: Any, sizes: Sequence[int]) -> list[Draft]:
-            self.drafts.append(propose(lanes, sizes))
-            return self.drafts[-1]
-
-        made.propose = noted
-        self.sessions.append(made)
-        return made
+class Heard(Noted, Recycling):
+    """Recycling, whose sessions and drafts are noted."""
 
 
 def test_the_tree_of_each_size_is_the_best() -> None:

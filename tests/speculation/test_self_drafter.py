@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drafters import model_of
+from drafters import Noted, model_of
 from nemotron import CONFIG, MASK, PROMPTS, ROPE, chosen_behind, guesses, names, ours, theirs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
 from dparallel_ext.models import NemotronDiffusion
-from dparallel_ext.speculation import Draft, SelfDrafter
+from dparallel_ext.speculation import SelfDrafter
 from dparallel_ext.speculation.self_drafter import LowRank
 
 pytest_plugins = ["taping"]
@@ -60,23 +59,8 @@ class Reference:
         self.text = text
 
 
-class Heard(SelfDrafter):
-    """Notes the drafts of each step."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.drafts: list[list[Draft]] = []
-
-    def session(self, *args: Any, **settings: Any) -> Any:
-        made: Any = super().session(*args, **settings)
-        propose = made.propose
-
-        def noted(lanes: Any, sizes: Sequence[int]) -> list[Draft]:
-            self.drafts.append(propose(lanes, sizes))
-            return self.drafts[-1]
-
-        made.propose = noted
-        return made
+class Heard(Noted, SelfDrafter):
+    """The drafter, whose drafts are noted."""
 
 
 def test_a_checkpoint_in_the_published_layout_is_read(tmp_path: Path, model: models.Model) -> None:
