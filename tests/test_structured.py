@@ -217,6 +217,10 @@ def test_choices() -> None:
         (r"(a)\1", "without look-around and references to groups"),
         ("^a$", r"pattern: expected a pattern without anchors, got '\^a\$'"),
         ("a$b", "pattern: expected a pattern without anchors"),
+        *(
+            (text, "pattern: expected a pattern without anchors")
+            for text in ("(^|b)a", r"\[^a|b", r"b|\Aa", "(a*|b)$")
+        ),
         (r"a\b", "pattern: expected a pattern without anchors"),
         ("🙂" * 40 + "[^\\x00-\\U0010ffff]", "pattern: "),
     ],
