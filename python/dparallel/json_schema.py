@@ -2,7 +2,7 @@
 
 The library outlines_core makes them. It leaves out what it does not follow without a word, and some of its
 strings are no JSON: here each constraint is refused by name that a response might not keep, and the patterns
-of strings and the bounds of numbers are written.
+of strings, the bounds of numbers and values of any content are written.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import sandbox as limits
+from .any_json import any_object, any_value
 from .sandbox import Refused, Sandbox, shared
 
 ITEMS = {"minItems", "maxItems"}
 TEXTS = {"minLength", "maxLength", "pattern", "format"}
+OF_TYPE = {"array": {"items", *ITEMS}, "object": {"additionalProperties"}, "string": TEXTS}
+"""The keywords beside a type, by the type whose values they are for."""
 NONE: set[str] = set()
 FOLLOWED = {
     "properties": {"required", "additionalProperties"},
@@ -30,7 +33,7 @@ FOLLOWED = {
     "enum": NONE,
     "const": NONE,
     "$ref": NONE,
-    "type": {"items", "additionalProperties", *ITEMS, *TEXTS},
+    "type": NONE.union(*OF_TYPE.values()),
 }
 """The library follows the first of these keywords that a schema has, with these beside it. It would leave out
 any other constraint without a word."""
@@ -56,17 +59,30 @@ FORMATS = {
     "uri": rf"(?:https?|ftp)://{LABEL}(?:\.{LABEL})*(?::[0-9]{{1,5}})?(?:/{WITHIN})?(?:\?{WITHIN})?(?:#{WITHIN})?",
 }
 """Of these formats the library's patterns have strings that are not of the format, or no JSON."""
+MARK = '"([0-9a-f]{32})"'
+"""What the library's pattern has in place of a pattern that is written here."""
 NO_CONSTRAINT: dict[str, Any] = {"required": [], "uniqueItems": False, "minProperties": 0}
 """Values with which such a keyword allows everything."""
 
 
 def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str:
     """The regular expression of a JSON schema, an object or its text. Raises ValueError saying what of it is
-    not supported."""
-    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    not supported.
+
+    A value of any content has at most `any_json.FREE` objects and arrays in each other, and `any_json.DEPTH`
+    where the whole schema is that of an object of any content, as {"type": "object"}.
+    """
     try:
-        sandbox.pattern_of(text)  # refuses what is no schema
-        read, marked = json.loads(text), dict[str, str]()
+        read = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"schema: expected JSON, got {schema!r:.80}: {error}") from error
+    if _free(read) == "object":
+        return any_object()
+    read, marked = {} if read is True else read, dict[str, str]()
+    try:
+        for _, part in _parts(read):
+            marked |= _mark_free(part)
+        sandbox.pattern_of(json.dumps(read, ensure_ascii=False))  # refuses what is no schema
         end = time.monotonic() + limits.SECONDS
         for at, part in _parts(read):
             if time.monotonic() > end:
@@ -78,26 +94,74 @@ def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str
         pattern = sandbox.pattern_of(json.dumps(read, ensure_ascii=False))
     except Refused as error:
         raise ValueError(f"schema: {str(error).splitlines()[0].strip()}") from error
-    for mark, numbers in marked.items():
-        pattern = pattern.replace(f'"{mark}"', numbers)
-    return pattern
+    marks = [mark for mark in re.findall(MARK, pattern) if mark in marked]
+    if len(pattern) + sum(len(marked[mark]) for mark in marks) > limits.CHARACTERS:
+        raise ValueError(
+            f"schema: its pattern has more than {limits.CHARACTERS:,} characters; expected fewer values of "
+            "any content, or required ones"
+        )
+    return re.sub(MARK, lambda found: marked.get(found[1], found[0]), pattern)
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The places and schemas of a schema and of all in it, each before those that it has; it may change."""
+    """The places and schemas of a schema and of all in it, each before those that it has; it may change. One
+    that is true becomes {}, which says the same."""
     waiting = [("#", schema)]
     while waiting:
         at, part = waiting.pop()
         if not isinstance(part, dict):
             continue
         yield at, part
+        of_part: list[tuple[str, Any, list[Any]]] = [(at, part, ["items", "additionalProperties"])]
         for keyword in ("properties", "$defs", "definitions"):
-            if isinstance(part.get(keyword), dict):
-                waiting += [(f"{at}/{keyword}/{name}", inner) for name, inner in part[keyword].items()]
+            if isinstance(inner := part.get(keyword), dict):
+                of_part.append((f"{at}/{keyword}", inner, [*inner]))
         for keyword in ("allOf", "anyOf", "oneOf", "prefixItems"):
-            if isinstance(part.get(keyword), list):
-                waiting += [(f"{at}/{keyword}/{index}", inner) for index, inner in enumerate(part[keyword])]
-        waiting += [(f"{at}/{keyword}", part.get(keyword)) for keyword in ("items", "additionalProperties")]
+            if isinstance(inner := part.get(keyword), list):
+                of_part.append((f"{at}/{keyword}", inner, [*range(len(inner))]))
+        for place, inner, keys in of_part:
+            for key in keys:
+                if inner is part and key not in part:
+                    continue
+                if inner[key] is True:
+                    inner[key] = {}
+                waiting.append((f"{place}/{key}", inner[key]))
+
+
+def _free(schema: Any) -> str | None:
+    """What a schema without any constraint but a type allows, "any", "object" or "array"; None for others."""
+    if not isinstance(schema, dict):
+        return "any" if schema is True else None
+    kind = schema.get("type", "any")
+    for keyword in CONSTRAINTS & schema.keys():
+        value = schema[keyword]
+        of_all = keyword in ("items", "additionalProperties") and (value is True or value == {})
+        if not of_all and NO_CONSTRAINT.get(keyword, ...) != value:
+            return None
+    return kind if kind in ("any", "object", "array") else None
+
+
+def _mark_free(part: dict[str, Any]) -> dict[str, str]:
+    """Write a mark in place of a schema of values of any content, in place; return the mark's pattern. What
+    the library would fill with such values itself, many times larger, gets a schema for them."""
+    if kind := _free(part):
+        for keyword in CONSTRAINTS & part.keys():
+            del part[keyword]
+        part["const"] = mark = uuid.uuid4().hex
+        return {mark: any_value(None if kind == "any" else kind)}
+    if "type" not in part or CONSTRAINTS & part.keys() - FOLLOWED["type"]:
+        return {}
+    kinds = part["type"]
+    if kinds == "array":
+        part.setdefault("items", {})
+    elif isinstance(kinds, list) and {"object", "array"} & {kind for kind in kinds if isinstance(kind, str)}:
+        own = {keyword: part.pop(keyword) for keyword in CONSTRAINTS & part.keys()}
+        del part["type"]
+        part["anyOf"] = [
+            {"type": kind, **{keyword: own[keyword] for keyword in OF_TYPE.get(kind, NONE) & own.keys()}}
+            for kind in dict.fromkeys(map(str, kinds))
+        ]
+    return {}
 
 
 def _prepare(part: dict[str, Any], at: str, sandbox: Sandbox) -> dict[str, str]:

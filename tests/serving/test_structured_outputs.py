@@ -86,7 +86,7 @@ def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
 @pytest.mark.parametrize(
     ("asked", "param", "said"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format", "'text' or 'json_schema'"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "some text of the model's tokens"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs it"),
         (
             {"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}},
@@ -114,7 +114,7 @@ def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
             "that some text of the model's tokens matches",
         ),
         ({"extra_body": {"structured_outputs": {"grammar": "x"}}}, "structured_outputs", "grammar: is not"),
-        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", "one of json, regex and choice"),
+        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", "one of json, regex, choice"),
         (
             {"extra_body": {"structured_outputs": {"regex": "a", "choice": ["a"]}}},
             "structured_outputs",

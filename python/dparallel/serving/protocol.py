@@ -82,6 +82,10 @@ class Form(NamedTuple):
     """A JSON schema, or a regular expression."""
 
 
+ANY_OBJECT = Form("json", '{"type": "object"}')
+"""What clients mean by "json_object"."""
+
+
 Text = Annotated[str, AfterValidator(unicode)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -125,7 +129,7 @@ class ResponseFormat(Strict):
     """The form of a response, as OpenAI has it."""
 
     within = "response_format"
-    type: Literal["text", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
@@ -136,6 +140,8 @@ class ResponseFormat(Strict):
 
     @property
     def form(self) -> Form | None:
+        if self.type == "json_object":
+            return ANY_OBJECT
         return None if self.json_schema is None else Form("json", json.dumps(self.json_schema.body))
 
 
@@ -146,17 +152,21 @@ class StructuredOutputs(Strict):
     body: dict[str, Any] | Text | None = Field(None, alias="json")
     regex: Text | None = None
     choice: list[Text] | None = Field(None, min_length=1)
+    json_object: bool | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(value is not None for value in (self.body, self.regex, self.choice)) != 1:
-            raise ValueError("expected one of json, regex and choice")
+        given = (self.body, self.regex, self.choice, self.json_object or None)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("expected one of json, regex, choice and json_object")
         return self
 
     @property
     def form(self) -> Form:
         if self.body is not None:
             return Form("json", self.body if isinstance(self.body, str) else json.dumps(self.body))
+        if self.json_object:
+            return ANY_OBJECT
         return Form("regex", choice_pattern(self.choice) if self.choice else self.regex or "")
 
 
