@@ -271,6 +271,19 @@ def test_weights_in_8_bits(tmp_path: Path):
     assert row["accuracy"] >= 0.8
 
 
+def test_prompts_need_no_answers_where_nothing_compares(tmp_path: Path) -> None:
+    own = tmp_path / "prompts.jsonl"
+    own.write_text(f"{json.dumps({'prompt': PROMPT})}\n" * 2)
+    shared = ("--data", own, "--gen-length", 8, "--policy", "quota:8")
+    answers = ("trajectories", tmp_path / "answers", *shared)
+    for command in (answers, ("evaluate", *shared)):
+        assert "has no field 'answer'" in run(*command, code=2)
+    said = run(*answers, "--checker", "none", "--format", "jsonl")
+    assert "2 of 2 answers kept, by the checker none" in said
+    own.write_text(f"{PROMPT}\n" * 3)  # a line of text
+    assert "100.0%" in run("evaluate", *shared, "--checker", "none")
+
+
 def test_all_that_is_loaded_is_in_the_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The verifier of a model too; and once more for `filter`, which reads the dtype from the answers."""
     loaded: list[torch.dtype] = []

@@ -43,6 +43,11 @@ CHECKERS: dict[str, Checker] = {
 }
 
 
+def compares(name: str) -> bool:
+    """Whether a checker compares with reference answers: all do but "none"."""
+    return CHECKERS.get(name) is not anything
+
+
 def checker_of(name: str) -> Checker:
     """One of CHECKERS, or "package.module:function". Raises ValueError, also where the module raises
     anything, and so does the checker where the function raises anything, or returns neither true nor

@@ -15,7 +15,7 @@ from dparallel_ext.arguments import whole
 from dparallel_ext.models.files import as_path
 
 from . import files, registry
-from .checkers import Checker, checker_of
+from .checkers import Checker, checker_of, compares
 from .text import Message, shown
 from .toy import tasks
 
@@ -155,7 +155,8 @@ def from_file(
     prompt_field: str = "prompt",
     answer_field: str = "answer",
 ) -> Problems:
-    """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`.
+    """The first `count` problems of a file, by default all, see `read_prompts` and `checker_of`. With the
+    checker "none" they need no answers.
 
     gen_length: tokens of a response, see `Problems`. Raises as these two, and ValueError naming a number that
     does not fit.
@@ -163,7 +164,8 @@ def from_file(
     for name, value in (("count", count), ("gen_length", gen_length)):
         if value is not None:
             whole(name, value, 1)
-    right, prompts = checker_of(checker), tuple(read_prompts(data, prompt_field, answer_field)[:count])
+    right, answers = checker_of(checker), answer_field if compares(checker) else None
+    prompts = tuple(read_prompts(data, prompt_field, answers)[:count])
     description = {"problems": len(prompts), "data": str(data), "checker": checker}
     description |= {"data_sha256": digest_of(prompts)}
     return Problems(prompts, right, gen_length, description, beyond_end=False)

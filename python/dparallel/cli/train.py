@@ -14,6 +14,7 @@ from rich.console import Console
 from dparallel_ext.arguments import whole
 
 from .. import registry, results
+from ..checkers import compares
 from ..configs import POLICY
 from ..problems import read_prompts
 from .common import (
@@ -100,7 +101,7 @@ def answer(
         settings = trajectories.Settings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id, dtype
         )
-        prompts = read_prompts(data, prompt_field, answer_field)
+        prompts = read_prompts(data, prompt_field, answer_field if compares(checker) else None)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
         if os.environ.get("WORLD_SIZE", "1") == "1":  # else other processes may still be answering
             kept = len(trajectories.Trajectories(out))
