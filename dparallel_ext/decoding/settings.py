@@ -82,10 +82,6 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
             f"a whole, and {how}"
         )
-    if config.infill and schedule.onward:
-        raise ValueError(
-            f"infill: does not go with {type(model).__name__}, which sees given tokens from behind, got True"
-        )
     return OfModel(cache, schedule, mask_id)
 
 
@@ -104,6 +100,10 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
         automaton = automaton.without(never, vocabulary(model))
         if not left_to_right:
             rule = _constrained(config, rule, automaton)
+    if config.infill and model_traits.onward and is_block_causal(model_traits, cache):
+        raise ValueError(
+            f"infill: does not go with {type(model).__name__}, which sees given tokens from behind, got True"
+        )
     if rule is not None and rule.in_order and config.infill:
         name = "an automaton" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")

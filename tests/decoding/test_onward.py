@@ -172,6 +172,15 @@ def test_what_does_not_go_with_it_is_refused(settings: dict[str, Any], said: str
         dx.decode(ours(), PROMPTS[0], gen_length=16, block_length=8, **settings)
 
 
+def test_a_request_cannot_ask_for_infill_either() -> None:
+    """An engine without `infill` takes requests with it, where the model can."""
+    with (
+        dx.Engine(ours(), lanes=1, max_length=64, cache="block", block_length=8) as engine,
+        pytest.raises(ValueError, match="infill: does not go with NemotronDiffusion"),
+    ):
+        engine.submit(torch.tensor([3, MASK, 4]), gen_length=8, infill=True)
+
+
 def test_its_traits() -> None:
     expected = Traits(MASK, causal=True, block_causal_too=True, aligned_blocks=False, onward=True)
     assert dx.models.traits(ours()) == expected
