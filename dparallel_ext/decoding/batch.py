@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import policies
-from ..cache import KVCache, Span
+from ..cache import KVCache, Span, block_causal_spans
 from ..models import Model
 from .inputs import SequenceWork
 from .runner import Counts, Runner
@@ -330,10 +330,11 @@ class Batch:
             row = rows[b]
             first, last = self.schedule.computed(row)
             onward = self.schedule.onward and self.schedule.prefill_only(row)
-            spans = [Span(b, first, last, row.length)]
-            if isinstance(self.model, Model):
-                size = self.schedule.block_length if self.schedule.causal and not onward else None
-                spans = self.model.spans(b, first, last, row.length, size, row.layout.origin)
+            if self.schedule.causal and not onward:
+                size, origin = self.schedule.block_length, row.layout.origin
+                spans = block_causal_spans(b, first, last, row.length, size, origin)
+            else:
+                spans = [Span(b, first, last, last if onward else row.length)] if first < last else []
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)

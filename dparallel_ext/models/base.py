@@ -266,18 +266,14 @@ class Model(Expected):
         """The input (N, width) of `head`, of the stream after the last layer."""
         return norm_of_sum(self.norm, stream)[1]
 
-    def spans(
-        self, row: int, start: int, end: int, length: int, block_length: int | None = None, origin: int = 0
-    ) -> list[Span]:
-        """The spans of positions [start, end) of sequence `row`, which has `length` positions.
+    def spans(self, row: int, start: int, end: int, length: int) -> list[Span]:
+        """The spans of positions [start, end) of sequence `row`, which has `length` positions, as in a call.
 
-        A block-causal model has `block_causal_spans`, of `block_length` or by default its own; with
-        `block_length`, so has every model. A causal model has one span that sees [0, end), whose positions
-        see up to themselves.
+        A block-causal model has `block_causal_spans`. A causal model has one span that sees [0, end), whose
+        positions see up to themselves.
         """
-        size = block_length or self.block_length
-        if size is not None:
-            return block_causal_spans(row, start, end, length, size, origin)
+        if self.block_length is not None:
+            return block_causal_spans(row, start, end, length, self.block_length)
         return [Span(row, start, end, end if self.causal else length)] if start < end else []
 
     def groups(self) -> Iterator[list[nn.Parameter]]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.cache import Span
+from dparallel_ext.cache import Span, block_causal_spans
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import A2DLlama, A2DQwen2, A2DQwen3, Model, Traits
 
@@ -322,10 +322,30 @@ def test_blocks_count_from_the_prompts_end(both: tuple[Any, Model]) -> None:
         del model.traits
     assert aligned.responses[0].shape == (27,)
     assert not torch.equal(aligned.responses[0][:20], out.responses[0])
-    assert model.spans(2, 0, 12, 30, 8, 5) == [Span(2, 0, 5, 5), Span(2, 5, 12, 13)]
-    assert model.spans(2, 5, 14, 14, 8, 21) == [Span(2, 5, 13, 13), Span(2, 13, 14, 14)]
+    assert block_causal_spans(2, 0, 12, 30, 8, 5) == [Span(2, 0, 5, 5), Span(2, 5, 12, 13)]
+    assert block_causal_spans(2, 5, 14, 14, 8, 21) == [Span(2, 5, 13, 13), Span(2, 13, 14, 14)]
+    assert block_causal_spans(0, 2, 9, 40, 4) == [Span(0, 2, 4, 4), Span(0, 4, 8, 8), Span(0, 8, 9, 12)]
+    assert block_causal_spans(2, 6, 6, 30, 8, 5) == []
     assert model.spans(2, 6, 8, 30) == [Span(2, 6, 8, 30)]
-    assert model.spans(2, 6, 6, 30, 8, 5) == []
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
+def test_a_causal_class_with_its_traits_is_decoded_alike(both: tuple[Any, Model], cache: str) -> None:
+    """What a position sees is what the traits say, in passes over a part of the sequence too."""
+    theirs, model = both
+    config = {**dict(model.config), "model_type": theirs.config.model_type.removeprefix("a2d-")}
+    causal = models.FAMILIES[config["model_type"]](config).eval()
+    causal.load_state_dict(model.state_dict())
+    causal.tie()
+    prompt, settings = (
+        ids(13, seed=13),
+        {"gen_length": 24, "block_length": 8, "cache": cache, "mask_id": MASK},
+    )
+    with pytest.raises(ValueError, match="is autoregressive"):
+        dx.decode(causal, prompt, **settings)
+    causal.traits = models.traits(model)  # type: ignore[assignment]
+    expected, found = (dx.decode(each, prompt, **settings) for each in (model, causal))
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,6 @@ def test_a_pass_in_two_parts_is_the_pass_to_the_bit(at: int) -> None:
 def test_spans() -> None:
     model = models.wrap(case("llama"))
     assert model.spans(3, 2, 9, 40) == [Span(3, 2, 9, 9)]
-    assert model.spans(0, 2, 9, 40, 4) == [Span(0, 2, 4, 4), Span(0, 4, 8, 8), Span(0, 8, 9, 12)]
     assert model.spans(0, 2, 2, 40) == []
 
 
