@@ -74,6 +74,10 @@ class BlockSession(RecordedSession):
         Part of the pass, which may be recorded."""
         raise NotImplementedError
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, width of the target). Part of the pass."""
+        return self.model.head(hidden)
+
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         spans: list[Span] = []
         ids: list[int] = []
@@ -111,7 +115,7 @@ class BlockSession(RecordedSession):
         *about_tokens, ids, source, group = unpack(inputs, key.shapes)
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=self._causal)
         with own_precision(self.model, self.model.device):
-            logits = self.model.head(self.hidden(ids, metadata)[source])
+            logits = self.head(self.hidden(ids, metadata)[source])
         for number, tokens in enumerate(key.suppressed):
             out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
             logits.masked_fill_((group == number)[:, None] & out, -torch.inf)

@@ -172,5 +172,12 @@ class _Session(BlockSession):
             graphs=graphs,
         )
 
+    @property
+    def _drafting(self) -> Model:
+        return self._adapted or self.model
+
     def hidden(self, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        return (self._adapted or self.model).step(ids, self.kv_cache, metadata)
+        return self._drafting.step(ids, self.kv_cache, metadata)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._drafting.head(hidden)

@@ -3,6 +3,7 @@ again in plain torch on transformers' layers."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -130,12 +131,10 @@ def test_in_batches_and_engines(model: models.Model, temperature: float) -> None
 
 
 @functools.cache
-def adapted() -> Any:
-    """Their model with a LoRA adapter of output projections, as the published one has."""
-    import copy
-
+def adapted(*targets: str) -> Any:
+    """Their model with a LoRA adapter of some layers, by default output projections, as the published one."""
     torch.manual_seed(8)
-    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["o_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=[*targets] or ["o_proj"])
     of = peft.get_peft_model(copy.deepcopy(theirs()), config)
     with torch.no_grad():
         for name, p in of.named_parameters():
@@ -144,16 +143,37 @@ def adapted() -> Any:
     return of.eval()
 
 
+def saved(of: Any, path: Path) -> Path:
+    """An adapter's directory, by the names that PEFT gives it on the published class."""
+    of.save_pretrained(path, save_embedding_layers=False)
+    file = path / "adapter_model.safetensors"
+    theirs = {"model.model.model.": "model.model.encoder.", "model.lm_head.": "model.diffusion_head."}
+    tensors = load_file(file)
+    for name, published in theirs.items():
+        assert not any(published in k for k in tensors)
+        tensors = {k.replace(name, published): v for k, v in tensors.items()}
+    save_file(tensors, file)
+    return path
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By the names that PEFT gives it on the published class."""
-    path = tmp_path_factory.mktemp("adapter")
-    adapted().save_pretrained(path)
-    file = path / "adapter_model.safetensors"
-    renamed = {k.replace("model.model.model.", "model.model.encoder."): v for k, v in load_file(file).items()}
-    assert not any("encoder" in k for k in load_file(file))
-    save_file(renamed, file)
-    return path
+    return saved(adapted(), tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "gate_proj", "down_proj")], ids=str)
+def test_adapters_of_other_layers(model: models.Model, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """Of the head too, and where layers with the same input have none."""
+    adapter = speculation.load(saved(adapted(*targets), tmp_path))
+    assert isinstance(adapter, SelfDrafter)
+    for each in (model, copy.deepcopy(model).fuse()):
+        heard = Heard(32, adapter.adapter)
+        out = dx.speculate(each, PROMPTS[0], gen_length=40, eos_id=-1, drafter=heard, draft_size=31)
+        expected, bare = Reference(PROMPTS[0], 40, 32, adapted(*targets)), Reference(PROMPTS[0], 40, 32)
+        assert out.sequences[0].tolist() == expected.text
+        drafts = [each[0].tokens for each in heard.drafts if each[0].tokens]
+        assert drafts == [d for d in expected.drafts if d]
+        assert expected.drafts != bare.drafts
 
 
 @pytest.mark.parametrize("fused", [False, True])
