@@ -68,9 +68,16 @@ class Adapter:
             up = left.pop(name.replace(".lora_A.", ".lora_B."), None) if layer and end == "weight" else None
             if up is None:
                 continue
-            down = left.pop(name)
-            if any(t.ndim != 2 or t.dtype not in DTYPES for t in (down, up)) or len(down) != up.shape[1]:
-                raise ValueError(f"{self.source}: {name}: expected (r, in), and (out, r) of lora_B")
+            down, r = left.pop(name), c["r"]
+            if any(t.ndim != 2 or t.dtype not in DTYPES for t in (down, up)) or not (
+                len(down) == up.shape[1] == r
+            ):
+                raise ValueError(
+                    f"{self.source}: {name}: expected ({r}, in), and (out, {r}) of lora_B, in one of "
+                    f"{[str(dtype) for dtype in DTYPES]}, got {[(*t.shape, t.dtype) for t in (down, up)]}"
+                )
+            if layer in self.pairs:
+                raise ValueError(f"{self.source}: {layer:.200} is named twice, with {_PREFIX!r} and without")
             self.pairs[layer] = down, up * factor
         if left or not self.pairs:
             names = f"got {sorted(left)[0]:.200}" if left else "got none"

@@ -225,6 +225,11 @@ def test_an_adapter_of_another_model_is_refused(model: models.Model, adapter: Pa
 
     refused("LAYER.lora_A.weight and lora_B, got base_model", {first: tensors[first]})
     refused("LAYER.lora_A.weight and lora_B, got none", {})
+    bare = {k.removeprefix("base_model.model."): v.clone() for k, v in tensors.items()}
+    refused("o_proj is named twice", tensors | bare)
+    thin = {k: v[:3] if "lora_A" in k else v[:, :3].contiguous() for k, v in tensors.items()}
+    refused(r"expected \(4, in\), and \(out, 4\) of lora_B, .* got \[\(3, 64, ", thin)
+    refused("lora_B, .* torch.int8", {k: v.to(torch.int8) for k, v in tensors.items()})
     beyond = {k.replace("layers.1.", "layers.7."): v for k, v in tensors.items()}
     refused("adapts encoder.layers.7.self_attn.o_proj, which the model does not have", beyond)
     wide = {k: torch.zeros(4, 24) if "lora_A" in k else v for k, v in tensors.items()}
