@@ -10,6 +10,9 @@ from . import fields, rope
 from .config import ModelConfig
 from .llama import Llama, llama_shape
 
+_DEFAULTS = {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8}
+"""What transformers takes for missing keys of a Ministral 3."""
+
 
 class Mistral(Llama):
     """Mistral 7B from version 0.2 on, Mistral Nemo, and others without a sliding window."""
@@ -27,4 +30,5 @@ class Ministral3(Llama):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, {"sliding_window": None, "attention_bias": False, "mlp_bias": False})
-        return replace(llama_shape(config), query_scaling=rope.query_scaling(config))
+        shape = llama_shape({**_DEFAULTS, **config})
+        return replace(shape, query_scaling=rope.query_scaling(config))

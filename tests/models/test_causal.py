@@ -151,6 +151,24 @@ def test_scaled_rope_as_transformers_4_writes_it(rope: dict[str, Any]) -> None:
         assert scaling.original == 64
 
 
+def test_the_scaling_of_queries_as_transformers_4_writes_it() -> None:
+    config = config_of("ministral3").to_dict()
+    expected = Ministral3(config).shape
+    assert expected.query_scaling is not None
+    scaling = config.pop("rope_parameters")
+    assert Ministral3({**config, "rope_scaling": scaling}).shape == expected
+    theta = scaling.pop("rope_theta")
+    assert Ministral3({**config, "rope_scaling": scaling, "rope_theta": theta}).shape == expected
+
+
+def test_defaults_of_ministral_3_are_those_of_transformers() -> None:
+    published = transformers.Ministral3Config()
+    keys = ("head_dim", "num_key_value_heads", "rms_norm_eps")
+    absent = {key: value for key, value in config_of("ministral3").to_dict().items() if key not in keys}
+    shape = Ministral3({**absent, "num_attention_heads": 8}).shape
+    assert (shape.head_dim, shape.kv_heads, shape.eps) == tuple(getattr(published, key) for key in keys)
+
+
 LLAMA_2 = {
     **{"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "model_type": "llama"},
     **{"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32},
@@ -559,6 +577,12 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
             r"is quantised \(quantization_config: awq",
         ),
         ("qwen3", {"hidden_size": ...}, "'hidden_size' is missing"),
+        ("ministral3", {"rope_parameters": ...}, "'rope_parameters' is missing"),
+        (
+            "ministral3",
+            {"rope_scaling": {**MINISTRAL, "llama_4_scaling_beta": 0.1}},
+            "the llama_4_scaling_beta of rope_parameters and rope_scaling differ: .*0.7, .*0.1",
+        ),
     ],
     ids=str,
 )
