@@ -70,7 +70,7 @@ def evaluate(
     changed = changed_fields(config) | drafted_by(draft_size)
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model, length = asked.model, asked.length
-    dx.models.check_diffusion(model)
+    dx.models.check_diffusion(model, onward=True)
     config = config.replace(gen_length=length, record=True)
     causal = dx.models.traits(model).block_length
     block = config.block_length or causal or 32

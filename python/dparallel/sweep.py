@@ -75,7 +75,7 @@ def sweep(
     known, loading = list(known), loading or registry.Loading()
     config = causal_config = config or dx.DecodeConfig()
     asked = problems if isinstance(problems, Problems) else held_out(problems, seed)
-    models = [(name, registry.is_causal(name)) for name in names]
+    models = [(name, registry.is_causal(name, config.cache)) for name in names]
     if all(causal for _, causal in models):
         check_causal(vars(config))
     else:  # each model takes the fields of its kind

@@ -187,7 +187,7 @@ def test_its_traits() -> None:
 
 
 def test_the_command_line_decodes_it_both_ways(tmp_path: Path) -> None:
-    """The cache mode says which; all else of training and evaluation takes it for an autoregressive model."""
+    """The cache mode says which; training and likelihoods take it for an autoregressive model."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tensors = {name: tensor.contiguous() for name, tensor in names(theirs().state_dict()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -199,10 +199,13 @@ def test_the_command_line_decodes_it_both_ways(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
 
-    def run(*options: str) -> tuple[int, str]:
-        command = ["decode", "--model", str(tmp_path), "--gen-length", "24", "--json", *options, "d e f g a"]
-        result = CliRunner().invoke(app, command)
+    def run(*command: str) -> tuple[int, str]:
+        shared = ("--model", str(tmp_path), "--gen-length", "24")
+        result = CliRunner().invoke(app, [command[0], *shared, *command[1:]])
         return result.exit_code, result.output
+
+    def decode(*options: str) -> tuple[int, str]:
+        return run("decode", "--json", *options, "d e f g a")
 
     prompt = torch.tensor([words[word] for word in ["d", "e", "f", "g", "a"]])
     by_blocks = dx.decode(ours(), prompt, gen_length=24, selector="confidence", threshold=0.3, eos_id=2)
@@ -211,11 +214,21 @@ def test_the_command_line_decodes_it_both_ways(tmp_path: Path) -> None:
         (("--cache", "block", "--policy", "confidence:0.3"), by_blocks),
         (("--drafter", "self"), left_to_right),
     ):
-        code, output = run(*options)
+        code, output = decode(*options)
         kept = out.responses[0][: int(out.kept[0])].tolist()
         assert code == 0, output
         assert json.loads(output)["response"] == tokenizer.decode(kept)
-    assert run("--cache", "block", "--drafter", "self") == (2, ANY)
-    assert run("--policy", "confidence:0.3") == (2, ANY)
+    assert decode("--cache", "block", "--drafter", "self") == (2, ANY)
+    assert decode("--policy", "confidence:0.3") == (2, ANY)
+    (tmp_path / "prompts.jsonl").write_text("d e f g a\n")
+    measure = ("evaluate", "--data", str(tmp_path / "prompts.jsonl"), "--checker", "none")
+    for options, out in (
+        (("--cache", "block", "--policy", "confidence:0.3"), by_blocks),
+        (("--drafter", "self", "--draft-size", "31"), left_to_right),
+    ):
+        code, output = run(*measure, *options)
+        assert code == 0, output
+        passes = float(output.splitlines()[-1].split()[1])
+        assert passes <= float(out.nfe[0])
     with pytest.raises(ValueError, match="NemotronDiffusion is autoregressive"):
         log_likelihoods(ours(), [[3, 4]], [[5]])

@@ -173,9 +173,9 @@ def evaluate(
         if problems is not None:
             whole("problems", problems, 1)
         whole("batch", batch, 1)
-        causal = {registry.is_causal(name) for name in model}
         loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         content, loading, drafter, draft_size = read_config(config, model, loading, drafter, draft_size)
+        causal = {registry.is_causal(name, cache or content.get("cache")) for name in model}
         length_of_file = content.pop("gen_length", None)
         gen_length = length_of_file if gen_length is None else gen_length
         if data is None:
