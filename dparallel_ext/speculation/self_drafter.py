@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -96,13 +96,23 @@ class Adapter:
                     f"has ({layer.out_features}, {layer.in_features})"
                 )
 
-    def on(self, model: Model) -> Model:
-        """A model that shares all modules of `model` but the adapted layers."""
-        adapted, layers = model, dict(model.named_modules())
-        for name, pair in self.pairs.items():
-            down, up = (t.to(model.device, model.dtype) for t in pair)
-            adapted = _replaced(adapted, name.split("."), LowRank(layers[name], down, up))
-        return adapted
+    def of(self, model: Model) -> dict[str, LowRank]:
+        """The adapted layers by name, with weights in the dtype and on the device of the model."""
+        layers = dict(model.named_modules())
+        return {
+            name: LowRank(layers[name], *(t.to(model.device, model.dtype) for t in pair))
+            for name, pair in self.pairs.items()
+        }
+
+
+def adapted(model: Model, parts: Mapping[str, LowRank]) -> Model:
+    """A model that shares all modules of `model` but some layers, whose places these parts take, before the
+    layers that the model has now."""
+    result, layers = model, dict(model.named_modules())
+    for name, part in parts.items():
+        part.base = layers[name]
+        result = _replaced(result, name.split("."), part)
+    return result
 
 
 def _replaced(module: Any, path: Sequence[str], part: nn.Module) -> Any:
@@ -164,9 +174,8 @@ def drafter_of_adapter(checkpoint: DraftCheckpoint) -> SelfDrafter:
 class _Session(BlockSession):
     def __init__(self, drafter: SelfDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
         assert model.mask_id is not None
-        self._adapted = None if drafter.adapter is None else drafter.adapter.on(model)
-        parts = [] if self._adapted is None else [m for m in self._adapted.modules() if type(m) is LowRank]
-        own = nn.ParameterList([t for part in parts for t in (part.down, part.up)])
+        self._parts = {} if drafter.adapter is None else drafter.adapter.of(model)
+        own = nn.ParameterList([t for part in self._parts.values() for t in (part.down, part.up)])
         self.size = sum(t.nbytes for t in own)
         super().__init__(
             own,
@@ -178,6 +187,11 @@ class _Session(BlockSession):
             draft=drafter.draft,
             graphs=graphs,
         )
+        self.begin()
+
+    def begin(self) -> None:
+        """Draft with the layers that the model has now; it may have been quantised or adapted."""
+        self._adapted = adapted(self.model, self._parts) if self._parts else None
 
     @property
     def _drafting(self) -> Model:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,19 @@ def test_recorded_drafts_are_the_same(
         assert torch.equal(found.nfe, expected.nfe)
         assert len(taped) == (0 if again else 2)
         assert all(graphs.replays > 5 for graphs in taped)
+
+
+def test_a_kept_drafter_drafts_with_the_layers_of_now(taped: list[Any], adapter: Path) -> None:
+    """Not with those that the model had when an earlier call recorded its drafts."""
+    model, drafter = copy.deepcopy(ours()), speculation.load(adapter)
+    settings: dict[str, Any] = {"gen_length": 40, "eos_id": -1, "draft_size": 9, "drafter": drafter}
+    before = dx.speculate(model, PROMPTS, **settings)
+    assert len(taped) == 2
+    old = weakref.ref(model.get_submodule("encoder.layers.0.self_attn.o_proj"))
+    model.quantize()
+    expected = dx.speculate(model, PROMPTS, graphs=False, **settings)
+    found = dx.speculate(model, PROMPTS, **settings)
+    assert len(taped) == 2  # those of the first call
+    assert torch.equal(found.nfe, expected.nfe)
+    assert not torch.equal(found.nfe, before.nfe)
+    assert old() is None
