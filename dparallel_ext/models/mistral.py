@@ -10,8 +10,13 @@ from . import fields, rope
 from .config import ModelConfig
 from .llama import Llama, llama_shape
 
+_ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "llama_4_scaling_beta": 0.1,
+}
 _DEFAULTS = {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8}
-"""What transformers takes for missing keys of a Ministral 3."""
+"""What transformers takes for missing keys of a Ministral 3, as `_ROPE` if there is no rotary embedding."""
 
 
 class Mistral(Llama):
@@ -30,5 +35,7 @@ class Ministral3(Llama):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, {"sliding_window": None, "attention_bias": False, "mlp_bias": False})
-        shape = llama_shape({**_DEFAULTS, **config})
-        return replace(shape, query_scaling=rope.query_scaling(config))
+        config = {**_DEFAULTS, **config}
+        if not (config.get("rope_parameters") or config.get("rope_scaling")):
+            config["rope_parameters"] = _ROPE
+        return replace(llama_shape(config), query_scaling=rope.query_scaling(config))

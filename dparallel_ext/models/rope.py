@@ -210,19 +210,17 @@ SCALINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], RopeSc
 
 
 def query_scaling(config: Mapping[str, Any]) -> QueryScaling | None:
-    """The scaling of queries that a config.json specifies. Raises ValueError as `fields.read`, without the
-    keys of an embedding, and if `rope_scaling` and `rope_parameters` differ."""
+    """The scaling of queries that a config.json specifies. Raises ValueError as `fields.read`, and if
+    `rope_scaling` and `rope_parameters` differ."""
     c = fields.read(config, FIELDS)
     found = {
         key: fields.read(c[key], {_QUERY_BETA: _BETA}, key)[_QUERY_BETA] or None
         for key in ("rope_parameters", "rope_scaling")
         if c[key]
     }
-    if not found:
-        raise ValueError("config: 'rope_parameters' is missing")
     if len(set(found.values())) > 1:
         raise ValueError(f"config: the {_QUERY_BETA} of {' and '.join(found)} differ: {found}")
-    key, beta = next(iter(found.items()))
+    key, beta = next(iter(found.items()), ("", None))
     return None if beta is None else QueryScaling(beta, _original(c[key], c, key))
 
 
