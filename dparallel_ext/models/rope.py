@@ -177,8 +177,10 @@ def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> Rop
 def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeScaling:
     c = fields.read(rope, _YARN, key)
     fast, slow = c["beta_fast"] or 32.0, c["beta_slow"] or 1.0
-    if fast < slow:
-        raise ValueError(f"config: {key}: expected beta_fast >= beta_slow, got {fast:g} and {slow:g}")
+    if not 1e-6 <= slow <= fast:
+        raise ValueError(
+            f"config: {key}: expected beta_fast >= beta_slow >= 1e-06, got {fast:g} and {slow:g}"
+        )
 
     def scale(weight: float) -> float:
         return 1.0 if c["factor"] <= 1 else 0.1 * weight * math.log(c["factor"]) + 1.0

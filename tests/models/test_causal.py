@@ -562,7 +562,12 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
         (
             "llama",
             {"rope_parameters": {**SCALED, "beta_fast": 1, "beta_slow": 2}},
-            "rope_parameters: expected beta_fast >= beta_slow, got 1 and 2",
+            "rope_parameters: expected beta_fast >= beta_slow >= 1e-06, got 1 and 2",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**SCALED, "beta_slow": 1e-320}},
+            "rope_parameters: expected beta_fast >= beta_slow >= 1e-06, got 32 and 9.99",
         ),
         (
             "llama",
