@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._C import DraftTree
-from ..arguments import whole
+from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, fused_weights
 from ..models.fields import NO, Field, check_supported, read
@@ -138,6 +138,8 @@ class SelfDrafter:
     """As `BlockDrafter.width`."""
 
     def __init__(self, block: int = 32, adapter: Adapter | None = None) -> None:
+        if adapter is not None:
+            instance("adapter", adapter, Adapter)
         self.block, self.adapter = whole("block", block, 2, 512), adapter
         self.most = self.block - 1
 

@@ -240,6 +240,11 @@ def test_an_adapter_of_another_model_is_refused(model: models.Model, adapter: Pa
 # --- what else is refused -----------------------------------------------------------------------
 
 
+def test_an_adapter_is_no_path() -> None:
+    with pytest.raises(ValueError, match="adapter: expected Adapter, got str"):
+        SelfDrafter(adapter="path/to/linear_spec_lora")  # type: ignore[arg-type]
+
+
 def test_models_without_masks_are_refused() -> None:
     with pytest.raises(ValueError, match=r'drafter: "self" is for models that predict masks .* got Qwen3'):
         dx.speculate(model_of(), PROMPTS[0], gen_length=4, drafter="self")
