@@ -34,7 +34,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import make_settings, mask_of
-from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, warn_beyond
+from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
 from ..ops.row_stats import read_rows
@@ -204,7 +204,7 @@ def verifier_of(value: Any, model: Model) -> Model:
             raise ValueError(f"verifier: {str(error).removeprefix('path: ')}") from error
     verifier = for_decoding(value) if callable(value) else value
     check_call(verifier, "verifier")
-    if not isinstance(verifier, Model) or not verifier.causal:
+    if not isinstance(verifier, Model) or not traits(verifier).causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, or the path of one, got "
             f"{type(verifier).__name__}"
@@ -336,16 +336,20 @@ class AdaptiveBatch(CausalBatch):
         starts: Mapping[int, int],
     ) -> Tensor:
         """(n, shared): a model's logits for columns of some lanes, computed from `starts` on."""
-        device, pad_to, back = model.device, row_padding(model), int(model.shift or model.causal)
+        device, pad_to, of_model = model.device, row_padding(model), traits(model)
+        back = int(of_model.shift or of_model.causal)
         spans: list[Span] = []
         source: list[int] = []
         offset = 0
         for b, columns in columns_of.items():
-            start, end = starts[b], columns.stop - int(model.causal)  # the last token's logits are not needed
+            start, end = (
+                starts[b],
+                columns.stop - int(of_model.causal),
+            )  # the last token's logits are not needed
             spans += model.spans(b, start, end, end)
             source += (column - back - start + offset for column in columns)
             offset += end - start
-        metadata = kv_cache.metadata(spans, pad_to, causal=model.causal).to(device)
+        metadata = kv_cache.metadata(spans, pad_to, causal=of_model.causal).to(device)
         at = torch.tensor(source, device=device)
         if pad_to is not None:
             at = F.pad(at, (0, pad_to(len(at)) - len(at)))

@@ -329,14 +329,19 @@ def test_blocks_count_from_the_prompts_end(both: tuple[Any, Model]) -> None:
     assert model.spans(2, 6, 8, 30) == [Span(2, 6, 8, 30)]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
-def test_a_causal_class_with_its_traits_is_decoded_alike(both: tuple[Any, Model], cache: str) -> None:
-    """What a position sees is what the traits say, in passes over a part of the sequence too."""
-    theirs, model = both
+def as_causal_class(theirs: Any, model: Model) -> Model:
+    """The weights in the class of the base family."""
     config = {**dict(model.config), "model_type": theirs.config.model_type.removeprefix("a2d-")}
     causal = models.FAMILIES[config["model_type"]](config).eval()
     causal.load_state_dict(model.state_dict())
     causal.tie()
+    return causal
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
+def test_a_causal_class_with_its_traits_is_decoded_alike(both: tuple[Any, Model], cache: str) -> None:
+    """What a position sees is what the traits say, in passes over a part of the sequence too."""
+    model, causal = both[1], as_causal_class(*both)
     prompt, settings = (
         ids(13, seed=13),
         {"gen_length": 24, "block_length": 8, "cache": cache, "mask_id": MASK},
@@ -346,6 +351,19 @@ def test_a_causal_class_with_its_traits_is_decoded_alike(both: tuple[Any, Model]
     causal.traits = models.traits(model)  # type: ignore[assignment]
     expected, found = (dx.decode(each, prompt, **settings) for each in (model, causal))
     assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_causal_class_with_its_traits_is_decoded_adaptively_alike(both: tuple[Any, Model]) -> None:
+    model, causal, verifier = both[1], as_causal_class(*both), as_causal_class(*both)
+    causal.traits = models.traits(model)  # type: ignore[assignment]
+    expected, found = (
+        dx.adaptive_decode(each, ids(13, seed=13), verifier=verifier, gen_length=24)
+        for each in (model, causal)
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.nfe, expected.nfe)
+    with pytest.raises(ValueError, match="verifier: expected an autoregressive model"):
+        dx.adaptive_decode(model, ids(13, seed=13), verifier=causal, gen_length=4)
 
 
 @pytest.mark.parametrize(
