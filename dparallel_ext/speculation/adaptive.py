@@ -342,10 +342,8 @@ class AdaptiveBatch(CausalBatch):
         source: list[int] = []
         offset = 0
         for b, columns in columns_of.items():
-            start, end = (
-                starts[b],
-                columns.stop - int(of_model.causal),
-            )  # the last token's logits are not needed
+            # The last token's logits are not needed.
+            start, end = starts[b], columns.stop - int(of_model.causal)
             spans += model.spans(b, start, end, end)
             source += (column - back - start + offset for column in columns)
             offset += end - start
