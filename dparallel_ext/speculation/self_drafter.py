@@ -78,7 +78,10 @@ class Adapter:
                 )
             if layer in self.pairs:
                 raise ValueError(f"{self.source}: {layer:.200} is named twice, with {_PREFIX!r} and without")
-            self.pairs[layer] = down, up * factor
+            up = up * factor
+            if not all(bool(t.isfinite().all()) for t in (down, up)):
+                raise ValueError(f"{self.source}: {name}: expected finite weights, got inf or NaN in A or B")
+            self.pairs[layer] = down, up
         if left or not self.pairs:
             names = f"got {sorted(left)[0]:.200}" if left else "got none"
             raise ValueError(f"{self.source}: expected tensors LAYER.lora_A.weight and lora_B, {names}")

@@ -230,6 +230,7 @@ def test_an_adapter_of_another_model_is_refused(model: models.Model, adapter: Pa
     refused("o_proj is named twice", tensors | bare)
     thin = {k: v[:3] if "lora_A" in k else v[:, :3].contiguous() for k, v in tensors.items()}
     refused(r"expected \(4, in\), and \(out, 4\) of lora_B, .* got \[\(3, 64, ", thin)
+    refused("expected finite weights, got inf or NaN", tensors | {first: tensors[first] * torch.nan})
     refused("lora_B, .* torch.int8", {k: v.to(torch.int8) for k, v in tensors.items()})
     beyond = {k.replace("layers.1.", "layers.7."): v for k, v in tensors.items()}
     refused("adapts encoder.layers.7.self_attn.o_proj, which the model does not have", beyond)
