@@ -238,7 +238,8 @@ CACHES = ("none", "prefix", "dual", "block")
 
 def is_block_causal(traits: Traits, cache: str) -> bool:
     """Whether a model attends block-causally with a cache mode."""
-    return traits.block_length is not None or (traits.block_causal_too and cache == "block")
+    too = traits.block_causal_too or traits.onward
+    return traits.block_length is not None or (too and cache == "block")
 
 
 def make(

@@ -164,13 +164,13 @@ class Traits:
     causal: bool = False
     """Autoregressive: position p sees the positions up to p, and its logits are for position p + 1."""
     block_causal_too: bool = False
-    """Whether cache "block" decodes it block-causally, though its calls and the other caches see both ways,
-    or, of a `causal` model, see what is in front."""
+    """Whether cache "block" decodes it block-causally, though its calls and the other caches see both
+    ways."""
     aligned_blocks: bool = True
     """Where it is decoded block-causally: whether blocks count from position 0, else from the first mask."""
     onward: bool = False
-    """Where it is decoded block-causally: whether finished positions see those up to themselves, as in its
-    autoregressive passes, and the last of them gives the next block's first token."""
+    """Whether cache "block" decodes an autoregressive model block-causally: finished positions see those up
+    to themselves, as in its other passes, and the last of them gives the next block's first token."""
 
 
 @dataclass

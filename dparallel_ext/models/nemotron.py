@@ -38,7 +38,6 @@ class NemotronDiffusion(Ministral3):
     passes with the published loops, written again in plain torch. No released weights were read.
     """
 
-    block_causal_too = True
     aligned_blocks = False
     onward = True
     NAMES: ClassVar[dict[str, str]] = {

@@ -182,7 +182,7 @@ def test_a_request_cannot_ask_for_infill_either() -> None:
 
 
 def test_its_traits() -> None:
-    expected = Traits(MASK, causal=True, block_causal_too=True, aligned_blocks=False, onward=True)
+    expected = Traits(MASK, causal=True, aligned_blocks=False, onward=True)
     assert dx.models.traits(ours()) == expected
 
 
