@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     is_file = _is_file(path)
     directory = path.parent if is_file else files.locate(path)
     config_file, weights = "config.json", "model.safetensors"
-    if not is_file and (directory / ADAPTER[0]).is_file():
+    if not is_file and any((directory / name).is_file() for name in ADAPTER):
         config_file, weights = ADAPTER
     file = path if is_file else directory / weights
     if not os.path.isfile(file):

@@ -214,6 +214,15 @@ def test_other_adapters_are_refused(
         speculation.load(tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_half_an_adapter_lacks_a_file(adapter: Path, tmp_path: Path, missing: str) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((adapter / file).read_bytes())
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        speculation.load(tmp_path)
+
+
 def test_an_adapter_of_another_model_is_refused(model: models.Model, adapter: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
