@@ -93,9 +93,6 @@ class ModelConfig:
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None
     """Length of a block-causal model's blocks; None for others."""
-    mask_block: int | None = None
-    """Of an autoregressive model that predicts masks behind its text too: the length of the blocks, each of
-    the last known token and masks, that it was trained for; None for others."""
     experts: ExpertsConfig | None = None
 
     @property

@@ -13,7 +13,6 @@ Diffusion, and Self-Speculation Decoding", and the code published with the check
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from . import fields
@@ -47,5 +46,4 @@ class NemotronDiffusion(Ministral3):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
-        block = fields.read(config, {"block_size": replace(fields.BLOCK_LENGTH, default=32, least=2)})
-        return replace(Ministral3.read_config(config), mask_block=block["block_size"])
+        return Ministral3.read_config(config)

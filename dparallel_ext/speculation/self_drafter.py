@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._C import DraftTree
 from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
-from ..models import Model, fused_weights
+from ..models import Model, fused_weights, traits
 from ..models.fields import NO, Field, check_supported, read
 from ..ops.inputs import DTYPES
 from .blocks import BlockSession, chain
@@ -153,7 +153,7 @@ class SelfDrafter:
     def check(self, model: Model) -> None:
         """Raise ValueError for a model that predicts the next token alone, without a mask token, or whose
         layers the adapter does not fit."""
-        if model.shape.mask_block is None:
+        if not traits(model).onward:
             raise ValueError(
                 'drafter: "self" is for models that predict masks too, as Nemotron-Labs-Diffusion does, got '
                 f"{type(model).__name__}"

@@ -72,8 +72,8 @@ def test_tokens_and_passes_are_those_of_the_published_loop(threshold: float) -> 
     assert torch.equal(out.nfe_published, out.nfe)
 
 
-def test_the_block_is_the_configs() -> None:
-    """32, as published, unless another is asked for."""
+def test_a_block_has_32_tokens() -> None:
+    """As published, unless another number is asked for."""
     tokens, passes = published(PROMPTS[2], 40, 32, 0.15)
     out = dx.decode(ours(), PROMPTS[2], gen_length=40, selector="confidence", threshold=0.15)
     assert (out.responses[0].tolist(), out.nfe.tolist()) == (tokens, [passes])

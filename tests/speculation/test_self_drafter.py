@@ -76,7 +76,7 @@ def test_a_checkpoint_in_the_published_layout_is_read(tmp_path: Path, model: mod
 
 def test_logits_are_those_of_ministral_3(model: models.Model) -> None:
     """Over three original contexts, each of which scales the queries otherwise."""
-    assert (model.mask_id, model.eos_ids, model.shape.mask_block) == (MASK, (2,), 32)
+    assert (model.mask_id, model.eos_ids, models.traits(model).onward) == (MASK, (2,), True)
     x = torch.randint(3, 12, (2, 50))
     with torch.no_grad():
         expected, found = theirs()(x).logits, model(x).logits
@@ -267,7 +267,6 @@ def test_models_without_masks_are_refused() -> None:
     ("changes", "said"),
     [
         ({"dlm_type": "dream"}, "dlm_type='dream' is not supported, only 'llada'"),
-        ({"block_size": 1}, "block_size=1, expected a whole number >= 2"),
         ({"sliding_window": 64}, "sliding_window=64 is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         (
