@@ -41,6 +41,7 @@ _EXPERTS = {
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS,
     "sdar_moe": {**_EXPERTS, "block_size": 8},
+    "rnd1": _EXPERTS,
     "lladamoe": {
         **{"num_experts": 8, "num_experts_per_tok": 3, "expert_intermediate_size": 24, "mask_token_id": 60},
         **{"num_hidden_layers": 3, "moe_layer_freq": [1, 0, 1], "qk_layernorm": True},

@@ -17,12 +17,14 @@ from .mistral import Ministral3, Mistral
 from .modules import Stream, Taps
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
+from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
 from .wrappers import check_call, for_decoding, logits_of, own_precision, unwrap, warn_of_dropout
 
 __all__ = [
     "FAMILIES",
+    "RND1",
     "SDAR",
     "A2DLlama",
     "A2DQwen2",

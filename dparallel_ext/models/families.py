@@ -15,6 +15,7 @@ from .llama import Llama
 from .mistral import Ministral3, Mistral
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
+from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 
 FAMILIES: dict[str, type[Model]] = {
@@ -24,6 +25,7 @@ FAMILIES: dict[str, type[Model]] = {
     "Dream": Dream,
     "sdar": SDAR,
     "sdar_moe": SDARMoE,
+    "rnd1": RND1,
     "Fast_dLLM_Qwen": FastDLLM,
     "a2d-llama": A2DLlama,
     "a2d-qwen2": A2DQwen2,

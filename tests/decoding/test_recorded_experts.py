@@ -29,6 +29,7 @@ MIXTURES: list[tuple[str, dict[str, Any]]] = [
     ("lladamoe", {"cache": "none"}),
     ("lladamoe", {"cache": "dual", "rule": "credit+entropy:3.5"}),
     ("lladamoe", {"cache": "dual", "draft_size": 3}),
+    ("rnd1", {"cache": "dual", "threshold": 3.0}),
     ("llada2_moe", {"cache": "block", "rule": "edit:0.03,0.03"}),
     ("llada2_moe", {"cache": "block", "threshold": 3.0}),
     ("qwen3_moe", {}),

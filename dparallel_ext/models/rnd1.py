@@ -1,0 +1,44 @@
+"""RND1 (Radical Numerics, 2025): Qwen3's layers with mixtures of experts, bidirectional, logits shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from . import fields
+from .base import Model
+from .config import ModelConfig
+from .dream import diffusion_shape
+from .qwen import EXPERTS_NAMES, experts_of
+
+_FALSE_FOR_NULL = ("rope_scaling", "sliding_window")
+"""Keys that the published config.json has as false."""
+
+
+class RND1(Model):
+    """Every position sees every other; the logits at a position predict the token after it.
+
+    The published sampler fills the whole response as one block, the tokens of the lowest entropy first:
+    `decode(model, prompt, gen_length=n, block_length=n, steps=s, score="entropy")`. Where it differs:
+    - After i of s passes it has filled n * i / s tokens, rounded up. `decode` has LLaDA's counts, which begin
+      with the larger ones; they are the same where s divides n.
+    - Its entropies are those of softmax(logits / T) among the ids that top_k and top_p leave, also where it
+      takes the likeliest tokens; here a rule judges softmax(logits).
+    - Its error bound (`eb_gamma`) goes through the tokens by their probability; the rule "entropy_bound" goes
+      through them by their entropy, as the EB-sampler's paper does.
+
+    The tests compare, on random weights, its logits with transformers' Qwen3-MoE without a mask, and tokens
+    and passes with that sampler, written again in plain torch. No released weights were run.
+    """
+
+    shift = True
+    published_mask_id = 151669
+    NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        config = {**config, **{key: None for key in _FALSE_FOR_NULL if config.get(key) is False}}
+        bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
+        shape = diffusion_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)
+        return replace(shape, experts=experts_of(config))
