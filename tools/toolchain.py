@@ -298,7 +298,7 @@ _ADVICE = {
         "Sources of dparallel-ext itself are missing: fetch a complete copy."
     ),
     r"bad value .*x86-64-v|unknown target CPU|option .-std=|invalid value 'c\+\+|too old version of GCC": (
-        "The C++ compiler is too old: install GCC 11, clang 12 or later, and name it in CXX."
+        "The C++ compiler is too old: install GCC 11, clang 13 or later, and name it in CXX."
     ),
     r"xcrun: error": "Apple's command line tools are missing: xcode-select --install.",
     r"cannot find -l(?:stdc\+\+|gcc|m\b)|execute .*cc1plus|(?:cstdint|vector)(?:: No such|' file not)": (

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "simd.h"
 
@@ -86,23 +87,19 @@ inline void widen_row(const typename T::Storage* in, int64_t count, float* out) 
   for (; i % kLanes != 0; ++i) out[i] = 0.0f;
 }
 
-#define DP_SHUFFLE_4(a, b) \
-  __builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#define DP_SHUFFLE_8(a, b)                                 \
-  __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11), \
-      __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#define DP_SHUFFLE_16(a, b)                                                              \
-  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), \
-      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+// Lanes kFrom, kFrom + 1, ... of a and b in turn.
+template <int kFrom, int... i>
+inline F alternate(F a, F b, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (kFrom + i / 2 + i % 2 * kLanes)...);
+#else  // which GCC has from 12 on
+  return __builtin_shuffle(a, b, I{(kFrom + i / 2 + i % 2 * kLanes)...});
+#endif
+}
 
 inline Pair interleave(F a, F b) {
-#if defined(__AVX512F__)
-  return {DP_SHUFFLE_16(a, b)};
-#elif defined(__AVX__)
-  return {DP_SHUFFLE_8(a, b)};
-#else
-  return {DP_SHUFFLE_4(a, b)};
-#endif
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  return {alternate<0>(a, b, lanes), alternate<kLanes / 2>(a, b, lanes)};
 }
 
 // Transposes kLanes rows of kLanes floats: log2(kLanes) times, the two halves are interleaved.

@@ -113,8 +113,8 @@ inline F exp_nonpositive(F x) {
   const F log2e = splat(1.44269504088896341f);
   const F shifter = splat(0x1.8p23f + 127.0f);  // adding it leaves n + 127 in the low bits
   const F shifted = x * log2e + shifter;
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const F r = x * log2e - (shifted - shifter);  // one rounding
+#if (defined(__FMA__) || defined(__ARM_FEATURE_FMA)) && !defined(__clang__)
+  const F r = x * log2e - (shifted - shifter);  // one rounding; clang rounds the product, too
 #else  // x and log2e in two parts, the product of the upper ones exact
   const F upper = (F)((U)x & 0xfffff000u);
   const F r =
