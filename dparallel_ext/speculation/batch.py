@@ -227,15 +227,21 @@ class CausalBatch:
         return live
 
     def _run(self, live: Sequence[int]) -> Mapping[int, Any]:
-        """Run passes over some lanes, which change nothing but keys, values and counts of passes; return what
-        `_advance` takes, by lane."""
+        """Run passes over some lanes, which change no sequence; return what `_advance` takes, by lane."""
         sizes = self._sizes(live)
         drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
         results: dict[int, Drafted] = {}
         for group, tree in self._groups(live, drafts):
-            emitted = self._verify({b: drafts[b] for b in group}, tree)
-            results |= {b: Drafted(sizes.get(b, 0), drafts[b], emitted[b]) for b in group}
+            of_group = self._verify({b: drafts[b] for b in group}, tree)
+            results |= {b: Drafted(sizes.get(b, 0), drafts[b], of_group[b]) for b in group}
             self.forwards += 1
+        if self._session is not None:
+            # Before any sequence changes, since a drafter may raise.
+            for b, (size, draft, emitted) in results.items():
+                self._session.guessed(b, emitted.riders, emitted.guessed)
+                # A draft of riders alone does not show how many guesses are accepted.
+                if size and (draft.tokens or not draft.riders):
+                    self._sizer.learn(size, len(emitted.tokens) - 1)
         return results
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
@@ -298,17 +304,17 @@ class CausalBatch:
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
         """The lanes of each pass, whose drafts begin at one layer, and whether the pass is over trees."""
+        branching = {b for b in live if not drafts[b].is_chain}
         if self.batch_invariant:
-            return [([b], not drafts[b].is_chain) for b in live]
+            return [([b], b in branching) for b in live]
         groups = []
         for start in sorted({drafts[b].start for b in live}):
-            alike = [b for b in live if drafts[b].start == start]
-            trees = [b for b in alike if not drafts[b].is_chain]
-            chains = [b for b in alike if drafts[b].is_chain]
-            if trees:  # a chain is a tree, too, but a prompt has too many rows for ancestor words
-                trees += [b for b in chains if not self.rows[b].prefills]
-                chains = [b for b in chains if self.rows[b].prefills]
-            groups += [(sorted(group), tree) for group, tree in ((chains, False), (trees, True)) if group]
+            chains, trees = [b for b in live if drafts[b].start == start], list[int]()
+            if branching.intersection(chains):
+                # A chain is a tree, too, but a prompt has too many rows for ancestor words.
+                trees = [b for b in chains if b in branching or not self.rows[b].prefills]
+                chains = [b for b in chains if b not in trees]
+            groups += [(group, tree) for group, tree in ((chains, False), (trees, True)) if group]
         return groups
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
@@ -345,12 +351,7 @@ class CausalBatch:
     def _advance(self, b: int, result: Any) -> None:
         """Update sequence b by the `Drafted` of a pass."""
         row, (size, draft, emitted) = self.rows[b], result
-        # A draft of riders alone does not show how many guesses are accepted.
-        if size and (draft.tokens or not draft.riders):
-            self._sizer.learn(size, len(emitted.tokens) - 1)
         row.draft_nfe += bool(size) and not row.prefills
-        if self._session is not None:
-            self._session.guessed(b, emitted.riders, emitted.guessed)
         row.layers += draft.layers + self.model.shape.layers - draft.start
         count = self.commit(b, emitted.tokens, emitted.logprobs)
         if draft.tokens:

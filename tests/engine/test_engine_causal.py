@@ -436,6 +436,26 @@ def test_what_a_drafter_fails_of_fails_those_it_drafts_for() -> None:
         assert good.result(60).tokens == tokens
 
 
+def test_what_a_drafter_fails_of_behind_a_pass_ends_no_other_request() -> None:
+    """Nor does a request hang that the pass has completed."""
+
+    class Broken(Knowing):
+        def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
+            if lane == 1:
+                raise ZeroDivisionError("no such luck")
+
+    with dx.Engine(MODEL, drafter=Broken([]), draft_size=2, lanes=3, max_length=64, eos_id=-1) as engine:
+        with engine.core.lock:  # they begin together
+            handles = [engine.submit([11, 12], gen_length=1) for _ in range(3)]
+        failed = 0
+        for handle in handles:
+            try:
+                assert len(handle.result(60).tokens) == 1
+            except ZeroDivisionError:
+                failed += 1
+        assert failed == 1
+
+
 class Foreign(Knowing):
     def check(self, model: Any) -> None:
         raise ValueError("drafter: made for another vocabulary")
