@@ -101,7 +101,7 @@ class Automaton:
                 raise ValueError(
                     "automaton: expected one with a response of tokens that the model decodes, got none"
                 ) from error
-            self._without[size, left_out] = found
+            self._without.setdefault((size, left_out), found)
         return self._without[size, left_out]
 
     def tables(self, device: torch.device) -> Tables:
@@ -130,8 +130,8 @@ class Automaton:
             self.distance,
             F.pad(onward, (0, 1), value=FAR),
         )
-        self._tables[device] = tables = Tables(*(table.to(device) for table in tables))
-        return tables
+        # The same for all: recordings do not keep them alive, and another thread may have made them, too.
+        return self._tables.setdefault(device, Tables(*(table.to(device) for table in tables)))
 
 
 class Tables(NamedTuple):

@@ -367,14 +367,16 @@ class Model(Expected):
 
     def _rope_of(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin (at least length, R / 2) float32, of the R dimensions of a head that are rotated."""
-        if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != self.device:
+        table = self._rope  # not read again below: another thread may set a shorter table
+        if table is None or len(table[0]) < length or table[0].device != self.device:
             rows = max(64, 2 ** (length - 1).bit_length()) if length else 64
             # A table made in inference mode could not be used by a later training pass.
             with torch.inference_mode(False), torch.no_grad():
                 s = self.shape
                 width = s.rotary_dim or s.head_dim
-                self._rope = rope.table(rows, width, s.rope_theta, s.rope_scaling, self.device)
-        return self._rope
+                table = rope.table(rows, width, s.rope_theta, s.rope_scaling, self.device)
+            self._rope = table
+        return table
 
     def _query_scale_of(self, length: int) -> Tensor | None:
         """(length,) float32 as `rope.QueryScaling.table`."""

@@ -43,10 +43,11 @@ class Fp8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Move with the model; a change of dtype applies to the bias alone."""
+        device = fn(self.scale.new_empty(0)).device
         quantised = {name: self._buffers.pop(name) for name in ("weight", "scale")}
-        super()._apply(fn, recurse)
-        for name, buffer in quantised.items():
-            assert buffer is not None
-            moved = fn(torch.empty_like(buffer, dtype=torch.float32))
-            self._buffers[name] = buffer.to(moved.device)
+        try:
+            super()._apply(fn, recurse)
+            quantised = {name: buffer.to(device) for name, buffer in quantised.items() if buffer is not None}
+        finally:
+            self._buffers |= quantised
         return self

@@ -325,3 +325,17 @@ def test_an_automaton_is_checked() -> None:
             Automaton(**{"token_class": kinds, "transitions": table, "accepting": ends, **change})
     with pytest.raises(TypeError, match="accepting: expected a Tensor, got list"):
         Automaton(kinds, table, [True, False])
+
+
+def test_threads_share_an_automaton_s_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded pass reads them where they are, so that no others may take their place."""
+    form, bincount = a_form(1), torch.bincount
+    others: list[Any] = []
+
+    def beside(*given: Any, **keywords: Any) -> torch.Tensor:
+        monkeypatch.setattr(torch, "bincount", bincount)
+        others.append(form.tables(torch.device("cpu")))  # of another thread, which is done first
+        return bincount(*given, **keywords)
+
+    monkeypatch.setattr(torch, "bincount", beside)
+    assert form.tables(torch.device("cpu")) is others[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from dparallel_ext import models
 from dparallel_ext.cache import KVCache
-from dparallel_ext.models import Dream, LLaDA, Model, fused_weights
+from dparallel_ext.models import Dream, LLaDA, Model, fused_weights, rope
 
 NAMES = ["llada_tiny_a", "dream_tiny_a"]
 both = pytest.mark.parametrize("name", NAMES)
@@ -458,3 +459,30 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_nothing() -> N
     model.gradient_checkpointing_disable()
     model(tokens).logits.square().mean().backward()
     assert calls == [4]
+
+
+def test_two_threads_that_need_tables_of_different_lengths() -> None:
+    """The longer one's is set first, and its cache is made with it all the same."""
+    short_begins, long_set = threading.Event(), threading.Event()
+    table = rope.table
+
+    def waits(rows: int, *rest: Any) -> Any:
+        if rows == 64:
+            short_begins.set()
+            long_set.wait()
+        return table(rows, *rest)
+
+    class Watched(models.LLaDA):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_rope" and value is not None and len(value[0]) > 64:
+                long_set.set()
+                short.join()
+
+    model = Watched(config_of("llada_tiny_a"))
+    short = threading.Thread(target=model.new_cache, args=(1, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rope, "table", waits)
+        short.start()
+        short_begins.wait()
+        assert len(model.new_cache(1, 200).rope[0]) >= 200

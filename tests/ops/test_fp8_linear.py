@@ -17,6 +17,7 @@ from conftest import every_level, everywhere, golden
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dparallel_ext as dx
 from dparallel_ext import models, reference
@@ -273,6 +274,33 @@ def test_what_a_quantised_model_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight: row 3 holds a number that is not finite"):
         broken.quantize()
     assert not broken.quantized  # nor the layers before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_quantised_weights_that_cannot_move_stay(bias: bool) -> None:
+    """Without a GPU, or without this many."""
+    layer, x = Fp8Linear(nn.Linear(64, 16, bias=bias)), torch.randn(2, 64)
+    before = layer(x)
+    with pytest.raises((RuntimeError, AssertionError)):
+        layer.to("cuda:99")
+    assert torch.equal(layer(x), before)
+
+
+def test_moving_quantised_weights_takes_no_memory_of_wider_ones() -> None:
+    layer = Fp8Linear(nn.Linear(64, 64))
+    sizes: list[int] = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor):
+                sizes.append(made.nbytes)
+            return made
+
+    with Counts():
+        layer.to(torch.bfloat16)
+    assert max(sizes) <= layer.weight.nbytes
 
 
 @pytest.mark.parametrize(
