@@ -177,13 +177,13 @@ def prompts(prompt: Any, attention_mask: Any = None) -> list[Tensor]:
     ids = [token_ids("prompt", row) for row in rows]
     if attention_mask is None:
         return ids
-    masks = _rows("attention_mask", attention_mask)
+    masks = [_visible(mask) for mask in _rows("attention_mask", attention_mask)]
     if [len(mask) for mask in masks] != [len(row) for row in ids]:
         raise ValueError(
             f"attention_mask: expected the shape of prompt (B, P), got {_shape(attention_mask)} "
             f"beside {_shape(prompt)}"
         )
-    return [row[_visible(mask).to(row.device)] for row, mask in zip(ids, masks, strict=True)]
+    return [row[mask.to(row.device)] for row, mask in zip(ids, masks, strict=True)]
 
 
 def _rows(name: str, value: Any) -> list[Any]:

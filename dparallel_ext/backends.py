@@ -16,7 +16,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
     place: torch.device | None
     try:
         place = torch.device("cpu" if device is None else device)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         place = None
     if place is None or place.type not in ("cpu", "cuda") or (place.type == "cpu" and place.index):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}")

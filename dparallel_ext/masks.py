@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import INTEGERS, check_tensor, number, whole
+from .arguments import INTEGERS, check_tensor, instance, number, whole
 
 
 class MaskedPair(NamedTuple):
@@ -91,9 +91,13 @@ def semi_autoregressive_masks(
         if len(generator) != batch:
             raise ValueError(
                 f"generator: expected one, or one for each of {batch} rows, got {len(generator)}"
+        for each in generator:
+            instance("generator", each, torch.Generator)
             )
         rows = [torch.rand(1 + length, generator=g, device=g.device).to(device) for g in generator]
         draws = torch.stack(rows) if rows else torch.zeros(0, 1 + length, device=device)
+        if generator is not None:
+            instance("generator", generator, torch.Generator)
     else:
         on = device if generator is None else generator.device
         draws = torch.rand(batch, 1 + length, generator=generator, device=on).to(device)

@@ -36,7 +36,7 @@ from ..decoding.config import (
 )
 from ..decoding.decode import Prompts
 from ..decoding.fields import plain
-from ..models import Model, check_call, for_decoding, warn_beyond
+from ..models import Model, native, warn_beyond
 from ..speculation import Drafter
 from .core import EngineCore, Request
 from .handle import Draft, Events, Handle
@@ -159,13 +159,7 @@ class Engine:
         **keywords: Unpack[DecodeKeywords],
     ) -> None:
         config = configured("Engine", config, keywords)
-        model = for_decoding(model)
-        check_call(model)
-        if not isinstance(model, Model):
-            raise ValueError(
-                "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
-                f"Hugging Face model), got {type(model).__name__}"
-            )
+        model = native(model)
         lanes = whole("lanes", lanes, 1, LARGEST)
         max_length = whole("max_length", max_length, 1, LARGEST)
         max_waiting = whole("max_waiting", max_waiting, 1)
@@ -213,6 +207,8 @@ class Engine:
         unit = self._kind.page_unit
         page_size = whole("page_size", -(-32 // unit) * unit if page_size is None else page_size, 1, LARGEST)
         unshared = "batch_invariant" if self.config.batch_invariant else self._kind.unshared
+        if share is not None:
+            arguments.instance("share", share, bool)
         share = unshared is None if share is None else share
         if share and unshared is not None:
             raise ValueError(

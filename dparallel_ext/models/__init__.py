@@ -20,7 +20,7 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
-from .wrappers import check_call, for_decoding, logits_of, own_precision, unwrap, warn_of_dropout
+from .wrappers import check_call, for_decoding, logits_of, native, own_precision, unwrap, warn_of_dropout
 
 __all__ = [
     "FAMILIES",
@@ -60,6 +60,7 @@ __all__ = [
     "locate",
     "logits_of",
     "max_positions",
+    "native",
     "own_precision",
     "save",
     "traits",

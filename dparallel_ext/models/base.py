@@ -391,6 +391,7 @@ class Model(Expected):
             earlier = (block[:, None] >= block)[None, None]
         if attention_mask is None:
             return earlier  # None for a causal model too: attention has an option for it
+        check_tensor("attention_mask", attention_mask)
         if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "

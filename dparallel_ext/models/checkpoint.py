@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import backends
+from ..arguments import instance
 from . import files, fused_weights
 from .base import Model
 from .config import ModelConfig, token_ids
@@ -137,7 +138,7 @@ def wrap(hf_model: nn.Module) -> Model:
             weights do not all lie on one device, as after offloading, an adapter is on a router or an
             expert, or experts of a layer that are held one by one have several types.
     """
-    for_decoding(hf_model)  # raises if weights are sharded or not loaded
+    for_decoding(hf_model, "hf_model")  # raises if weights are sharded or not loaded
     hf_model = unwrap(hf_model)
     if isinstance(hf_model, Model):
         return hf_model
@@ -230,6 +231,8 @@ def save(
     written to, and for a model that is not ours, is quantised, under adapters or not loaded.
     """
     _check_dtype(dtype)
+    if state_dict is not None:
+        instance("state_dict", state_dict, Mapping)
     model = unwrap(model)
     if not isinstance(model, Model):
         raise ValueError(f"model: expected one of dparallel_ext.models, got {type(model).__name__}")

@@ -63,10 +63,8 @@ def classes(*wanted: Class) -> tuple[Any, ...]:
 
 def layers(model: Any) -> Iterator[Any]:
     """`model`, the model that it wraps, and so on, down to a native model or an object with `traits`."""
-    while model is not None:
-        yield model
-        if issubclass(type(model), Model) or stated_traits(model) is not None:
-            return
+    yield model
+    while not (issubclass(type(model), Model) or stated_traits(model) is not None):
         attribute = next((w[2] for w in WRAPPERS if isinstance(model, classes(w))), None)
         if attribute is not None:
             model = getattr(model, attribute)
@@ -78,6 +76,9 @@ def layers(model: Any) -> Iterator[Any]:
             model = getattr(model, "__wrapped__", None)
         else:
             return
+        if model is None:
+            return
+        yield model
 
 
 def stated_traits(model: Any) -> Traits | None:
@@ -92,25 +93,38 @@ def unwrap(model: Any) -> Any:
     return inner
 
 
-def for_decoding(model: Any) -> Any:
+def for_decoding(model: Any, name: str = "model") -> Any:
     """The object that decoding calls: a native model without its wrappers, or another model as it is.
 
     A native model is run by methods that no wrapper knows: `torch.compile` around it has no effect, adapters
     inside it have theirs. Another model is called as it was compiled or adapted, but without DataParallel and
     DistributedDataParallel, whose calls split the batch or wait for other processes.
 
-    Raises ValueError, naming the wrapper, for a model whose weights are not all in this process (sharded, or
-    not loaded), and for adapters that do more than replace layers.
+    Raises ValueError, naming the argument `name` and the wrapper, for a model whose weights are not all in
+    this process (sharded, or not loaded), and for adapters that do more than replace layers.
     """
     stack = list(layers(model))
     inner = stack[-1]
     if stated_traits(inner) is None:  # an object with `traits` is called as it is
-        check_adapters(stack)
-        check_whole(stack)
+        check_adapters(stack, name)
+        check_whole(stack, name)
     if isinstance(inner, Model) and all(isinstance(layer, nn.Module) for layer in stack):
         return inner
     parallel = classes(*PARALLEL)
     return stack[max((i + 1 for i, layer in enumerate(stack) if isinstance(layer, parallel)), default=0)]
+
+
+def native(model: Any, name: str = "model", expected: str = "one") -> Model:
+    """A native model without its wrappers. Raises ValueError naming the argument, and saying what was
+    `expected`, for another model, and as `for_decoding` and `check_call`."""
+    inner = for_decoding(model, name)
+    check_call(inner, name)
+    if not isinstance(inner, Model):
+        raise ValueError(
+            f"{name}: expected {expected} of dparallel_ext.models (models.load, or models.wrap for a loaded "
+            f"Hugging Face model), got {type(inner).__name__}"
+        )
+    return inner
 
 
 def own_precision(model: Any, device: torch.device) -> AbstractContextManager[Any]:
@@ -141,7 +155,7 @@ def check_call(model: Any, name: str = "model") -> None:
     """Raise ValueError for a native model in a dtype without kernels, and for one whose call is changed, by
     its class or in the object, since decoding does not use it; warn of hooks on the whole model, which do not
     run, and of dropout. Models that are not native are called. name: the argument."""
-    warn_of_dropout(model)
+    warn_of_dropout(model, name)
     if not isinstance(model, Model):
         return
     if model.dtype not in DTYPES:
@@ -167,15 +181,15 @@ def check_call(model: Any, name: str = "model") -> None:
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def warn_of_dropout(model: Any) -> None:
+def warn_of_dropout(model: Any, argument: str = "model") -> None:
     """Warn of a model in training mode that has dropout, such as an adapter's: its logits are random."""
     if not getattr(model, "training", False) or not isinstance(model, nn.Module):
         return
     for name, part in model.named_modules():
         if isinstance(part, DROPOUTS) and part.training and part.p:
             warnings.warn(
-                f"model: {type(model).__name__} is in training mode, and the dropout of {name} changes its "
-                "logits at random; call model.eval() before decoding",
+                f"{argument}: {type(model).__name__} is in training mode, and the dropout of {name} changes "
+                "its logits at random; call model.eval() before decoding",
                 stacklevel=4,
             )
             return
@@ -191,14 +205,14 @@ def _replaced(model: Model, name: str) -> bool:
     return not (method is None or by_accelerate or method == getattr(type(model), name).__get__(model))
 
 
-def check_whole(stack: list[Any]) -> None:
+def check_whole(stack: list[Any], argument: str) -> None:
     """Raise ValueError if weights of a model are not in this process. stack: its wrappers, then the model."""
     inner, sharded = stack[-1], classes(FSDP1, FSDP2)
     parts = all_modules(inner) if isinstance(inner, nn.Module) else []
     shard = next((part for part in (*stack, *parts) if isinstance(part, sharded)), None) if sharded else None
     if shard is not None:
         raise ValueError(
-            f"model: FSDP has sharded its weights ({type(shard).__name__}), and processes that decode "
+            f"{argument}: FSDP has sharded its weights ({type(shard).__name__}), and processes that decode "
             "different prompts would wait for each other. Decode a copy that is whole: gather the state_dict "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and "
             "load it into a model of its own"
@@ -210,26 +224,26 @@ def check_whole(stack: list[Any]) -> None:
             if id(p) in away:
                 where = "on the meta device" if p.is_meta else "sharded"
                 raise ValueError(
-                    f"model: expected all its weights in this process, but {name} is {where}: load it, or "
-                    "gather what is sharded or offloaded"
+                    f"{argument}: expected all its weights in this process, but {name} is {where}: load it, "
+                    "or gather what is sharded or offloaded"
                 )
 
 
-def check_adapters(stack: list[Any]) -> None:
+def check_adapters(stack: list[Any], argument: str) -> None:
     """Raise ValueError for PEFT's methods that do more than replace layers."""
     advice = "Merge it, or take LoRA or another method that stays within layers"
     for layer in stack:
         config = layer.active_peft_config if isinstance(layer, classes(PEFT)) else None
         if config is not None and config.is_prompt_learning:
             raise ValueError(
-                f"model: its adapter is of type {config.peft_type.value}, whose virtual tokens have no place "
-                f"among the positions of a masked sequence. {advice}"
+                f"{argument}: its adapter is of type {config.peft_type.value}, whose virtual tokens have no "
+                f"place among the positions of a masked sequence. {advice}"
             )
         if isinstance(stack[-1], Model):
-            check_tuner(layer, advice)
+            check_tuner(layer, argument, advice)
 
 
-def check_tuner(layer: Any, advice: str) -> None:
+def check_tuner(layer: Any, argument: str, advice: str) -> None:
     kinds = classes(TUNER)
     if not isinstance(layer, kinds):
         return
@@ -240,8 +254,8 @@ def check_tuner(layer: Any, advice: str) -> None:
         kind, by_call = "aLoRA", True
     if by_call:
         raise ValueError(
-            f"model: its adapter is of type {kind}, which acts on a call as a whole, and decoding calls the "
-            f"layers one by one. {advice}"
+            f"{argument}: its adapter is of type {kind}, which acts on a call as a whole, and decoding calls "
+            f"the layers one by one. {advice}"
         )
 
 

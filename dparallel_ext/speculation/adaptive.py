@@ -34,7 +34,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.settings import make_settings, mask_of
-from ..models import Model, check_call, check_diffusion, for_decoding, own_precision, traits, warn_beyond
+from ..models import Model, check_diffusion, native, own_precision, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
 from ..ops.row_stats import read_rows
@@ -182,14 +182,7 @@ def checked_numbers(
 def diffusion_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native masked diffusion model."""
     check_diffusion(model)
-    inner = for_decoding(model)
-    check_call(inner)
-    if not isinstance(inner, Model):
-        raise ValueError(
-            "model: expected a masked diffusion model of dparallel_ext.models (models.load, or models.wrap "
-            f"for a loaded Hugging Face model), got {type(inner).__name__}"
-        )
-    return inner
+    return native(model, expected="a masked diffusion model")
 
 
 def verifier_of(value: Any, model: Model) -> Model:
@@ -202,9 +195,8 @@ def verifier_of(value: Any, model: Model) -> Model:
             value = load_model(path, device=model.device, dtype=model.dtype)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"verifier: {str(error).removeprefix('path: ')}") from error
-    verifier = for_decoding(value) if callable(value) else value
-    check_call(verifier, "verifier")
-    if not isinstance(verifier, Model) or not traits(verifier).causal:
+    verifier = native(value, "verifier", "an autoregressive model")
+    if not traits(verifier).causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, or the path of one, got "
             f"{type(verifier).__name__}"

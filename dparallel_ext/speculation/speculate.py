@@ -19,7 +19,7 @@ from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
-from ..models import Model, check_call, for_decoding, warn_beyond
+from ..models import Model, native, warn_beyond
 from .batch import CausalBatch
 from .drafter import Apart, Drafter
 from .loading import NAMED, drafter_of
@@ -161,13 +161,7 @@ def speculate(
 
 def causal_model(model: Any) -> Model:
     """`model` without wrappers. Raises ValueError unless it is a native autoregressive model."""
-    inner = for_decoding(model)
-    check_call(inner)
-    if not isinstance(inner, Model):
-        raise ValueError(
-            "model: expected an autoregressive one of dparallel_ext.models (models.load, or models.wrap for "
-            f"a loaded Hugging Face model), got {type(inner).__name__}"
-        )
+    inner = native(model, expected="an autoregressive one")
     if not inner.causal:
         raise ValueError(
             f"model: {type(inner).__name__} is a diffusion model, whose masks `dparallel_ext.decode` fills; "

@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..models import Model, check_call, for_decoding, own_precision
+from ..models import Model, native, own_precision
 from ..ops import row_stats
 from .draft import Draft
 from .drafter import DraftSession, Lane
@@ -30,13 +30,7 @@ class ModelDrafter:
     apart: Literal[True] = True
 
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
-        inner = for_decoding(model)
-        if not isinstance(inner, Model):
-            raise ValueError(
-                "drafter: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded "
-                f"Hugging Face model), got {type(inner).__name__}"
-            )
-        check_call(inner, "drafter")
+        inner = native(model, "drafter")
         if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")
         self.model = inner

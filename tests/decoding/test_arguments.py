@@ -187,6 +187,7 @@ def test_prompts_without_a_token() -> None:
         ({"prompt": [512]}, r"prompt: expected token ids in \[0, 512\), got 512"),
         ({"attention_mask": [1, 1]}, "attention_mask: expected the shape of prompt"),
         ({"attention_mask": [0.0, 0.0, -1e9]}, "attention_mask: expected bool or whole numbers"),
+        ({"attention_mask": [None]}, "attention_mask: expected bool or whole numbers, got NoneType"),
         ({"mask_id": 512}, "mask_id: expected one of the model's 512 token ids, got 512"),
         ({"eos_id": 126081}, "eos_id: expected one of the model's 512 token ids, got 126081"),
         ({"temperature": "warm"}, "temperature: expected a finite number >= 0, got 'warm'"),

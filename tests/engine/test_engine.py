@@ -353,6 +353,7 @@ def test_numbers_of_any_size_are_named_before_anything_is_allotted(name: str, va
         ({"cache": "dual"}, 'cache: expected "block" or "none" for a block-causal model'),
         ({"page_size": 12}, "page_size: expected a multiple of the blocks of 8"),
         ({"batch_invariant": True, "share": True}, "share: goes with .*, got batch_invariant"),
+        ({"share": "no"}, "share: expected bool, got str"),
         ({"cache": "none", "share": True}, "share: goes with cache 'block' .*, got cache 'none'"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from conftest import golden
 from test_models import both, config_of, ids, write
 
+import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.cache import Span
 from dparallel_ext.models import Dream, LLaDA, Model
@@ -89,7 +90,40 @@ def test_what_is_no_dtype_and_no_model_is_named(tmp_path: Path) -> None:
             models.save(model, tmp_path / "saved", dtype=dtype)
     with pytest.raises(ValueError, match=r"model: expected one of dparallel_ext\.models, got Linear"):
         models.save(torch.nn.Linear(1, 1), tmp_path / "saved")
+    with pytest.raises(ValueError, match="state_dict: expected Mapping, got list"):
+        models.save(model, tmp_path / "saved", state_dict=[])  # type: ignore[arg-type]
     assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got '9223372036854775808'"):
+        golden.model("llada_tiny_a", device=2**63)
+
+
+def test_none_in_place_of_a_model_is_named(tmp_path: Path) -> None:
+    for call in (
+        lambda: dx.decode(None, [1]),
+        lambda: dx.speculate(None, [1]),
+        lambda: dx.adaptive_decode(None, [1], verifier=None),
+        lambda: dx.compat.generate(None, torch.tensor([1])),
+        lambda: dx.Engine(None),  # type: ignore[arg-type]
+        lambda: models.save(None, tmp_path),  # type: ignore[arg-type]
+        lambda: models.traits(None),
+    ):
+        with pytest.raises(ValueError, match=r"^model: expected .*, got NoneType"):
+            call()
+    with pytest.raises(ValueError, match=r"hf_model: NoneType has no \.config"):
+        models.wrap(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"drafter: expected one of .*, got NoneType"):
+        dx.speculation.ModelDrafter(None)
+
+
+def test_weights_that_are_elsewhere_are_those_of_the_argument() -> None:
+    with torch.device("meta"):
+        away = Dream(config_of("dream_tiny_a"))
+    with pytest.raises(ValueError, match="drafter: expected all its weights in this process"):
+        dx.speculation.ModelDrafter(away)
+    with pytest.raises(ValueError, match="verifier: expected all its weights in this process"):
+        dx.adaptive_decode(golden.model("llada_tiny_a"), [1], verifier=away)
+    with pytest.raises(ValueError, match="hf_model: expected all its weights in this process"):
+        models.wrap(away)
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, "dream"])
@@ -183,6 +217,8 @@ def test_bad_attention_masks() -> None:
             model(ids(2, 4), attention_mask=mask)
     with pytest.raises(ValueError, match="a visible position in every row, got none in row 1"):
         model(ids(2, 4), attention_mask=torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]))
+    with pytest.raises(TypeError, match="attention_mask: expected a Tensor, got list"):
+        model(ids(2, 4), attention_mask=[[1, 1, 1, 1]] * 2)
 
 
 def test_ids_out_of_range_are_named_whatever_embeds_them() -> None:
