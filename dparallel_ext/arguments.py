@@ -41,17 +41,19 @@ def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     return result
 
 
-def number(name: str, value: Any, least: float = 0.0) -> float:
+def number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
     """`value` as a float: of Python or numpy, or a 0-d tensor.
 
-    Raises ValueError naming the argument unless it is a finite number of at least `least`.
+    Raises ValueError naming the argument unless it is a finite number of at least `least` and at most `most`.
     """
-    result, bound = math.nan, "" if least == -math.inf else f" >= {least:g}"
+    result = math.nan
     if not isinstance(value, (str, bytes, bool)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
             result = float(value)
-    if not least <= result < math.inf:
-        raise ValueError(f"{name}: expected a finite number{bound}, got {shown(value)}")
+    if not (least <= result <= most and math.isfinite(result)):
+        bound = "" if least == -math.inf else f" >= {least:g}"
+        wanted = f"finite number{bound}" if most == math.inf else f"number from {least:g} to {most:g}"
+        raise ValueError(f"{name}: expected a {wanted}, got {shown(value)}")
     return result
 
 

@@ -78,8 +78,7 @@ def semi_autoregressive_masks(
     mask_id = whole("mask_id", mask_id, 0)
     if block_length is not None:
         block_length = whole("block_length", block_length, 1)
-    if number("eps", eps) > 1:
-        raise ValueError(f"eps: expected a number in [0, 1], got {eps!r}")
+    eps = number("eps", eps, 0, 1)
     try:
         ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -91,14 +90,14 @@ def semi_autoregressive_masks(
         if len(generator) != batch:
             raise ValueError(
                 f"generator: expected one, or one for each of {batch} rows, got {len(generator)}"
+            )
         for each in generator:
             instance("generator", each, torch.Generator)
-            )
         rows = [torch.rand(1 + length, generator=g, device=g.device).to(device) for g in generator]
         draws = torch.stack(rows) if rows else torch.zeros(0, 1 + length, device=device)
+    else:
         if generator is not None:
             instance("generator", generator, torch.Generator)
-    else:
         on = device if generator is None else generator.device
         draws = torch.rand(batch, 1 + length, generator=generator, device=on).to(device)
 

@@ -40,9 +40,8 @@ class Credit(Rule):
     without = ("margin",)  # the statistics do not say which id has the second logit, nor so its credit
 
     def __post_init__(self) -> None:
-        check_fields(self, ("scale", "decay", "power"), number)
-        if self.decay > 1:
-            raise ValueError(f"decay: expected a number of at most 1, got {self.decay!r}")
+        check_fields(self, ("scale", "power"), number)
+        check_fields(self, ("decay",), number, 0, 1)
         check_fields(self, ("kept",), whole, 1)
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -90,10 +90,8 @@ class SchED(Rule):
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, get_args(Shape))
-        check_fields(self, ("high", "low", "k", "floor", "changes"), number)
-        for name in ("floor", "changes"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)!r}")
+        check_fields(self, ("high", "low", "k"), number)
+        check_fields(self, ("floor", "changes"), number, 0, 1)
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         predictions = torch.zeros((lanes, columns), dtype=torch.int64, device=device)  # + 1; 0: none yet

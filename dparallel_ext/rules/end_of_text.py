@@ -32,9 +32,7 @@ class EndOfText(Rule):
 
     def __post_init__(self) -> None:
         check_fields(self, ("eos",), whole, 0)
-        check_fields(self, ("floor",), number)
-        if self.floor > 1:
-            raise ValueError(f"floor: expected a number from 0 to 1, got {self.floor!r}")
+        check_fields(self, ("floor",), number, 0, 1)
 
     @property
     def tokens(self) -> tuple[int, ...]:  # type: ignore[override]

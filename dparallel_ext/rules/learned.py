@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import number, shown
+from ..arguments import number
 from ..models import fingerprint
 from ..types import RowStats
 from .filter_file import read_filter
@@ -61,12 +61,10 @@ class Learned(Rule):
             with contextlib.suppress(TypeError, ValueError):
                 tau = float(tau)
         try:
-            fits = number("tau", tau) <= 1
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"tau: expected a number from 0 to 1, got {shown(tau)} for {self.file}")
-        values = {"tau": float(tau), "content": content, "weights": weights, "model": metadata.get("model")}
+            tau = number("tau", tau, 0, 1)
+        except ValueError as error:
+            raise ValueError(f"{error} for {self.file}") from None
+        values = {"tau": tau, "content": content, "weights": weights, "model": metadata.get("model")}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

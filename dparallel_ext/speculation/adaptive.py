@@ -169,9 +169,7 @@ def checked_numbers(
 ) -> dict[str, Any]:
     """The numbers of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the one that
     does not fit."""
-    share = 0.5 if mixture is None else arguments.number("mixture", mixture)
-    if share > 1:
-        raise ValueError(f"mixture: expected a number from 0 to 1, got {share:g}")
+    share = 0.5 if mixture is None else arguments.number("mixture", mixture, 0, 1)
     sizes = {
         name: None if value is None else arguments.whole(name, value, 1)
         for name, value in (("window", window), ("lookahead", lookahead))

@@ -208,7 +208,7 @@ def test_rules_keep_plain_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["floor", "changes"])
 def test_scheds_shares_are_at_most_1(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected a share from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=f"{name}: expected a number from 0 to 1, got 2"):
         SchED(**{name: 2.0})  # type: ignore[arg-type]
 
 

@@ -350,8 +350,8 @@ def test_numbers_may_be_of_torch() -> None:
 def test_what_does_not_fit_is_named() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"mixture": 1.1}, "mixture: expected a number from 0 to 1, got 1.1"),
-        ({"mixture": -0.1}, "mixture: expected a finite number >= 0, got -0.1"),
-        ({"mixture": math.nan}, "mixture: expected a finite number"),
+        ({"mixture": -0.1}, "mixture: expected a number from 0 to 1, got -0.1"),
+        ({"mixture": math.nan}, "mixture: expected a number from 0 to 1, got nan"),
         ({"window": 0}, "window: expected a whole number >= 1, got 0"),
         ({"lookahead": 0}, "lookahead: expected a whole number >= 1, got 0"),
         ({"lookahead": 2.5}, "lookahead: expected a whole number >= 1, got 2.5"),

@@ -106,6 +106,9 @@ def test_the_input_is_left_alone() -> None:
         ({"mask_ratio": 1.5}, "mask_ratio: expected"),
         ({"mask_ratio": torch.ones(3)}, "mask_ratio: expected"),
         ({"eps": -1.0}, "eps: expected"),
+        ({"eps": 1.5}, "eps: expected a number from 0 to 1, got 1.5"),
+        ({"generator": 3}, "generator: expected Generator, got int"),
+        ({"generator": [drawn(0), None]}, "generator: expected Generator, got NoneType"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, said: str) -> None:
