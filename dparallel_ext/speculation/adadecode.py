@@ -23,7 +23,6 @@ noise at the same position, so where the two distributions are close, the choice
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +31,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import instance, shown, whole
+from ..arguments import instance, number, whole
 from ..cache import AttentionMetadata, KVCache, Span
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only
 from ..ops import row_stats
-from ..packed import Packing, Shapes, unpack
+from ..packed import Packing, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import Lane, RecordedSession, check_layers
-from .sequence import SamplingGroup
+from .drafter import DraftKey, Lane, Placed, RecordedSession, check_layers
+from .sequence import grouped
 
 KIND = "adadecode"
 _KEY = "adadecode_config"
@@ -127,14 +126,11 @@ class AdaDecode:
     ) -> None:
         instance("heads", heads, ExitHeads)
         layout = heads.layout
-        gamma = layout.gamma if gamma is None else gamma
-        if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
-            raise ValueError(f"gamma: expected a number from 0 to 1, got {shown(gamma)}")
-        most = layout.most if most is None else whole("most", most, 1)
+        gamma = layout.gamma if gamma is None else number("gamma", gamma, 0, 1)
+        self.most = layout.most if most is None else whole("most", most, 1)
         self.heads, self.source = heads.eval().requires_grad_(False), source
-        self.layout = layout._replace(gamma=float(gamma), most=most)
-        self.most = most
-        self._placed: tuple[tuple[torch.device, torch.dtype], ExitHeads] | None = None
+        self.layout = layout._replace(gamma=gamma, most=self.most)
+        self.on = Placed(self.heads)
 
     def __repr__(self) -> str:
         layout = self.layout
@@ -149,14 +145,6 @@ class AdaDecode:
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
         heads = self.on(model.device, model.dtype)
         return _Session(self.layout, heads, model, kv_cache, lanes, graphs)
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> ExitHeads:
-        """A copy of the heads on `device` in `dtype`, kept for the next batch."""
-        if self._placed is None or self._placed[0] != (device, dtype):
-            # Tensors made outside inference mode can be used anywhere.
-            with torch.inference_mode(False), torch.no_grad():
-                self._placed = (device, dtype), copy.deepcopy(self.heads).to(device, dtype)
-        return self._placed[1]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `checkpoint.write_checkpoint`."""
@@ -191,20 +179,6 @@ class _Queue:
     def full(self) -> bool:
         """Whether the draft is complete, so that no head drafts any more."""
         return self.ended or len(self.tokens) == self.most
-
-
-class _Key(NamedTuple):
-    """All that the launches of a part of a draft depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    max_q_len: int
-    max_kv_len: int
-    head: int
-    groups: tuple[SamplingGroup, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:-1], tuple(group.key for group in self.groups))
 
 
 class _Session(RecordedSession):
@@ -266,9 +240,8 @@ class _Session(RecordedSession):
         ids: list[int] = []
         source: list[int] = []
         keys: list[int] = []
-        group: list[int] = []
-        groups: dict[tuple[Any, ...], SamplingGroup] = {}
         layers = self._layout.layers
+        numbers, groups = grouped(queue.lane.sampling for queue in queues if not queue.full)
         for queue in queues:
             lane, done, rows = queue.lane, queue.computed[head], len(queue.tokens) + 1
             root = len(lane.tokens) - 1
@@ -277,8 +250,6 @@ class _Session(RecordedSession):
             if not queue.full:
                 source.append(len(ids) - 1)
                 keys += (*lane.key, root + rows)
-                groups.setdefault(lane.sampling.key, lane.sampling)
-                group.append(list(groups).index(lane.sampling.key))
             queue.computed[head] = rows
             queue.layers += layers[head] - (layers[head - 1] if head else 0)
         packing = Packing()
@@ -286,27 +257,28 @@ class _Session(RecordedSession):
         packing.padded(ids, 0, tokens)
         read = self._put_sources(packing, source)
         packing.padded(keys, 0, read, 3)
-        packing.padded(group, 0, read)
+        packing.padded(numbers, 0, read)
         inputs, shapes = packing.pack()
-        result = self._run_pass(_Key(shapes, max_q_len, max_kv_len, head, tuple(groups.values())), inputs)
+        result = self._run_pass(DraftKey(shapes, (max_q_len, max_kv_len, head), groups), inputs)
         guesses = iter(result.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 
-    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+    def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(M,) int64: the token drafted at each row that is read, -1 where the head is not sure."""
         *about_tokens, ids, source, keys, group = unpack(inputs, key.shapes)
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=True)
+        max_q_len, max_kv_len, head = key.numbers
+        metadata = AttentionMetadata(max_q_len, max_kv_len, *about_tokens, causal=True)
         places, layers = self._places(metadata), self._layout.layers
         with own_precision(self.model, self.model.device):
-            stream = self.streams(metadata) if key.head else self.model.embedded(ids)
-            first = layers[key.head - 1] if key.head else 0
-            stream = self.model.run_layers(stream, self._kv_cache, metadata, first, layers[key.head])
+            stream = self.streams(metadata) if head else self.model.embedded(ids)
+            first = layers[head - 1] if head else 0
+            stream = self.model.run_layers(stream, self._kv_cache, metadata, first, layers[head])
             x = stream.sum
             self._streams[places] = x
             # If all queues are full, no row is read.
-            logits = self._heads(key.head, x[source], self.model) if key.groups else x[:0]
+            logits = self._heads(head, x[source], self.model) if key.groups else x[:0]
         token = torch.full_like(source, -1)
-        for number, sampling in enumerate(key.groups):
+        for of_group, sampling in enumerate(key.groups):
             seed, sequence, position = keys.unbind(1)
             stats = row_stats(
                 logits,
@@ -317,5 +289,5 @@ class _Session(RecordedSession):
                 check=False,
             )
             sure = (stats.top1 - stats.lse).exp() > self._layout.gamma  # false for a row with NaN
-            token = torch.where(sure & (group == number), stats.sample, token)
+            token = torch.where(sure & (group == of_group), stats.sample, token)
         return token

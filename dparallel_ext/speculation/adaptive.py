@@ -41,7 +41,7 @@ from ..ops.row_stats import read_rows
 from ..types import NO_ERROR
 from .batch import CausalBatch
 from .loading import NAMED
-from .sequence import UNKNOWN, CausalSequence, SamplingGroup, Verified
+from .sequence import UNKNOWN, CausalSequence, Verified, grouped
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 
@@ -353,14 +353,11 @@ class AdaptiveBatch(CausalBatch):
         device = logits.device
         keys = [(*self.rows[b].settings.key, column) for b, column in places]
         seed, sequence, position = torch.tensor(keys, device="cpu").T.to(device)
-        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
-        for number, (b, _) in enumerate(places):
-            group = self.rows[b].sampling
-            groups.setdefault(group.key, (group, []))[1].append(number)
+        numbers, groups = grouped(self.rows[b].sampling for b, _ in places)
         chosen = torch.full((2, len(places)), UNKNOWN, device=device)
         logprob = torch.full((len(places),), torch.nan, device=device)
-        for group, members in groups.values():
-            at = torch.tensor(members, device=device)
+        for number, group in enumerate(groups):
+            at = torch.tensor([place for place, of in enumerate(numbers) if of == number], device=device)
             suppress = (
                 group.suppress if group.suppress is None else group.suppress[group.suppress < self.shared]
             )

@@ -7,7 +7,6 @@ tokens there, whatever stands in front, make a chain or a tree (`ddtree`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +15,15 @@ from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
 from ..models import Model, own_precision
 from ..ops import row_topk
-from ..packed import Packing, Shapes, unpack
+from ..packed import Packing, unpack
 from .draft import Draft
-from .drafter import Lane, RecordedSession
+from .drafter import DraftKey, Lane, RecordedSession
+from .sequence import grouped
 
 
 def chain(tree: DraftTree, guesses: Sequence[int]) -> Draft:
     """The draft of a tree without branches behind a root. guesses: the token of each of the tree's cells."""
     return Draft(tuple(guesses[cell] for cell in tree.cells))
-
-
-class _Key(NamedTuple):
-    """All that the launches of a draft depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    max_q_len: int
-    max_kv_len: int
-    suppressed: tuple[Tensor, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:3], *map(id, self.suppressed))
 
 
 class BlockSession(RecordedSession):
@@ -82,9 +69,7 @@ class BlockSession(RecordedSession):
         spans: list[Span] = []
         ids: list[int] = []
         source: list[int] = []
-        group: list[int] = []
         counts: list[int] = []
-        suppressed: dict[int, Tensor] = {}
         for lane, most in zip(lanes, sizes, strict=True):
             start, ends = len(lane.tokens) - 1, lane.length
             # Rows behind those that are read are seen by them in both directions, but not causally.
@@ -93,31 +78,29 @@ class BlockSession(RecordedSession):
             source += range(len(ids) + 1, len(ids) + 1 + counts[-1])
             ids += [int(lane.tokens[-1]), *[self._mask_id] * (rows - 1)]
             spans.append(Span(lane.lane, start, start + rows, start + rows))
-            if lane.suppress is not None:
-                suppressed.setdefault(id(lane.suppress), lane.suppress)
-            index = list(suppressed).index(id(lane.suppress)) if lane.suppress is not None else -1
-            group += [index] * counts[-1]
-        packing = Packing()
+        packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
         rows, max_q_len, max_kv_len = self.kv_cache.put(packing, spans, self._pad_to)
         packing.padded(ids, self._mask_id, rows)
         read = self._put_sources(packing, source)
-        packing.padded(group, -1, read)
+        packing.padded([n for n, count in zip(numbers, counts, strict=True) for _ in range(count)], -1, read)
         inputs, shapes = packing.pack()
-        best = self._run_pass(_Key(shapes, max_q_len, max_kv_len, tuple(suppressed.values())), inputs)
+        best = self._run_pass(DraftKey(shapes, (max_q_len, max_kv_len), groups), inputs)
         tokens, bits = best[:, : len(source)].flatten(1).cpu()
         guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
         trees = draft_trees(scores, self._width, counts, list(sizes))
         return [self._draft(tree, guesses) for tree in trees]
 
-    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+    def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of
         their log-probabilities in float32, which are -inf or NaN where a row has no more guesses."""
         *about_tokens, ids, source, group = unpack(inputs, key.shapes)
-        metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=self._causal)
+        max_q_len, max_kv_len = key.numbers
+        metadata = AttentionMetadata(max_q_len, max_kv_len, *about_tokens, causal=self._causal)
         with own_precision(self.model, self.model.device):
             logits = self.head(self.hidden(ids, metadata)[source])
-        for number, tokens in enumerate(key.suppressed):
-            out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, tokens, True)
-            logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
+        for number, each in enumerate(key.groups):
+            if each.suppress is not None:
+                out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, each.suppress, True)
+                logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
         best = row_topk(logits, self._width, mask_id=self._mask_id, check=False)
         return torch.stack((best.token, best.logprob.view(torch.int32).to(torch.int64)))

@@ -21,7 +21,6 @@ context is made of the token's embedding (tap -1) and the last layer's stream.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ from ..ops import kv_move, kv_write
 from .blocks import BlockSession, chain
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import EMBEDDING, Observation, RecordedSession, check_layers
+from .drafter import EMBEDDING, Observation, Placed, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -188,7 +187,7 @@ class BlockDrafter:
         self.model, self.source = model.eval().requires_grad_(False), source
         self.layout = model.layout
         self.most = self.layout.block - 1
-        self._placed: tuple[tuple[torch.device, torch.dtype], DraftModel] | None = None
+        self.on = Placed(self.model)
 
     def __repr__(self) -> str:
         layout = self.layout
@@ -204,18 +203,14 @@ class BlockDrafter:
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> DraftModel:
-        """The weights on `device` in `dtype`; a copy, unless they are there, is kept for the next batch."""
-        if self._placed is None or self._placed[0] != (device, dtype):
-            # Tensors made outside inference mode can be used anywhere.
-            with torch.inference_mode(False), torch.no_grad():
-                there = all((p.device, p.dtype) == (device, dtype) for p in self.model.parameters())
-                placed = self.model if there else copy.deepcopy(self.model).to(device, dtype)
-                for block in placed.layers:
-                    for group in block.groups():  # type: ignore[operator]
-                        fused_weights.join(group)
-            self._placed = (device, dtype), placed
-        return self._placed[1]
+    def fused(self, model: Model) -> DraftModel:
+        """The weights in the dtype and on the device of the model, fused."""
+        placed = self.on(model.device, model.dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            for block in placed.layers:
+                for group in block.groups():  # type: ignore[operator]
+                    fused_weights.join(group)
+        return placed
 
     def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
         """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
@@ -238,7 +233,7 @@ class _Session(BlockSession):
     """Keeps the context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        self._layers, layout = drafter.on(model.device, model.dtype), drafter.layout
+        self._layers, layout = drafter.fused(model), drafter.layout
         s, pages, size = layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
         slots = torch.zeros(
             (s.layers, 2, pages, s.kv_heads, size, s.head_dim), dtype=model.dtype, device=model.device

@@ -6,12 +6,14 @@ choices are emitted. So a drafter may be approximate, and has no temperature.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import shown
@@ -27,6 +29,7 @@ from .sequence import SamplingGroup
 
 EMBEDDING = -1
 """The tap in front of the first layer: the token's embedding."""
+Weights = TypeVar("Weights", bound=nn.Module)
 
 
 class Lane(NamedTuple):
@@ -156,15 +159,18 @@ class DraftSession:
         raise NotImplementedError(f"{type(self).__name__}: expected a method propose(lanes, sizes)")
 
 
-class DraftKey(Protocol):
+class DraftKey(NamedTuple):
     """All that the launches of a drafter's pass depend on, beside the values of its inputs."""
 
-    @property
-    def shapes(self) -> Shapes:
-        """Of the inputs; the first has a number for each row."""
+    shapes: Shapes
+    """Of the inputs; the first has a number for each row."""
+    numbers: tuple[int, ...]
+    """What else the drafter's `_compute` reads."""
+    groups: tuple[SamplingGroup, ...]
 
     @property
-    def key(self) -> tuple[Any, ...]: ...
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:-1], tuple(group.key for group in self.groups))
 
 
 class RecordedSession(DraftSession):
@@ -213,9 +219,27 @@ class RecordedSession(DraftSession):
         few = key.shapes[0][0] <= self._recorded_rows
         return run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
 
-    def _compute(self, key: Any, inputs: Tensor) -> Tensor:
+    def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """The work of a pass on the device, which may be recorded."""
         raise NotImplementedError
+
+
+class Placed(Generic[Weights]):
+    """A drafter's weights on a device and in a dtype; a copy, unless they are there, is kept for the next
+    call."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = self._copy = weights
+
+    def __call__(self, device: torch.device, dtype: torch.dtype) -> Weights:
+        for held in (self._weights, self._copy):  # not read again below: other threads place copies, too
+            if all((p.device, p.dtype) == (device, dtype) for p in held.parameters()):
+                return held
+        # Tensors made outside inference mode can be used anywhere.
+        with torch.inference_mode(False), torch.no_grad():
+            copied = copy.deepcopy(self._weights).to(device, dtype)
+        self._copy = copied
+        return copied
 
 
 @runtime_checkable

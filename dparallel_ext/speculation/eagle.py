@@ -34,13 +34,14 @@ from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supported, read
 from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
-from ..packed import Packing, Shapes, unpack
+from ..packed import Packing, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target
 from .ddtree import WIDTH as GUESSES
 from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
 from .draft import Draft
-from .drafter import EMBEDDING, Lane, Observation, RecordedSession, check_layers
+from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
+from .sequence import grouped
 
 KIND = "eagle3"
 MOST = 8
@@ -265,28 +266,13 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
     return EagleDrafter(model, checkpoint.source)
 
 
-class _Key(NamedTuple):
-    """All that the launches of a draft depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    about: int
-    """The number of tensors of a pass's metadata."""
-    bounds: tuple[int, ...]
-    """`max_q_len` and `max_kv_len` of each pass."""
-    suppressed: tuple[Tensor, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:3], *map(id, self.suppressed))
-
-
 class _Session(RecordedSession):
     """Keeps features under the block table of the target's cache, and keys and values of pairs by lane."""
 
     def __init__(
         self, drafter: EagleDrafter, model: Model, kv_cache: KVCache, lanes: int, graphs: bool
     ) -> None:
-        self._drafter, self._layers = drafter, cast(EagleModel, drafter.on(model.device, model.dtype))
+        self._drafter, self._layers = drafter, cast(EagleModel, drafter.fused(model))
         super().__init__(self._layers, model, graphs)
         self.taps = drafter.layout.taps_of(model.shape.layers)
         s, length = drafter.layout.shape, kv_cache.length
@@ -333,13 +319,12 @@ class _Session(RecordedSession):
     def _guesses(self, lanes: Sequence[Lane], counts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The tokens of each lane's `counts` rows, `width` of each, and their log-probabilities."""
         mask_id = self._drafter.layout.mask_id
-        packing, suppressed = Packing(), dict[int, Tensor]()
+        packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
         spans: list[Span] = []
         ids: list[int] = []
         rows: list[int] = []
         positions: list[int] = []  # of features; the mask's has none
         source: list[int] = []
-        groups: list[int] = []
         for lane, count in zip(lanes, counts, strict=True):
             start, known = self._computed[lane.lane], len(lane.tokens) - 1
             masks = 0 if mask_id is None else count - 1
@@ -348,9 +333,6 @@ class _Session(RecordedSession):
             rows += [lane.lane] * (known - start + masks)
             positions += [*range(start, known), *[-1] * masks]
             source += range(len(ids) - 1 - masks, len(ids))
-            if lane.suppress is not None:
-                suppressed.setdefault(id(lane.suppress), lane.suppress)
-            groups.append(-1 if lane.suppress is None else list(suppressed).index(id(lane.suppress)))
         at, size = torch.tensor(positions, device="cpu"), self._page_size
         slots = self._table[rows, at // size] * size + at % size
         padded, *bounds = self.kv_cache.put(packing, spans, self._pad_to)
@@ -359,14 +341,14 @@ class _Session(RecordedSession):
         packing.padded(slots.masked_fill_(at < 0, self._nowhere + 1).tolist(), 0, padded)
         end = self._put_sources(packing, source)
         if mask_id is None:
-            packing.padded(groups, -1, end)
-            order = self._put_steps(packing, lanes, counts, groups, end, bounds)
+            packing.padded(numbers, -1, end)
+            order = self._put_steps(packing, lanes, counts, numbers, end, bounds)
         else:
-            repeated = [group for group, count in zip(groups, counts, strict=True) for _ in range(count)]
+            repeated = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
             packing.padded(repeated, -1, end)
             order = list(range(len(source)))
         inputs, shapes = packing.pack()
-        best = self._run_pass(_Key(shapes, about, tuple(bounds), tuple(suppressed.values())), inputs)
+        best = self._run_pass(DraftKey(shapes, (about, *bounds), groups), inputs)
         for lane in lanes:
             self._computed[lane.lane] = len(lane.tokens) - 1
         tokens, bits = best.cpu()[:, order].flatten(1)
@@ -384,7 +366,8 @@ class _Session(RecordedSession):
         """Pack EAGLE-3's passes behind the first, each over a pair of the lanes that have a guess to go, and
         add their `max_q_len` and `max_kv_len` to `bounds`.
 
-        end: rows of the result of the first pass. Returns the row of each guess, lane by lane.
+        groups: the number of each lane's. end: rows of the result of the first pass. Returns the row of each
+        guess, lane by lane.
         """
         found = [[row] for row in range(len(lanes))]
         going = list(range(len(lanes)))
@@ -401,29 +384,34 @@ class _Session(RecordedSession):
             end += padded
         return [row for of_lane in found for row in of_lane]
 
-    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+    def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, pass after pass, and the bits of their
         log-probabilities in float32, as in `dflash`."""
         tensors, layers, results = unpack(inputs, key.shapes), self._layers, []
+        about, *all_bounds = key.numbers  # `about`: the number of tensors of a pass's metadata
         embed = self.model.embed if layers.embed_tokens is None else layers.embed_tokens
         targets = layers.d2t + torch.arange(len(layers.d2t), device=inputs.device)
         vocabulary = torch.zeros(self.model.shape.embedding_size, dtype=torch.bool, device=inputs.device)
-        never = [vocabulary.index_fill(0, tokens, True)[targets] for tokens in key.suppressed]
+        never = {
+            number: vocabulary.index_fill(0, each.suppress, True)[targets]
+            for number, each in enumerate(key.groups)
+            if each.suppress is not None
+        }
         ids = stream = inputs
-        for step, bounds in enumerate(zip(key.bounds[::2], key.bounds[1::2], strict=True)):
-            metadata = AttentionMetadata(*bounds, *tensors[: key.about], causal=True)
+        for step, bounds in enumerate(zip(all_bounds[::2], all_bounds[1::2], strict=True)):
+            metadata = AttentionMetadata(*bounds, *tensors[:about], causal=True)
             if step:
-                keep, group, *tensors = tensors[key.about :]
+                keep, group, *tensors = tensors[about:]
                 ids, feature = ids[keep, 0], stream[keep]
             else:
-                ids, place, source, group, *tensors = tensors[key.about :]
+                ids, place, source, group, *tensors = tensors[about:]
                 feature = self.features[place]
             with own_precision(self.model, self.model.device):
                 stream, y = layers.rows(embed(ids), feature, PagedAttention(self.kv_cache, metadata))
                 if not step:
                     stream, y = stream[source], y[source]
                 logits = layers.lm_head(y)
-            for number, tokens in enumerate(never):
+            for number, tokens in never.items():
                 logits.masked_fill_((group == number)[:, None] & tokens, -torch.inf)
             best = row_topk(logits, self._drafter.width, check=False)
             ids = targets[best.token.clamp(min=0)]  # a row without a choice has none behind it either

@@ -15,7 +15,6 @@ on the text: a matrix that has met a token in one request guesses what follows i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from torch import Tensor
 from ..cache import KVCache
 from ..models import Model
 from ..ops import row_topk
-from ..packed import Packing, Shapes, unpack
+from ..packed import Packing, unpack
 from .ddtree import NODES
 from .draft import Draft
-from .drafter import DraftSession, Lane, Observation, RecordedSession
+from .drafter import DraftKey, DraftSession, Lane, Observation, RecordedSession
+from .sequence import grouped
 from .trees import Node, best_nodes
 
 RANKS = (0.5, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)
@@ -62,17 +62,6 @@ class Recycling:
         return _Session(self.nodes, model, graphs)
 
 
-class _Key(NamedTuple):
-    """All that the launches of a draft depend on, beside the values of its inputs."""
-
-    shapes: Shapes
-    suppressed: tuple[Tensor, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.shapes, *map(id, self.suppressed))
-
-
 class _Session(RecordedSession):
     def __init__(self, nodes: Sequence[Node], model: Model, graphs: bool) -> None:
         super().__init__(None, model, graphs)
@@ -97,26 +86,26 @@ class _Session(RecordedSession):
         self.matrix[token, : self._width] = best[last[token]]
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
-        suppressed = {id(lane.suppress): lane.suppress for lane in lanes if lane.suppress is not None}
-        group = [-1 if lane.suppress is None else [*suppressed].index(id(lane.suppress)) for lane in lanes]
-        packing, roots = Packing(), [int(lane.tokens[-1]) for lane in lanes]
+        packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
         count = len(lanes) if self._pad_to is None else self._pad_to(len(lanes))
-        packing.padded(roots, -1, count)
-        packing.padded(group, -1, count)
+        packing.padded([int(lane.tokens[-1]) for lane in lanes], -1, count)
+        packing.padded(numbers, -1, count)
         inputs, shapes = packing.pack()
-        trees = self._run_pass(_Key(shapes, tuple(suppressed.values())), inputs).tolist()
+        trees = self._run_pass(DraftKey(shapes, (), groups), inputs).tolist()
         return [self._draft(tree, size) for tree, size in zip(trees, sizes, strict=False)]
 
-    def _compute(self, key: _Key, inputs: Tensor) -> Tensor:
+    def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(B, n) int64: the tokens of the largest tree's nodes behind each lane's root; -1: none."""
         roots, group = unpack(inputs, key.shapes)
         tokens = roots[:, None].expand(-1, 1 + len(self._nodes))
         for _ in range(self._depth):  # each round the nodes of one depth more are those behind their parents
             behind = self.matrix[tokens[:, self._parent], self._rank]
             tokens = torch.cat((roots[:, None], behind), 1)
-        for number, suppress in enumerate(key.suppressed):
-            out = torch.zeros_like(self.matrix[:, 0], dtype=torch.bool).index_fill_(0, suppress, True)
-            behind = behind.masked_fill((group == number)[:, None] & out[behind], -1)
+        for number, each in enumerate(key.groups):
+            if each.suppress is not None:
+                out = torch.zeros_like(self.matrix[:, 0], dtype=torch.bool)
+                out.index_fill_(0, each.suppress, True)
+                behind = behind.masked_fill((group == number)[:, None] & out[behind], -1)
         return behind
 
     def _draft(self, tree: Sequence[int], size: int) -> Draft:

@@ -11,7 +11,6 @@ samples are matched instead, so that texts are the model's own at every temperat
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..models.modules import shapes_only
 from ..ops import row_topk
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import DraftSession, Lane
+from .drafter import DraftSession, Lane, Placed
 from .trees import Ranks, plan
 
 MOST = 63
@@ -98,7 +97,7 @@ class RiderDrafter:
         self.birth, self.source = birth.eval().requires_grad_(False), source
         self.ranks = _checked(ranks, birth.most)
         self.plan = functools.cache(functools.partial(plan, self.ranks))
-        self._placed: tuple[tuple[torch.device, torch.dtype], Birth] | None = None
+        self.on = Placed(self.birth)
 
     def __repr__(self) -> str:
         return f"RiderDrafter({self.birth.KIND}, riders={self.birth.most}, layer={self.birth.layer})"
@@ -115,14 +114,6 @@ class RiderDrafter:
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self, self.on(model.device, model.dtype), lanes)
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> Birth:
-        """A copy of the weights on `device` in `dtype`, kept for the next batch."""
-        if self._placed is None or self._placed[0] != (device, dtype):
-            # Tensors made outside inference mode can be used anywhere.
-            with torch.inference_mode(False), torch.no_grad():
-                self._placed = (device, dtype), copy.deepcopy(self.birth).to(device, dtype)
-        return self._placed[1]
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `write_checkpoint`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,18 @@ class SamplingGroup(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         return (*self[:3], id(self.suppress))
+
+    @property
+    def greedy(self) -> SamplingGroup:
+        """The same at temperature 0."""
+        return SamplingGroup(0.0, 1.0, 0, self.suppress)
+
+
+def grouped(groups: Iterable[SamplingGroup]) -> tuple[list[int], tuple[SamplingGroup, ...]]:
+    """The number of each group among the different ones, and these."""
+    different: dict[tuple[Any, ...], tuple[int, SamplingGroup]] = {}
+    numbers = [different.setdefault(group.key, (len(different), group))[0] for group in groups]
+    return numbers, tuple(group for _, group in different.values())
 
 
 class OpenRegion(NamedTuple):

@@ -13,6 +13,7 @@ from ..models import Model, native, own_precision
 from ..ops import row_stats
 from .draft import Draft
 from .drafter import DraftSession, Lane
+from .sequence import grouped
 
 
 class ModelDrafter:
@@ -75,16 +76,13 @@ class _Session(DraftSession):
             x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
             logits = self.model.head(x[torch.tensor(source, device=device)])
         logits[:, self.target_size :] = -torch.inf  # padding of the drafter's embedding
-        best = [-1] * len(source)
-        groups: dict[int, list[int]] = {}
-        for row, lane in enumerate(lanes):
-            groups.setdefault(id(lane.suppress), []).append(row)
-        for rows in groups.values():
-            at, suppress = torch.tensor(rows, device=device), lanes[rows[0]].suppress
-            stats = row_stats(logits, rows=at, mask_id=self.model.mask_id, suppress=suppress, check=False)
-            for row, token in zip(rows, stats.token.tolist(), strict=True):
-                best[row] = token
-        return best
+        best = torch.full((len(source),), -1, device=device)
+        numbers, groups = grouped(lane.sampling.greedy for lane in lanes)
+        for number, group in enumerate(groups):
+            at = torch.tensor([row for row, of in enumerate(numbers) if of == number], device=device)
+            mask_id, suppress = self.model.mask_id, group.suppress
+            best[at] = row_stats(logits, rows=at, mask_id=mask_id, suppress=suppress, check=False).token
+        return best.tolist()
 
 
 class _Causal(_Session):
