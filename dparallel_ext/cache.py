@@ -96,16 +96,7 @@ class AttentionMetadata:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields that are tensors, in their order."""
-        through_cache = self.q_start, self.q_end, self.kv_lens, self.block_table
-        tensors = (
-            self.rows,
-            self.positions,
-            self.slot_mapping,
-            *through_cache,
-            self.cu_seqlens,
-            self.seqused_k,
-        )
-        return tensors if self.ancestors is None else (*tensors, self.ancestors)
+        return tuple(value for value in vars(self).values() if isinstance(value, Tensor))
 
     def to(self, device: torch.device | str) -> AttentionMetadata:
         """A copy whose tensors are on `device`."""

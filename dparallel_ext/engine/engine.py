@@ -224,7 +224,7 @@ class Engine:
     def _start(self) -> None:
         """Start the thread."""
         self.request_ids = itertools.count()
-        self._process, self._forked = os.getpid(), False
+        self._process = os.getpid()
         self._bell: SimpleQueue[Engine | None] = SimpleQueue()
         self._ended = threading.Lock()  # held until the thread is over; an interrupted `join` fails later
         self._ended.acquire()
@@ -339,7 +339,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        if self._forked:
+        if self._process != os.getpid():
             self.core.check_open()
         with self.core.lock:
             s = self.core.scheduler.stats
@@ -394,7 +394,7 @@ class Engine:
     def _disown(self) -> None:
         """Refuse all requests: this process is a fork, without the engine's thread, which may hold the
         locks."""
-        self._forked, self._ended, self._bell = True, threading.Lock(), SimpleQueue()
+        self._ended, self._bell = threading.Lock(), SimpleQueue()
         self.core.disown(
             f"the engine belongs to process {self._process}, and this is a fork of it: make an engine here"
         )

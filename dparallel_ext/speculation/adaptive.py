@@ -142,14 +142,10 @@ def adaptive_decode(
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, setting, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
-    fields = decoded(batch, prompts[0].device if prompts else torch.device("cpu"), config)
+    device = prompts[0].device if prompts else torch.device("cpu")
+    fields = decoded(batch, device, config, "draft_nfe")
     return AdaptiveOutput(
-        **fields,
-        verifier_nfe=fields["nfe"].new_tensor([row.draft_nfe for row in batch.rows]),
-        verifier_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
-        passes=[row.passes for row in batch.rows] if config.record else None,
+        verifier_nfe=fields.pop("draft_nfe"), verifier_forwards=batch.draft_forwards, **fields
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -37,8 +36,6 @@ class Draft(NamedTuple):
     @property
     def is_chain(self) -> bool:
         """Whether each row, riders included, is the child of the row before."""
-        if not self.riders:
-            return self.parents is None or self.parents == tuple(range(len(self.tokens)))
         return self.rows == tuple(range(-1, self.size))
 
     @property
@@ -57,20 +54,15 @@ class Draft(NamedTuple):
 
     def refused(self, emitted: Sequence[int]) -> tuple[int, ...]:
         """The tokens of the nodes that are not on the path of the emitted tokens."""
-        if not self.tokens:
-            return ()
-        if self.is_chain:
-            pairs = zip(self.tokens, emitted, strict=False)
-            return self.tokens[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
-        nodes = list(enumerate(zip(self.tokens, self.verified_rows[1:], strict=True), 1))
-        at: int | None = 0
-        taken = set[int]()
-        for token in emitted:  # of siblings with one token, the first is on the path, see `ops.accept`
-            at = next((node for node, (guess, parent) in nodes if guess == token and parent == at), None)
-            if at is None:
+        children: dict[tuple[int, int], int] = {}
+        for node, child in enumerate(zip(self.verified_rows[1:], self.tokens, strict=True), 1):
+            children.setdefault(child, node)  # of siblings with one token, the first is on the path
+        node, taken = 0, set[int]()
+        for token in emitted:
+            if (node := children.get((node, token), 0)) == 0:
                 break
-            taken.add(at)
-        return tuple(guess for node, (guess, _) in nodes if node not in taken)
+            taken.add(node)
+        return tuple(token for node, token in enumerate(self.tokens, 1) if node not in taken)
 
 
 def check_drafts(
@@ -161,9 +153,7 @@ def _check_riders(draft: Draft, lane: int, most: int) -> None:
 
 def depths(draft: Draft) -> Sequence[int]:
     """The depths of the root, which is 0, and of the nodes."""
-    if draft.parents is None:
-        return range(len(draft.tokens) + 1)
     depths = [0]
-    for node in range(1, len(draft.tokens) + 1):
-        depths.append(1 + depths[draft.parents[node - 1]])
+    for parent in draft.verified_rows[1:]:
+        depths.append(1 + depths[parent])
     return depths

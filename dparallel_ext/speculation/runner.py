@@ -143,24 +143,19 @@ class PassRows:
         self.source.append(self._offset - 1)
         self._offset += size
         self.token.append(root)
-        seed, number = row.settings.key
         riders = size - len(nodes)
-        if size:
-            self.with_riders |= riders > 0
-            self.verified = max(self.verified, 1 + len(nodes))
-            self.ids += nodes
-            self.source += range(self.source[-1] + 1, self.source[-1] + 1 + size)
-            self.token += nodes
-            self.parent += draft.verified_rows
-            for depth in depths(draft):  # row r chooses the token at position known + depth
-                self.keys += (seed, number, known + depth, 0)
-            # `accept` does not read the rows of riders.
-            self.token += [0] * riders
-            self.parent += [-1] * riders
-            self.keys += [0] * (4 * riders)
-        else:
-            self.parent.append(-1)
-            self.keys += (seed, number, known, 0)
+        self.with_riders |= riders > 0
+        self.verified = max(self.verified, 1 + len(nodes))
+        self.ids += nodes
+        self.source += range(self.source[-1] + 1, self.source[-1] + 1 + size)
+        self.token += nodes
+        self.parent += draft.verified_rows
+        for depth in depths(draft):  # row r chooses the token at position known + depth
+            self.keys += (*row.settings.key, known + depth, 0)
+        # `accept` does not read the rows of riders.
+        self.token += [0] * riders
+        self.parent += [-1] * riders
+        self.keys += [0] * (4 * riders)
         group, lanes = row.sampling, len(self.sequences)
         _, edges = self.groups.setdefault(group.key, (group, [0] * (2 * lanes)))
         edges[b], edges[lanes + b] = first, len(self.source) - riders

@@ -151,11 +151,7 @@ def speculate(
         if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
     return SpeculateOutput(
-        **decoded(batch, device, config, "draft_nfe", "layers"),
-        draft_forwards=batch.draft_forwards,
-        drafted=torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
-        accepted=torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
-        passes=[row.passes for row in batch.rows] if config.record else None,
+        **decoded(batch, device, config, "draft_nfe", "layers"), draft_forwards=batch.draft_forwards
     )
 
 
@@ -228,7 +224,8 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
 
 
 def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str) -> dict[str, Any]:
-    """The fields of a `DecodeOutput`, on `device`; counts: names of further counts of a sequence."""
+    """The fields that the outputs of `speculate` and `adaptive_decode` share, on `device`; counts: names of
+    further counts of a sequence."""
     rows = batch.rows
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool, device="cpu")
     for places, row in zip(masked, rows, strict=True):
@@ -254,5 +251,8 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *cou
         "nfe_published": published,
         "trajectory": trajectory if config.record else None,
         "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
+        "drafted": torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
+        "accepted": torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
+        "passes": [row.passes for row in rows] if config.record else None,
         **dict(zip(counts, others, strict=True)),
     }

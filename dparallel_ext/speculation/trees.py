@@ -134,11 +134,11 @@ def plan(ranks: Ranks, budget: int) -> Plan:
         size = int(each.argmax())
         riders = state.riders(h.diff())[size, : size + 1].tolist()
         trees.append(Tree(tuple(state.nodes[:size]), tuple(riders)))
-    return Plan(tuple(trees), 1.0 + steady_state(trees)[1])
+    return Plan(tuple(trees), 1.0 + accepted_tokens(trees))
 
 
-def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
-    """The share of passes in each state, in the long run, and the tokens of a draft that they accept."""
+def accepted_tokens(trees: Sequence[Tree]) -> float:
+    """The tokens of a draft that passes with these trees, one for each state, accept in the long run."""
     count = len(trees)
     step = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     worth = torch.zeros(count, dtype=torch.float64, device="cpu")
@@ -155,4 +155,4 @@ def steady_state(trees: Sequence[Tree]) -> tuple[list[float], float]:
     for _ in range(SETTLED):
         passes = passes @ passes
     share = passes[0] / passes[0].sum()  # behind a prompt nothing has been guessed
-    return share.tolist(), float(share @ worth)
+    return float(share @ worth)

@@ -26,7 +26,7 @@ from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Draft, DraftSession, Measured, RiderDrafter, drafter_of
 from dparallel_ext.speculation.sizing import Fixed, sizer_for
-from dparallel_ext.speculation.trees import Node, Tree, best_nodes, plan, steady_state
+from dparallel_ext.speculation.trees import Node, Tree, accepted_tokens, best_nodes, plan
 
 pytest_plugins = ["taping"]
 
@@ -456,7 +456,7 @@ def test_no_other_trees_of_these_nodes_bring_more() -> None:
                 for riders in itertools.product(range(3), repeat=1 + size):
                     if sum(riders) <= budget - size:
                         choices[-1].append(Tree(tuple(nodes), riders))
-        best = max(steady_state(trees)[1] for trees in itertools.product(*choices))
+        best = max(accepted_tokens(trees) for trees in itertools.product(*choices))
         found = plan(ranks, budget)
         assert found.tokens - 1 == pytest.approx(best, abs=1e-6), budget
         for tree in found.trees:
