@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         ValueError: naming the file that cannot be read.
     """
     path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
-    is_file = _is_file(path)
+    is_file = is_single_file(path)
     directory = path.parent if is_file else files.locate(path)
     config_file, weights = "config.json", "model.safetensors"
     if not is_file and any((directory / name).is_file() for name in ADAPTER):
@@ -119,7 +119,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     return DraftCheckpoint(str(path), config, tensors)
 
 
-def _is_file(path: Path) -> bool:
+def is_single_file(path: Path) -> bool:
     """Whether a drafter's path is that of one file, and not of a directory."""
     return path.suffix == ".safetensors" and not os.path.isdir(path)
 
@@ -152,7 +152,7 @@ def write_checkpoint(
         name: t.to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True).contiguous()
         for name, t in model.state_dict().items()
     }
-    is_file = _is_file(path)
+    is_file = is_single_file(path)
     metadata = {METADATA: json.dumps(config)} if is_file else {"format": "pt"}
     weights = path if is_file else path / "model.safetensors"
     files.directory("path", weights.parent)

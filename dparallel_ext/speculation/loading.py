@@ -13,9 +13,9 @@ import torch
 from ..arguments import number, shown, whole
 from ..models import FAMILIES
 from ..models import load as load_model
-from ..models.files import read_json
+from ..models.files import locate, read_json
 from . import adadecode, dflash, eagle
-from .checkpoint import OURS, DraftCheckpoint, Origin, read_checkpoint
+from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
 from .ddtree import SelfTrees, TreeDrafter
 from .dflash import BlockDrafter
 from .drafter import Apart, Drafter, Expecting
@@ -78,8 +78,9 @@ def drafter_of(
     value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `load`), or of a model that drafts, loaded onto `device` and in `dtype`; or such a model. "tree:" in front
-    of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). None stays None.
+    `load`), or of a model that drafts, or ORG/NAME, loaded onto `device` and in `dtype`; or such a model.
+    "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). None stays
+    None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
@@ -110,7 +111,7 @@ def drafter_of(
             return TreeDrafter(blocks.model, blocks.source)
     if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         try:
-            if _is_model(Path(value)):
+            if _is_model(value):
                 return ModelDrafter(load_model(value, device=device, dtype=dtype))
             return load(value)
         except (FileNotFoundError, ValueError) as error:
@@ -141,8 +142,9 @@ def _is_path(text: str) -> bool:
     return bool(text) and ("/" in text or text.endswith(".safetensors") or os.path.exists(text))
 
 
-def _is_model(path: Path) -> bool:
-    """Whether a directory holds a language model, and not a drafter, whose config may name a family too."""
-    config = read_json(path / "config.json")
+def _is_model(path: str | Path) -> bool:
+    """Whether a directory, or ORG/NAME, holds a language model, and not a drafter, whose config may name a
+    family too."""
+    config = {} if is_single_file(Path(path)) else read_json(locate(path) / "config.json")
     drafts = "dflash_config" in config or OURS in config or eagle.is_config(config)
     return str(config.get("model_type")) in FAMILIES and not drafts

@@ -390,6 +390,15 @@ def test_a_drafter_of_ones_own_has_a_name(monkeypatch: pytest.MonkeyPatch) -> No
         plain(drafter="unknown")
 
 
+def test_a_model_of_the_hub_drafts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a model in a directory does."""
+    models.save(model_of("qwen2"), tmp_path / "drafter")
+    monkeypatch.setattr(models.files, "fetched", lambda name: {"org/name": tmp_path / "drafter"}[name])
+    drafter = speculation.drafter_of("org/name")
+    assert isinstance(drafter, ModelDrafter)
+    assert torch.equal(plain(drafter=drafter).sequences, plain().sequences)
+
+
 def test_no_call_keeps_its_models_alive() -> None:
     """Neither a drafter, while the model lives, nor a model that drafts for itself."""
     target = model_of("llama")
