@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ def generate(
         "block_length": block_length,
         "temperature": temperature,
         "remasking": remasking,
-        "mask_id": _mask_of(model, mask_id),
+        "mask_id": mask_id,
         "threshold": threshold,
         "selector": selector,
         "suppress": [eos_id] if logits_eos_inf else None,
@@ -159,36 +159,53 @@ def generate_with_dual_cache(
     return _generate("dual", **locals())
 
 
-def _generate(
-    cache: str,
-    *,
-    model: Any,
-    prompt: Tensor | list[Tensor],
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    temperature: float,
-    remasking: str,
-    mask_id: int | None,
-    threshold: float | None,
-    selector: str,
-    suppress: list[int] | None = None,
-) -> tuple[Tensor, int]:
-    steps, gen_length, block_length = _checked(steps, gen_length, block_length, remasking, selector)
-    if threshold is None:
+class _Options(NamedTuple):
+    """The published functions' arguments beside model and prompt, checked."""
+
+    steps: int
+    gen_length: int
+    block_length: int
+    temperature: float
+    remasking: str
+    mask_id: int
+    threshold: float | None
+    selector: str
+    suppress: list[int] | None = None
+
+    @classmethod
+    def of(cls, model: Any, **given: Any) -> _Options:
+        """The options `given`, by their names. Raises ValueError naming the argument that does not fit."""
+        least = {"gen_length": 0, "block_length": 1, "steps": 1}
+        options = cls(**{**given, **{name: whole(name, given[name], bound) for name, bound in least.items()}})
+        steps, gen_length, block_length = options[:3]
+        one_of("selector", options.selector, policies.SELECTORS)
+        one_of("remasking", options.remasking, ("low_confidence", "random"))
+        if gen_length % block_length:
+            raise ValueError(
+                f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}"
+            )
+        blocks = gen_length // block_length
+        if blocks and steps % blocks:
+            raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+        return options._replace(mask_id=_mask_of(model, options.mask_id))
+
+
+def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given: Any) -> tuple[Tensor, int]:
+    options = _Options.of(model, **given)
+    if options.threshold is None:
         # The published fixed schedule ranks by these scores.
-        by_entropy = selector == "entropy" and cache in ("prefix", "dual")
-        row: dict[str, Any] = {"steps": steps, "score": "entropy" if by_entropy else "confidence"}
+        by_entropy = options.selector == "entropy" and cache in ("prefix", "dual")
+        row: dict[str, Any] = {"steps": options.steps, "score": "entropy" if by_entropy else "confidence"}
     else:
-        row = {"threshold": threshold, "selector": selector}
+        row = {"threshold": options.threshold, "selector": options.selector}
     config = DecodeConfig(
-        gen_length=gen_length,
-        block_length=block_length,
+        gen_length=options.gen_length,
+        block_length=options.block_length,
         cache=cache,
-        temperature=temperature,
-        suppress=suppress,
-        mask_id=_mask_of(model, mask_id),
-        rule=AtRandom() if remasking == "random" else None,
+        temperature=options.temperature,
+        suppress=options.suppress,
+        mask_id=options.mask_id,
+        rule=AtRandom() if options.remasking == "random" else None,
         **row,
     )
     with torch.inference_mode():
@@ -202,7 +219,7 @@ def _generate(
     tokens = batch.tokens.clone()
     batch.keep()
     if isinstance(prompt, Tensor) and not len(prompt):
-        tokens = prompt.new_empty((0, prompt.shape[1] + gen_length))
+        tokens = prompt.new_empty((0, prompt.shape[1] + options.gen_length))
     return tokens, batch.forwards
 
 
@@ -247,50 +264,22 @@ def _at_random(stats: RowStats) -> RowStats:
     return stats._replace(confidence=score, margin=score, entropy=score)
 
 
-def _checked(
-    steps: int, gen_length: int, block_length: int, remasking: str, selector: str
-) -> tuple[int, int, int]:
-    """steps, gen_length and block_length as ints. Raises ValueError naming the argument that does not fit."""
-    gen_length, block_length = whole("gen_length", gen_length, 0), whole("block_length", block_length, 1)
-    steps = whole("steps", steps, 1)
-    one_of("selector", selector, policies.SELECTORS)
-    one_of("remasking", remasking, ("low_confidence", "random"))
-    if gen_length % block_length:
-        raise ValueError(f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}")
-    blocks = gen_length // block_length
-    if blocks and steps % blocks:
-        raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
-    return steps, gen_length, block_length
-
-
 def _by_logits(
-    model: Any,
-    prompt: Tensor,
-    *,
-    cfg_scale: float,
-    last: list[int],
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    temperature: float,
-    remasking: str,
-    mask_id: int,
-    threshold: float | None,
-    selector: str,
-    suppress: list[int] | None,
+    model: Any, prompt: Tensor, *, cfg_scale: float, last: list[int], **given: Any
 ) -> tuple[Tensor, int]:
     """LLaDA's loop for options that change the logits between model and rule: tokens (B, P + gen_length) and
     the number of passes.
 
     last: ids that are left out of the confidences.
     """
-    steps, gen_length, block_length = _checked(steps, gen_length, block_length, remasking, selector)
+    options = _Options.of(model, **given)
+    steps, gen_length, block_length, mask_id = *options[:3], options.mask_id
     rows = torch.atleast_2d(prompt)
     check_prompts("prompt", rows, model)
     batch, start_of = len(rows), rows.shape[1]
     blocks = gen_length // block_length
     share, rest = divmod(block_length, steps // blocks) if blocks else (0, 0)
-    seed = drawn_seed(temperature)
+    seed = drawn_seed(options.temperature)
     forwards = 0
     with torch.no_grad():
         x = F.pad(rows, (0, gen_length), value=mask_id)  # (B, L)
@@ -310,26 +299,26 @@ def _by_logits(
                 stats, error = read_rows(
                     read,
                     mask_id=mask_id,
-                    suppress=suppress,
-                    temperature=temperature,
+                    suppress=options.suppress,
+                    temperature=options.temperature,
                     seed=seed,
                     sequence=b,
                     position=column,
                     step=forwards,
                 )
                 report_rows(error, b, column, x.shape[1])
-                if remasking == "random":
+                if options.remasking == "random":
                     stats = _at_random(stats)
                 elif last:
                     # Rows that leave nothing but these ids are no error: their lse is -inf.
-                    lse = read_rows(read, suppress=[*(suppress or []), *last], mask_id=mask_id)[0].lse
+                    lse = read_rows(read, suppress=[*(options.suppress or []), *last], mask_id=mask_id)[0].lse
                     chosen = read.gather(1, stats.sample[:, None])[:, 0].float()
                     out = torch.isin(stats.sample, torch.tensor(last, device=x.device))
                     stats = stats._replace(confidence=(chosen - lse).exp().masked_fill(out, 0.0))
-                if threshold is None:
+                if options.threshold is None:
                     rule = policies.make("quota", max(1, share + (turn < rest)), batch=batch)
                 else:
-                    rule = policies.make(selector, threshold, batch=batch)
+                    rule = policies.make(options.selector, options.threshold, batch=batch)
                 spread = functools.partial(_spread, shape=x.shape, at=(b, column))
                 by_column = stats.map(spread)
                 x = torch.where(select(by_column, eligible, rule), by_column.sample, x)
