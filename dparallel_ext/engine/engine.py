@@ -77,7 +77,7 @@ class EngineStats:
     drafted_tokens: int
     """Tokens that the drafter guessed, or that the verifier judged."""
     accepted_tokens: int
-    """Of those, the ones that were kept."""
+    """How many of these tokens were kept."""
     prompt_tokens: int
     """Prompt tokens of the requests let into lanes, without masks to fill."""
     reused_tokens: int
@@ -124,7 +124,7 @@ class Engine:
         share: requests with a common prefix share the pages of that prefix, and the drafter's data in them;
             pages of finished requests are kept for this while there is room. Needs cache "block" with blocks
             that count from position 0 (not A2D's), or an autoregressive model. Shared keys and values equal
-            one's own but for rounding, so the default is on unless `batch_invariant` is.
+            those of a request alone but for rounding, so the default is on unless `batch_invariant` is.
         keywords: fields of `DecodeConfig`; they replace the config's.
 
     An engine is thread-safe, and a request that fails does not affect others. Use it in a `with` block, or

@@ -58,8 +58,8 @@ class Draft:
     drafted: int = 0
     """Tokens that the drafter, or self-speculation, guessed for the pass, or that the verifier judged."""
     accepted: int = 0
-    """Of those, the ones that were kept; from left to right the first of `tokens`, but for the last of them,
-    which counts as the pass's own."""
+    """How many of these tokens were kept. From left to right they are the first of `tokens`, whose last one
+    counts as the pass's own."""
     refused: list[int] = field(default_factory=list)
     """The others, not chosen or behind an end of the text, in their order."""
     passes: list[int | None] | None = None

@@ -127,11 +127,11 @@ def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: 
 def wrap(hf_model: nn.Module) -> Model:
     """A native model that shares the weights of a loaded Hugging Face model of one of `FAMILIES`.
 
-    It may be wrapped, see `for_decoding`. PEFT's layers are shared too, so that an adapter that is switched,
-    disabled or merged in one is so in both; all are put in evaluation mode. Experts that it holds one by one,
+    It may be wrapped, see `for_decoding`. PEFT's layers are shared too: switching, disabling or merging
+    an adapter in one model does it in both. All are put in evaluation mode. Experts that it holds one by one,
     as remote code does, are copied. A native model is returned as it is. The native model has layers of its
     own, so hooks on the Hugging Face model's modules, and code that replaces its classes' `forward`, do not
-    run: of these a warning tells.
+    run; a warning names them.
 
     Raises:
         ValueError: naming the config key, or the missing, extra or misshapen tensors; also if the

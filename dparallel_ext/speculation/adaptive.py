@@ -57,7 +57,7 @@ class AdaptiveOutput(DecodeOutput):
     drafted: Tensor = field(kw_only=True)
     """(D,) int64: passes, over all sequences, that drafted 1, 2, ..., D tokens beyond the first."""
     accepted: Tensor = field(kw_only=True)
-    """(D,) int64: the passes, of those, that committed the token at this depth."""
+    """(D,) int64: how many of these passes committed the token at this depth."""
     passes: list[list[Verified]] | None = field(default=None, repr=False)
     """With `record`, for each sequence and pass the drafted, accepted and refused tokens, without the
     first."""

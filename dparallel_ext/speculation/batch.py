@@ -40,7 +40,7 @@ class Counts:
     drafted: list[int]
     """Passes whose draft reached this depth."""
     accepted: list[int]
-    """Passes, of those, that accepted a token of the draft at this depth."""
+    """How many of these passes accepted a token of the draft at this depth."""
 
     def add(self, depth: int, taken: int) -> None:
         missing = depth - len(self.drafted)

@@ -47,7 +47,7 @@ class SpeculateOutput(DecodeOutput):
     drafted: Tensor = field(kw_only=True)
     """(D,) int64: drafts, over all sequences, that reached depth 1, 2, ..., D."""
     accepted: Tensor = field(kw_only=True)
-    """(D,) int64: drafts, of those, whose token at this depth was the model's own choice."""
+    """(D,) int64: how many of these drafts had the model's own choice at this depth."""
     layers: Tensor = field(kw_only=True)
     """(B,) int64: layers of the model run for each sequence, one after the other: all of them in each pass,
     unless some have run for the draft (AdaDecode)."""

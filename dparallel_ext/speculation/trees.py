@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     trees: tuple[Tree, ...]
     """For each state: the number of riders behind the node whose choice is the root."""
     tokens: float
-    """Of a pass in the steady state, as far as `ranks` are so."""
+    """Tokens of a pass in the steady state, if `ranks` hold."""
 
 
 def best_nodes(ranks: Ranks, depth: int, most: int) -> list[Node]:
