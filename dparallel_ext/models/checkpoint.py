@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -265,16 +263,7 @@ def save(
     if family_of(config) is not type(model):
         names = [name for name, family in FAMILIES.items() if type(model) is family]
         config["model_type"] = names[0] if names else config.get("model_type")
-    weights, file = directory / "model.safetensors", directory / "config.json"
-    with files.replacing(file) as new_file:
-        new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        files.flush(new_file)
-        with files.replacing(weights) as new_weights:
-            save_file(tensors, new_weights, metadata={"format": "pt"})
-            shutil.copymode(new_file, new_weights)  # safetensors lets only the owner read it
-            files.flush(new_weights)
-            if file.exists() and file.read_bytes() != new_file.read_bytes():
-                file.unlink()  # the new weights appear first, and must not be read with the old config
+    files.replace_model(directory, config, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
 
 
 class Offer(NamedTuple):

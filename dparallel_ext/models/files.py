@@ -7,8 +7,9 @@ import functools
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,21 @@ def replacing(file: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(file)
         raise
+
+
+def replace_model(directory: Path, config: Mapping[str, Any], write: Callable[[Path], object]) -> None:
+    """Write config.json, and model.safetensors by `write`. Each appears whole or not at all, config.json
+    last, and at no moment are weights there with another model's config."""
+    weights, file = directory / "model.safetensors", directory / "config.json"
+    with replacing(file) as new_file:
+        new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        flush(new_file)
+        with replacing(weights) as new_weights:
+            write(new_weights)
+            shutil.copymode(new_file, new_weights)  # safetensors lets only the owner read it
+            flush(new_weights)
+            if file.exists() and file.read_bytes() != new_file.read_bytes():
+                file.unlink()
 
 
 def flush(file: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +138,7 @@ def write_checkpoint(
     path: str | Path, config: Mapping[str, Any], model: nn.Module, dtype: torch.dtype
 ) -> None:
     """Write one file if the path ends in .safetensors, else a directory in the layout of the published
-    checkpoints. Each file appears whole or not at all.
+    checkpoints, see `files.replace_model`. Each file appears whole or not at all.
 
     Raises ValueError for a dtype that `DraftCheckpoint.fill` does not take, and for a path that cannot be
     written to.
@@ -152,15 +151,13 @@ def write_checkpoint(
         name: t.to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True).contiguous()
         for name, t in model.state_dict().items()
     }
-    is_file = is_single_file(path)
-    metadata = {METADATA: json.dumps(config)} if is_file else {"format": "pt"}
-    weights = path if is_file else path / "model.safetensors"
-    files.directory("path", weights.parent)
-    with ExitStack() as replaced:
-        if not is_file:
-            file = replaced.enter_context(files.replacing(path / "config.json"))
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        replaced.enter_context(files.replacing(weights)).write_bytes(save(tensors, metadata))
+    if is_single_file(path):
+        files.directory("path", path.parent)
+        with files.replacing(path) as file:
+            file.write_bytes(save(tensors, {METADATA: json.dumps(config)}))
+    else:
+        weights = save(tensors, {"format": "pt"})
+        files.replace_model(files.directory("path", path), config, lambda file: file.write_bytes(weights))
 
 
 def check_target(source: str, origin: Origin, model: Model, **sizes: int) -> None:

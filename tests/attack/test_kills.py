@@ -20,6 +20,7 @@ from dparallel.toy import train
 from dparallel.training import adapters, distill, trajectories
 
 import dparallel_ext as dx
+from dparallel_ext import speculation
 
 TINY = train.Settings(steps=4, batch=2, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir", "os.chmod")
@@ -252,6 +253,33 @@ def test_a_save_over_another_model_is_old_or_new_or_refused(
     with full_disk(10_000), pytest.raises(OSError, match="full"):
         dx.models.save(dx.models.load(model), out)
     assert outcome(out) == ends[1]
+
+
+def test_a_drafter_saved_over_another_is_old_or_new_or_refused(attack: Any, tmp_path: Path) -> None:
+    """Of the same sizes."""
+
+    def outcome_of(directory: Path) -> str:
+        try:
+            found = speculation.load(directory)
+        except (ValueError, FileNotFoundError) as error:
+            return "refused" if str(directory) in str(error) else f"refused without a name: {error}"
+        assert isinstance(found, speculation.AdaDecode)
+        return f"{found.layout.gamma} {sum(float(p.abs().sum()) for p in found.heads.parameters())}"
+
+    out = tmp_path / "out"
+    old = speculation.load(registry.DRAFTERS["builtin:adadecode"])
+    assert isinstance(old, speculation.AdaDecode)
+    old.save(out)
+    ends = [outcome_of(out)]
+    new = speculation.AdaDecode(old.heads, gamma=0.25)
+    for parameter in new.heads.parameters():
+        parameter.data *= 2
+    found = states(out, lambda: new.save(out))
+    ends.append(outcome_of(out))
+    assert len(set(ends)) == 2
+    for rng in attack.cases(20):
+        said, state = killed(rng, found)
+        assert outcome_of(lay(tmp_path / "killed", state)) in [*ends, "refused"], said
 
 
 @pytest.fixture(scope="module")
