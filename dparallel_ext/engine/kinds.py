@@ -163,13 +163,14 @@ class Kind(ABC):
 class Diffusion(Kind):
     """Masked diffusion: blocks of masks, and a rule that decides which of them a pass fills."""
 
+    mask_id: int
+
     def __init__(self, model: Model, config: DecodeConfig, draft_size: int | None) -> None:
         self._model, block_causal = model, traits(model).block_length is not None
         self.models = (model,)
         self._of_model = check_model(config, model, "block" if block_causal else "dual")
-        self.cache, self._schedule, self._mask_id = self._of_model
+        self.cache, self._schedule, self.mask_id = self._of_model
         self._draft_size = states_to_guess(draft_size, self._schedule)
-        self.mask_id = self._mask_id
         self.config = config.replace(**self._of_model.fields)
         self.page_unit = self._schedule.block_length if self._schedule.aligned else 1
         if self.cache != "block":
@@ -194,7 +195,7 @@ class Diffusion(Kind):
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
         settings, schedule = self.settings(config), self._schedule
-        masked = masks(ids, self._mask_id) if config.infill else []
+        masked = masks(ids, self.mask_id) if config.infill else []
         size, aligned = schedule.block_length, schedule.aligned
         layout = lay_out(len(ids), gen_length, size, aligned, settings.steps, masked)
         # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
@@ -218,8 +219,8 @@ class Diffusion(Kind):
             lanes,
             width,
             self._schedule,
-            self._mask_id,
-            pad_id=self._mask_id,
+            self.mask_id,
+            pad_id=self.mask_id,
             device=self._model.device,
             batch_invariant=self.config.batch_invariant,
             graphs=self.config.graphs,
