@@ -143,6 +143,15 @@ def test_mask_ratios_are_uniform():
     assert bool((counts < 250).all()), counts
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("warmup", 0), ("muon_lr", "fast"), ("adam_lr", 1), ("ema", float("nan")), ("decay", 2), ("heads", 64)],
+)
+def test_a_setting_that_does_not_fit_is_named(name: str, value: object):
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        train.Settings(**{name: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     """Its recorded accuracy meets the aim, and a fresh sample bears it out."""

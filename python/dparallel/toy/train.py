@@ -26,12 +26,9 @@ from .. import files
 from ..training import loop
 from . import tasks
 
-MOST_SEEDS = 2**40
-"""The bound of seeds, so that the seed of a step fits the 64 bits of torch's generator."""
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(loop.Schedule):
     """The settings of a training run; the same settings give the same model."""
 
     steps: int = 7000
@@ -45,17 +42,19 @@ class Settings:
     weight_decay: float = 0.01
     warmup: int = 200
     decay: float = 0.25
-    """Share of the steps, at the end, over which the learning rates fall to zero."""
     ema: float = 0.998
     seed: int = 0
     causal: bool = False
     """Whether to train the autoregressive model."""
 
     def __post_init__(self) -> None:
-        check_fields(self, ("steps", "batch", "width", "layers", "heads", "mlp_width"), whole, 1)
-        check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width {self.width}, got {self.heads}")
+        super().__post_init__()
+        check_fields(self, ("batch", "width", "layers", "heads", "mlp_width"), whole, 1)
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"heads: expected a divisor of width {self.width} that leaves heads of an even size, got "
+                f"{self.heads}"
+            )
 
 
 def tokenizer() -> Any:
@@ -198,7 +197,6 @@ def train(
     out: str | Path,
     settings: Settings | None = None,
     *,
-    device: str | torch.device = "cpu",
     save_every: int = 500,
     evaluate: int = 2000,
     progress: bool = True,
@@ -218,13 +216,12 @@ def train(
         whole(name, value, least)
     directory = files.directory("out", out)
     with files.locked("out", directory):
-        return _train(directory, settings, device, save_every, evaluate, progress)
+        return _train(directory, settings, save_every, evaluate, progress)
 
 
 def _train(
     directory: Path,
     settings: Settings,
-    device: str | torch.device,
     save_every: int,
     evaluate: int,
     progress: bool,
@@ -232,7 +229,6 @@ def _train(
     torch.manual_seed(settings.seed)
     model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
     initialise(model)
-    model.to(device)
 
     def loss_of(step: int) -> Tensor:
         ids, prompt = batch_of(settings, step)

@@ -9,37 +9,52 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import dparallel_ext as dx
+from dparallel_ext.arguments import check_fields, number, whole
 
 from .. import files
 
+MOST_SEEDS = 2**40
+"""The bound of seeds, so that the seed of a step fits the 64 bits of torch's generator."""
 Optimizers = list[tuple[torch.optim.Optimizer, float]]
 """Optimizers and their full rates."""
 
 
-class Schedule(Protocol):
-    """The steps and rates in a run's settings."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The steps and rates of a run, whose settings are a subclass with defaults.
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def muon_lr(self) -> float: ...
-    @property
-    def adam_lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def ema(self) -> float: ...
+    Raises ValueError naming the number that does not fit.
+    """
+
+    steps: int
+    muon_lr: float
+    adam_lr: float
+    weight_decay: float
+    warmup: int
+    decay: float
+    """Share of the steps, at the end, over which the learning rates fall to zero."""
+    ema: float
+    """Share of the averaged weights that a step keeps, once there are enough steps for it."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("steps", "warmup"), whole, 1)
+        check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
+        check_fields(self, ("muon_lr", "adam_lr", "ema", "weight_decay", "decay"), number)
+        for name in ("muon_lr", "adam_lr", "ema"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "decay"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
 
 
 STATE = ("settings", "step", "model", "optimizers", "average", "seconds", "curve", "recent")

@@ -21,14 +21,14 @@ from dparallel_ext.speculation.drafter import Drafter
 
 from ... import registry
 from ...text import Template
-from ...toy.train import MOST_SEEDS
+from ..loop import Schedule
 
 Answer = tuple[Tensor, int]
 """Prompt and response (T,) int64 with the end token, and the prompt's length."""
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Schedule):
     """The settings that all drafters have; the same settings and answers give the same drafter.
 
     Each kind has a subclass with settings of its own.
@@ -52,25 +52,18 @@ class Settings:
     weight_decay: float = 0.01
     warmup: int = 100
     decay: float = 0.4
-    """Share of the steps, at the end, over which the learning rates fall to zero."""
     ema: float = 0.995
     seed: int = 0
     dtype: str = "auto"
     """The target's: "float32", "bfloat16", "float16", or "auto", see `registry.load`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in self.KINDS:
             raise ValueError(f"kind: expected one of {list(self.KINDS)}, got {self.kind!r}")
         registry.dtype_of(self.dtype)
-        check_fields(self, ("steps", "batch", "anchors", "warmup", "gen_length"), whole, 1)
-        check_fields(self, ("muon_lr", "adam_lr", "ema", "weight_decay", "decay", "temperature"), number)
-        check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
-        for name in ("muon_lr", "adam_lr", "ema"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "decay"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        check_fields(self, ("batch", "anchors", "gen_length"), whole, 1)
+        check_fields(self, ("temperature",), number)
         if self.temperature > 100:
             raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
 
