@@ -437,6 +437,16 @@ def test_an_adapter_run_goes_on_where_it_stopped(answers: Path, adapter: Path, t
         torch.testing.assert_close(one[name], other[name])
 
 
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("collator", "total_length"), ("collator", "response_length"), ("trajectories", "gen_length")],
+)
+def test_a_dry_run_names_a_length_that_does_not_fit(section: str, name: str):
+    recipe = replace(distill.read(RECIPES / "builtin.yaml"), **{section: {name: "long"}})
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number >= 1, got 'long'"):
+        distill.plan(recipe)
+
+
 def test_a_dry_run_counts_the_answers_of_a_directory(answers: Path):
     recipe = distill.Recipe("builtin:teacher", {"num_train_epochs": 2, "per_device_train_batch_size": 1})
     right = len(trajectories.Trajectories(answers))

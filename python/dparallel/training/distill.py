@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -246,8 +246,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     rows.check_tokenizer(recipe.model, tokenizer.load(source))
     if other := mismatch(recipe, rows.settings):
         warnings.warn(other, stacklevel=3)
-    total = recipe.collator.get("total_length")
-    if total is not None and all(prompt >= whole("total_length", total, 1) for _, prompt, _ in rows.bounds):
+    collator = trajectories.Collator(0, **recipe.collator)
+    total = collator.total_length
+    if total is not None and all(prompt >= total for _, prompt, _ in rows.bounds):
         raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")
     checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
     if checkpoint is not None:
@@ -267,7 +268,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=trajectories.Collator(eos, **recipe.collator),
+            data_collator=replace(collator, eos_id=eos),
             processing_class=files.Companions(source),
         )
     except RuntimeError as error:
@@ -351,8 +352,9 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
         steps: int | None = args.max_steps
     else:
         steps = None if examples is None else math.ceil(-(-examples // batch) * args.num_train_epochs)
-    gen = trajectories.Settings(**recipe.trajectories).gen_length
-    tokens = recipe.collator.get("total_length") or 128 + (recipe.collator.get("response_length") or gen)
+    collator = trajectories.Collator(0, **recipe.collator)
+    gen = whole("gen_length", trajectories.Settings(**recipe.trajectories).gen_length, 1)
+    tokens = collator.total_length or 128 + (collator.response_length or gen)
     rows = 2 * micro * tokens  # both views
     checkpointed = args.gradient_checkpointing
     passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
