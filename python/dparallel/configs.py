@@ -183,7 +183,8 @@ def policy_of(config: DecodeConfig) -> str | None:
     if changed <= {"rule"}:
         rule = config.rule or ONE
         return rule if isinstance(rule, str) else None
-    if changed <= {"selector", "threshold"}:
+    of_each = any(isinstance(getattr(config, name), tuple) for name in changed)
+    if changed <= {"selector", "threshold"} and not of_each:
         return f"{config.selector or 'entropy'}:{config.threshold}"
     return f"steps:{config.steps}" if changed == {"steps"} else None
 

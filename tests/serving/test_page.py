@@ -127,6 +127,7 @@ def test_what_is_recorded_stays_data() -> None:
         ({"threshold": 0.9, "selector": "confidence"}, "confidence:0.9"),
         ({"steps": 16}, "steps:16"),
         ({"threshold": 0.9, "selector": "confidence", "min_commit": 2}, None),
+        ({"threshold": [0.7, 0.9]}, None),
         ({"rule": rules.Credit()}, None),
     ],
 )
