@@ -101,17 +101,6 @@ def is_correct(problem: Problem, response: str) -> bool:
     return extract_answer(response) == problem.answer
 
 
-def solve(prompt: str) -> int:
-    """The answer of a prompt, computed from its words, to test the problems themselves."""
-    clauses = [clause.split() for clause in prompt.split(" . ")]
-    value = int(clauses[0][2])
-    for words in clauses[1:-1]:
-        verb, number = words[2], int(words[3])
-        sign = next(op for op, verbs in VERBS.items() if verb in verbs)
-        value = {"+": value + number, "-": value - number, "*": value * number}[sign]
-    return value
-
-
 Chain = list[tuple[str, int]]
 
 
