@@ -26,19 +26,19 @@ from ...toy import tasks
 from ..filter import hold_out
 from .common import Answer, Settings
 
+BATCH = 128
+"""Sequences answered at once."""
 SHARD = 512
 """Answers in a file: the most that an interrupted run loses."""
 
 
-def prompts_of(
-    data: str, prompt_field: str, answer_field: str | None, encode: Encoder, held: int
-) -> tuple[list[Tensor], list[Tensor]]:
+def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tuple[list[Tensor], list[Tensor]]:
     """Token ids of the prompts to learn from, and of those held out to test with."""
 
     def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
         return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
 
-    drawn = ids(read_prompts(data, prompt_field, answer_field))
+    drawn = ids(read_prompts(data, prompt_field, None))
     if data.startswith("builtin:"):
         stream = itertools.islice(tasks.problems("held_out"), held)
         return drawn, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
@@ -62,7 +62,6 @@ def answers_of(
     model: models.Model,
     prompts: list[Tensor],
     settings: Settings,
-    batch: int,
     progress: bool,
 ) -> list[Answer]:
     """The target's answers, read from the directory if they are there; without those that are too short."""
@@ -82,8 +81,8 @@ def answers_of(
         if answers is None:
             answers = [
                 answer
-                for first in range(0, len(part), batch)
-                for answer in answer_all(model, part[first : first + batch], settings, number * SHARD + first)
+                for first in range(0, len(part), BATCH)
+                for answer in answer_all(model, part[first : first + BATCH], settings, number * SHARD + first)
             ]
             tensors = {
                 "ids": torch.cat([ids for ids, _ in answers]).int(),

@@ -22,7 +22,7 @@ from ... import files, registry
 from ...text import prompt_encoder
 from .. import loop
 from . import adadecode, blocks, riders
-from .answers import answers_of, kept_answers, prompts_of
+from .answers import BATCH, answers_of, kept_answers, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
 TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers, adadecode.Exits)
@@ -49,10 +49,8 @@ def run(
     settings: Settings | None = None,
     *,
     prompt_field: str = "prompt",
-    answer_field: str | None = None,
     evaluate: int = 500,
     save_every: int = 250,
-    answer_batch: int = 128,
     chat: bool | None = None,
     device: str | None = None,
     loaded: tuple[Any, Any] | None = None,
@@ -69,7 +67,6 @@ def run(
         data: prompts, see `problems.read_prompts`; default for models that ship: "builtin:4000".
         evaluate: prompts held out to test with: held-out problems of the built-in task, or prompts of the
             file.
-        answer_batch: sequences answered at once.
         chat: see `registry.template_of`.
         loaded: (model, tokenizer), in place of loading the target; then without chat template, unless `chat`.
 
@@ -82,7 +79,6 @@ def run(
     settings = settings or blocks.BlockSettings()
     for name, value, least in (("evaluate", evaluate, 0), ("save_every", save_every, 1)):
         whole(name, value, least)
-    whole("answer_batch", answer_batch, 1)
     template = registry.template_of(target, chat) if chat or loaded is None else None
     if data is None:
         if not target.startswith("builtin:"):
@@ -95,13 +91,13 @@ def run(
     model = causal_model(model)
     encode = prompt_encoder(tokenizer, template)
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
-    learned, judged = prompts_of(data, prompt_field, answer_field, encode, evaluate)
+    learned, judged = prompts_of(data, prompt_field, encode, evaluate)
     check_prompts(model, [*learned, *judged], dx.DecodeConfig())
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
     with files.locked("out", directory):
-        answers = trainee.learnable(answers_of(directory, model, learned, settings, answer_batch, progress))
+        answers = trainee.learnable(answers_of(directory, model, learned, settings, progress))
         with _frozen(model):
             drafter, report = _train(
                 directory, trainee, model.device, answers, settings, save_every, progress
@@ -110,7 +106,7 @@ def run(
         report |= {"target": target, "data": data, "answers": len(answers)}
         report["bytes"] = (directory / "model.safetensors").stat().st_size
         if judged:
-            report["held_out"] = judge(model, drafter, judged, settings.gen_length, answer_batch)
+            report["held_out"] = judge(model, drafter, judged, settings.gen_length)
         files.write_json(directory / "training.json", report)
     return report
 
@@ -186,7 +182,7 @@ def _train(
 
 
 def judge(
-    target: models.Model, drafter: Drafter, prompts: Sequence[Tensor], gen_length: int, batch: int = 128
+    target: models.Model, drafter: Drafter, prompts: Sequence[Tensor], gen_length: int
 ) -> dict[str, Any]:
     """Decode prompts to the end token, with drafts of the drafter's largest size in every pass.
 
@@ -198,8 +194,8 @@ def judge(
     """
     tokens = passes = drafts = layers = 0
     depth = torch.zeros(2, drafter.most, dtype=torch.int64)
-    for first in range(0, len(prompts), batch):
-        part = list(prompts[first : first + batch])
+    for first in range(0, len(prompts), BATCH):
+        part = list(prompts[first : first + BATCH])
         out = dx.speculate(target, part, gen_length=gen_length, drafter=drafter, draft_size=drafter.most)
         tokens += int(out.generated.sum())
         passes += int(out.nfe.sum())
