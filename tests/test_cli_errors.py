@@ -123,6 +123,13 @@ def test_numbers_outside_their_meaning_are_named(
         (("drafter", "builtin:causal", "out", "--dtype", "f16"), "dtype: expected auto, float32, bf"),
         (("decode", "x", "--device", "cpu:1"), "device: expected cpu, cuda or cuda:N, got 'cpu:1'"),
         (("decode", "x", "--model", "builtin:causal", "--drafter", ""), "drafter: expected a Drafter"),
+        *(
+            (
+                (*command, "--model", "builtin:causal", "--drafter", "jump_forward"),
+                "drafter: jump_forward drafts",
+            )
+            for command in (("decode", "x"), ("evaluate", "--problems", "1"), ("tune", "out.json"))
+        ),
         (
             ("decode", "x", "--model", "builtin:causal", "--draft-size", "4"),
             "draft_size: belongs to --drafter",

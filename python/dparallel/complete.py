@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import whole
@@ -15,8 +15,6 @@ from dparallel_ext.models import Model, check_diffusion
 from . import registry, text
 from .live import LiveText
 from .recording import Recording, answer_of, how_of
-
-Output = TypeVar("Output", bound=dx.DecodeOutput)
 
 
 def complete(
@@ -72,70 +70,52 @@ def complete(
         yield {**row, "text": tokenizer.decode(in_place(out, i, kept))} if infill else row
 
 
-def complete_causal(
-    name: str,
-    model: Model,
-    tokenizer: Any,
-    prompts: list[str | list[text.Message]],
-    config: dx.DecodeConfig,
-    *,
-    drafter: str | None = None,
-    draft_size: int | None = None,
-    template: text.Template | None = None,
-    live: LiveText | None = None,
-    recording: Recording | None = None,
-) -> Iterator[dict[str, Any]]:
-    """`complete` with an autoregressive model; yields the number of "drafts" too.
+class LeftToRight(NamedTuple):
+    """A way to decode from left to right: as `speculate` and `adaptive_decode` do."""
 
-    Raises ValueError naming the argument that does not fit.
+    decode: Callable[..., dx.DecodeOutput]
+    """(prompts, config, streamer=) -> the output."""
+    how: str
+    """The way in words, for a recording."""
+    counted: tuple[str, str]
+    """A key of each row, and the output's field of B numbers that it takes."""
+
+
+def speculating(model: Model, drafter: str | None, draft_size: int | None) -> LeftToRight:
+    """The way of an autoregressive model, whose rows have their number of "drafts".
+
+    Raises as `registry.load_drafter`.
     """
-    decode = functools.partial(dx.speculate, model, drafter=drafter, draft_size=draft_size)
+    loaded = registry.load_drafter(drafter, model.device, model.dtype)
+    decode = functools.partial(dx.speculate, model, drafter=loaded, draft_size=draft_size)
     how = "a token a pass" if drafter is None else f"{drafter} guesses ahead"
-    shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
-    for row, out, i in _left_to_right(name, model, tokenizer, prompts, config, decode, how, **shared):
-        yield {**row, "drafts": int(out.draft_nfe[i])}
+    return LeftToRight(decode, how, ("drafts", "draft_nfe"))
 
 
-def complete_adaptive(
+def verifying(model: Model, tokenizer: Any, verifier: str, numbers: Mapping[str, Any]) -> LeftToRight:
+    """The way of a diffusion model with a verifier, whose rows have the verifier's passes as "verifications".
+
+    numbers: mixture, window and lookahead, as far as they are given. Raises as `registry.load_verifier`.
+    """
+    loaded = registry.load_verifier(verifier, model, tokenizer)
+    decode = functools.partial(dx.adaptive_decode, model, verifier=loaded, **numbers)
+    how = ", ".join([f"{verifier} agrees", *(f"{key} {value}" for key, value in numbers.items())])
+    return LeftToRight(decode, how, ("verifications", "verifier_nfe"))
+
+
+def complete_left_to_right(
     name: str,
     model: Model,
     tokenizer: Any,
     prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
+    way: LeftToRight,
     *,
-    verifier: str,
-    numbers: Mapping[str, Any],
     template: text.Template | None = None,
     live: LiveText | None = None,
     recording: Recording | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """`complete` with a diffusion model and a verifier, see `adaptive_decode`; yields the verifier's passes
-    as "verifications" too. numbers: mixture, window and lookahead, as far as they are given.
-
-    Raises ValueError naming the argument that does not fit.
-    """
-    judge = registry.load_verifier(verifier, model, tokenizer)
-    decode = functools.partial(dx.adaptive_decode, model, verifier=judge, **numbers)
-    how = ", ".join([f"{verifier} agrees", *(f"{key} {value}" for key, value in numbers.items())])
-    shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
-    for row, out, i in _left_to_right(name, model, tokenizer, prompts, config, decode, how, **shared):
-        yield {**row, "verifications": int(out.verifier_nfe[i])}
-
-
-def _left_to_right(
-    name: str,
-    model: Model,
-    tokenizer: Any,
-    prompts: list[str | list[text.Message]],
-    config: dx.DecodeConfig,
-    decode: Callable[..., Output],
-    how: str,
-    *,
-    template: text.Template | None,
-    live: LiveText | None,
-    recording: Recording | None,
-) -> Iterator[tuple[dict[str, Any], Output, int]]:
-    """For each prompt: its prompt, response, tokens and forwards; the output; its number in the output."""
+    """`complete` from left to right. Raises ValueError naming the argument that does not fit."""
     encode = text.prompt_encoder(tokenizer, template)
     ids = [encode(prompt) for prompt in prompts]
     count = whole("gen_length", config.gen_length, 0)
@@ -143,17 +123,17 @@ def _left_to_right(
     with live or contextlib.nullcontext():
         config = config.replace(record=recording is not None)
         began = time.perf_counter()
-        out = decode(ids, config, streamer=live)
+        out = way.decode(ids, config, streamer=live)
         seconds = time.perf_counter() - began
-    texts = text.TokenTexts(tokenizer)
+    texts, (key, field) = text.TokenTexts(tokenizer), way.counted
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
         if recording is not None:
             shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
-            answer = answer_of(out, i, texts, model=name, how=how, kept=kept, **shared)
+            answer = answer_of(out, i, texts, model=name, how=way.how, kept=kept, **shared)
             recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
-        yield {**row, "forwards": int(out.nfe[i])}, out, i
+        yield {**row, "forwards": int(out.nfe[i]), key: int(getattr(out, field)[i])}
 
 
 def alone(seconds: float, prompts: Sequence[object], live: LiveText | None) -> float | None:

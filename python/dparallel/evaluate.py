@@ -243,7 +243,7 @@ def evaluate_drafter(
     model = asked.model
     correct = passes = drafts = tokens = layers = 0
     drafted, accepted = list[int](), list[int]()
-    loaded_drafter = dx.speculation.drafter_of(drafter, model.device, model.dtype)
+    loaded_drafter = registry.load_drafter(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes

@@ -260,6 +260,20 @@ def check_verifier(name: str) -> None:
         raise ValueError(f"verifier: expected an autoregressive model, got {name}, a diffusion model")
 
 
+def load_drafter(name: str | None, device: torch.device, dtype: torch.dtype) -> speculation.Drafter | None:
+    """The drafter of this name for a model on a device and in a dtype, for responses without a form.
+
+    Raises as `speculation.drafter_of`, and ValueError for a drafter that needs a form.
+    """
+    drafter = speculation.drafter_of(name, device, dtype)
+    if isinstance(drafter, speculation.JumpForward):
+        raise ValueError(
+            f"drafter: {name} drafts along the form of a response, and here responses have none; requests to "
+            "`dparallel serve` may have one"
+        )
+    return drafter
+
+
 def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
     """Load the verifier `name` for `adaptive_decode` of a model, onto its device and in its dtype; `known`:
     its tokenizer.

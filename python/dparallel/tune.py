@@ -207,7 +207,7 @@ def measure_drafts(
     drafts."""
     loading = settings.loading
     device, dtype = models.device_of(loading.device), loading.dtype_for(settings.model)
-    loaded = speculation.drafter_of(drafter, device, dtype)
+    loaded = registry.load_drafter(drafter, device, dtype)
     asked = sizes_of(Filler.most if loaded is None else loaded.most, sizes)
     work = load(settings)
     model = causal_model(work.model)

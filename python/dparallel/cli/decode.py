@@ -96,7 +96,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
     """Decode prompts with the built-in model or a checkpoint."""
-    from ..complete import complete, complete_adaptive, complete_causal
+    from ..complete import complete, complete_left_to_right, speculating, verifying
     from ..live import LiveText
     from ..recording import Recording
     from ..text import endings
@@ -137,19 +137,23 @@ def decode(
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = loading.load(model)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
+        way = None
+        if causal:
+            way = speculating(loaded, drafter, draft_size)
+        elif verifier is not None:
+            way = verifying(loaded, tokenizer, verifier, numbers)
         recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
-            onward = causal or verifier is not None
             console = Console(stderr=as_json)  # with --json the standard output is JSON alone
-            live = LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=onward) if stream else None
+            live = (
+                LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=way is not None) if stream else None
+            )
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             request = model, loaded, tokenizer, texts, asked
-            if causal:
-                rows = complete_causal(*request, drafter=drafter, draft_size=draft_size, **shared)
-            elif verifier is not None:
-                rows = complete_adaptive(*request, verifier=verifier, numbers=numbers, **shared)
-            else:
+            if way is None:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
+            else:
+                rows = complete_left_to_right(*request, way, **shared)
             for row in rows:
                 asked_text = row["prompt"] if isinstance(row["prompt"], str) else ""
                 warn_of_unknown_words(model, tokenizer, prompt=asked_text, suffix=suffix or "")

@@ -73,7 +73,10 @@ def serve(
     ] = False,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help=f"{DRAFTERS}; repeatable: serve the model once with each; plain: without one"),
+        typer.Option(
+            help=f"{DRAFTERS}; jump_forward, for requests with a form; repeatable: serve the model once with "
+            "each; plain: without one"
+        ),
     ] = None,
     draft_size: GuessesOption = None,
     verifier: VerifierOption = None,
