@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from dparallel import cli
 from dparallel.cli import app, common
+from dparallel.toy import study
 from test_cli import PROMPT, RECIPES, run
 from typer.testing import CliRunner
 
@@ -101,7 +103,7 @@ def test_numbers_outside_their_meaning_are_named(
     [
         (("decode",), "prompt: expected one"),
         (("decode", "x", "--policy", "entropy"), "policy: expected"),
-        (("decode", "x", "--model", "nowhere"), "model: 'nowhere'"),
+        (("decode", "x", "--model", "nowhere"), "model: no directory nowhere"),
         (("decode", "x\udcff"), "prompt: expected text in utf-8, got 'x\\udcff'"),
         (("decode", "x", "--suffix", "\udcff"), "suffix: expected text in utf-8, got '\\udcff'"),
         (("decode", "x", "--cache", "all"), "cache: expected one of"),
@@ -135,7 +137,10 @@ def test_numbers_outside_their_meaning_are_named(
             "draft_size: belongs to --drafter",
         ),
         (("serve", "--model", "builtin:causal", "--draft-size", "4"), "draft_size: belongs to --drafter"),
-        (("demo", "--model", "builtin:student", "--model", "nowhere"), "model: 'nowhere' is neither"),
+        (
+            ("demo", "--model", "builtin:student", "--model", "nowhere"),
+            "model: no directory nowhere; the models that ship are builtin:causal, ",
+        ),
         (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
         (("decode", "x", "--top-p", "2"), "top_p: expected"),
@@ -148,8 +153,8 @@ def test_numbers_outside_their_meaning_are_named(
         (("trajectories", "out", "--data", "builtin:3", "--checker", ""), "checker: expected"),
         (("filter", "out", "--answers", "nowhere"), "answers: expected the directory of a run"),
         (("filter", ".", "--answers", "nowhere"), "out: . is a directory"),
-        (("drafter", "nowhere", "out"), "model: 'nowhere' is neither"),
-        (("drafter", "builtin:teacher", "out"), "model: LLaDA is a diffusion model"),
+        (("drafter", "nowhere", "out"), "target: no directory nowhere; the models that ship are "),
+        (("drafter", "builtin:teacher", "out"), "target: LLaDA is a diffusion model"),
         (("distill", "nowhere.yaml"), "recipe: no file"),
         (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),
         (("merge", "nowhere", "out"), "adapter: no adapter_config.json"),
@@ -243,12 +248,14 @@ def test_a_warning_is_one_line_without_its_place(monkeypatch: pytest.MonkeyPatch
     assert said == "warning: gen_length: 600 positions\n"
 
 
-def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_ctrl_c_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    runs = ("trajectories.generate", "drafters.run", "distill.run", "filter.run")
-    for name in ("toy.train.train", "sweep.sweep", *(f"training.{each}" for each in runs)):
+    runs = ("trajectories.generate", "drafters.run", "distill.run", "filter.run", "adapters.merge")
+    for name in ("toy.train.train", "toy.study.run", "sweep.sweep", *(f"training.{each}" for each in runs)):
         monkeypatch.setattr(f"dparallel.{name}", interrupted)
     out = tmp_path / "out"
     recipe = ("distill", RECIPES / "builtin.yaml", "--answers", "x", "--out", out)
@@ -260,6 +267,10 @@ def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     nothing = f"interrupted: {out} keeps nothing yet; the same command begins anew\n"
     assert [run(*command, code=130) for command in commands] == [nothing] * 4
+    with pytest.raises(typer.Exit):
+        study.main(out)
+    assert capsys.readouterr().err == nothing
+    assert run("merge", "adapter", out, code=130) == "interrupted: the same command begins anew\n"
     out.mkdir()
     for number in (1, 2):
         (out / f"answers-0000{number}.safetensors").touch()
@@ -325,6 +336,16 @@ def test_a_refused_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path):
         assert not list((tmp_path / "out").iterdir())
     run("trajectories", tmp_path / "out", *data)
     assert (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_run_that_keeps_no_answer_is_an_error(tmp_path: Path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    file.write_text(json.dumps({"prompt": PROMPT, "answer": "100"}) + "\n")
+    for _ in range(2):  # its shards are whole: the same command answers nothing again
+        said = run("trajectories", out, "--data", file, "--policy", "quota:32", code=2)
+        kept = f"checker: hashes keeps none of the 1 answers in {out}; --checker none keeps all"
+        assert said.splitlines()[-1] == f"error: {kept}"
+        assert [each.name for each in sorted(out.iterdir())] == ["part-00000.parquet", "settings.json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -30,7 +30,7 @@ def builtins() -> list[str]:
 
 
 @contextlib.contextmanager
-def _naming(argument: str, of_callee: str) -> Iterator[None]:
+def naming(argument: str, of_callee: str) -> Iterator[None]:
     """A context whose errors name `argument`, in place of the argument `of_callee` of what it calls."""
     try:
         yield
@@ -47,16 +47,14 @@ def directory_of(name: str) -> Path:
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
     as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
-    with _naming("model", "path"):
+    builtin = name.startswith("builtin:")
+    with naming("model", "path"):
         try:
-            builtin = name.startswith("builtin:")
             directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
             models.config_of(directory)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"model: {name!r} is neither one of {builtins()} nor a directory with a config.json "
-                f"({str(error).removeprefix('path: ')})"
-            ) from error
+            reason = f"path: no {name}" if builtin else error
+            raise FileNotFoundError(f"{reason}; the models that ship are {', '.join(builtins())}") from error
     return directory
 
 
@@ -187,7 +185,7 @@ def load(
     loaded = tokenizer.load(directory)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
     dtype = _dtype_at(name, place, dtype)
-    with _naming("model", "path"):
+    with naming("model", "path"):
         model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
     beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]
     if beyond:
@@ -232,7 +230,7 @@ class Loading:
         return {"device": device, "mask_id": mask_id, **self.weights(name)}
 
     def _stored(self, name: str) -> models.Model:
-        with _naming("model", "path"):
+        with naming("model", "path"):
             return models.as_stored(directory_of(name), mask_id=self.mask_id)
 
 
@@ -254,7 +252,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def check_verifier(name: str) -> None:
     """Raise FileNotFoundError or ValueError unless `name` is an autoregressive model, by its config alone."""
-    with _naming("verifier", "model"):
+    with naming("verifier", "model"):
         causal = is_causal(name)
     if not causal:
         raise ValueError(f"verifier: expected an autoregressive model, got {name}, a diffusion model")
@@ -280,7 +278,7 @@ def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
 
     Raises as `load`, and ValueError if an id that both have is another token in each.
     """
-    with _naming("verifier", "model"):
+    with naming("verifier", "model"):
         verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
     theirs, ours = (

@@ -60,7 +60,7 @@ import dparallel_ext as dx
         (("--max-connections", "1000000"), "max_connections: expected at most"),
         (("--max-waiting", "0"), "max_waiting: expected a whole number >= 1, got 0"),
         (("--lanes", str(10**20)), "lanes"),
-        (("--verifier", "nobody"), "verifier: 'nobody' is neither"),
+        (("--verifier", "nobody"), "verifier: no directory nobody"),
         (("--verifier", MODEL), "verifier: expected an autoregressive model, got builtin:student, a diff"),
         (("--verifier", VERIFIER, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
         (("--verifier", VERIFIER, "--cache", "none"), "cache: not together with --verifier, got 'none'"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +103,11 @@ def answer(
         prompts = read_prompts(data, prompt_field, answer_field if compares(checker) else None)
         trajectories.generate(out, prompts, settings, batch=batch, device=device)
         if os.environ.get("WORLD_SIZE", "1") == "1":  # else other processes may still be answering
-            kept = len(trajectories.Trajectories(out))
+            if not (kept := len(trajectories.Trajectories(out))):
+                raise ValueError(
+                    f"checker: {checker} keeps none of the {len(prompts)} answers in {out}; --checker none "
+                    "keeps all"
+                )
             typer.echo(f"{out}: {kept} of {len(prompts)} answers kept, by the checker {checker}")
 
 
@@ -226,17 +229,16 @@ def drafter(
     from ..training import drafters
 
     with plain_errors("train", goes_on(out, drafters.kept)):
+        with registry.naming("target", "model"):
+            length = registry.gen_length(target) if gen_length is None else gen_length
         fields = {
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
             **{"riders": riders, "soften": soften, "layer": layer},
-            **{"mask_id": mask_id, "loss": loss, "dtype": dtype},
-            "gen_length": gen_length,
+            **{"mask_id": mask_id, "loss": loss, "dtype": dtype, "gen_length": length},
         }
         settings = drafters.settings_of(kind, **{k: v for k, v in fields.items() if v is not None})
-        if gen_length is None:
-            settings = replace(settings, gen_length=registry.gen_length(target))
         report = drafters.run(
             target,
             out,
@@ -311,6 +313,6 @@ def merge(
     """Merge a LoRA adapter into its base, as a plain checkpoint in the base's own layout."""
     from ..training import adapters
 
-    with plain_errors("train"):
+    with plain_errors("train", lambda: "the same command begins anew"):
         adapters.merge(adapter, out, model=model, mask_id=mask_id)
         typer.echo(checkpoint_line(out))

@@ -12,7 +12,6 @@ Every stage writes files, and is skipped if they are there, so an interrupted ru
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -21,10 +20,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from .. import evaluate, files, plots, results
 from .. import sweep as sweeping
+from ..cli.common import goes_on, plain_errors
 from ..problems import read_prompts
 from ..training import distill, trajectories
 from . import train
@@ -305,32 +307,30 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dparallel.toy.study", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--out", default="out/distill")
-    parser.add_argument("--recipe", default="recipes/builtin.yaml")
-    parser.add_argument("--model", help="the teacher; default: the recipe's")
-    parser.add_argument("--train-teacher", action="store_true", help="from scratch first (76 minutes)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="steps of the final runs; default: the recipe's")
-    parser.add_argument("--sweep-steps", type=int, default=200)
-    parser.add_argument("--problems", type=int, default=2000)
-    parser.add_argument("--validation", type=int, default=300, help="problems to make choices with")
-    args = parser.parse_args()
-    run(
-        args.out,
-        args.recipe,
-        seeds=args.seeds,
-        steps=args.steps,
-        sweep_steps=args.sweep_steps,
-        problems=args.problems,
-        validation=args.validation,
-        model=args.model,
-        train_teacher=args.train_teacher,
-    )
+def kept(out: Path) -> str | None:
+    """The stages in a directory whose files are there, in words; None if there is none."""
+    return "the stages that are complete" if any(out.rglob("*.json")) else None
+
+
+def main(
+    out: Path = Path("out/distill"),
+    recipe: Path = Path("recipes/builtin.yaml"),
+    model: Annotated[str | None, typer.Option(help="the teacher; default: the recipe's")] = None,
+    train_teacher: Annotated[
+        bool, typer.Option("--train-teacher", help="from scratch first (76 minutes)")
+    ] = False,
+    seeds: int = 3,
+    steps: Annotated[int | None, typer.Option(help="of the final runs; default: the recipe's")] = None,
+    sweep_steps: int = 200,
+    problems: int = 2000,
+    validation: Annotated[int, typer.Option(help="problems to make choices with")] = 300,
+) -> None:
+    """Distil the teacher, measure the curves, and choose the best student."""
+    settings: dict[str, Any] = {"seeds": seeds, "steps": steps, "sweep_steps": sweep_steps, "model": model}
+    settings |= {"problems": problems, "validation": validation, "train_teacher": train_teacher}
+    with plain_errors("train", goes_on(out, kept)):
+        run(out, recipe, **settings)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

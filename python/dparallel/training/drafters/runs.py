@@ -79,7 +79,6 @@ def run(
     settings = settings or blocks.BlockSettings()
     for name, value, least in (("evaluate", evaluate, 0), ("save_every", save_every, 1)):
         whole(name, value, least)
-    template = registry.template_of(target, chat) if chat or loaded is None else None
     if data is None:
         if not target.startswith("builtin:"):
             raise ValueError(
@@ -87,8 +86,11 @@ def run(
                 "that ship learn from the built-in task by default"
             )
         data = "builtin:4000"
-    model, tokenizer = loaded or registry.load(target, device=device, dtype=registry.dtype_of(settings.dtype))
-    model = causal_model(model)
+    with registry.naming("target", "model"):
+        template = registry.template_of(target, chat) if chat or loaded is None else None
+        loading = registry.Loading(device, registry.dtype_of(settings.dtype))
+        model, tokenizer = loaded or loading.load(target)
+        model = causal_model(model)
     encode = prompt_encoder(tokenizer, template)
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
     learned, judged = prompts_of(data, prompt_field, encode, evaluate)
