@@ -58,14 +58,14 @@ def device_of(asked: str | None, local_rank: str | None) -> str:
     return asked or "cuda" if local_rank is None else f"cuda:{local_rank}"
 
 
-def temperature_of(do_sample: bool | None, temperature: float | None) -> float:
+def temperature_of(do_sample: bool | None, temperature: Any) -> Any:
     """The temperature: 0 unless the task samples; 1 for sampling without a temperature, as in
     transformers."""
     if do_sample is False:
         return 0.0
     if temperature is None:
         return 1.0 if do_sample else 0.0
-    return float(temperature)
+    return temperature
 
 
 def windows_of(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -35,11 +35,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dparallel_ext import Completion, DecodeConfig, Engine
+from dparallel_ext.arguments import whole
 from dparallel_ext.decoding import OF_ENGINE
 from dparallel_ext.models import check_diffusion, files, max_positions, traits
 
 from .. import registry, text
-from ..configs import parse_policy
+from ..configs import POLICY, parse_policy
 from ..likelihood import SAMPLES, iter_log_likelihoods
 from .arguments import (
     LENGTH_NAMES,
@@ -95,7 +96,7 @@ class DParallelLM(TemplateLM):
     def __init__(
         self,
         pretrained: str,
-        policy: str = "entropy:0.5",
+        policy: str = POLICY,
         gen_length: int | None = None,
         block_length: int | None = None,
         sub_block_length: int | None = None,
@@ -119,8 +120,8 @@ class DParallelLM(TemplateLM):
         parse_policy(policy)
         self.batch_size = batch_size_of(batch_size, max_batch_size)
         for name, value in (("gen_length", gen_length), ("max_length", max_length), ("mc_num", mc_num)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+            if value is not None:
+                whole(name, value, 1)
         self._join_processes()
         if device is None or device.startswith("cuda"):
             # The harness's command line passes cuda:0 if its user names no device.
@@ -380,7 +381,8 @@ class DParallelLM(TemplateLM):
         until = left.pop("until", [])
         until = [until] if isinstance(until, str) else list(until)
         lengths = [left.pop(name) for name in LENGTH_NAMES if name in left]
-        gen_length = self.gen_length or int(next(iter(lengths), self.default_gen_length))
+        asked = next(iter(lengths), self.default_gen_length)
+        gen_length = self.gen_length or whole("max_gen_toks", asked, 0)
         temperature = temperature_of(left.pop("do_sample", None), left.pop("temperature", None))
         top_p, top_k = left.pop("top_p", None), left.pop("top_k", None)
         policy = left.pop("policy", self.policy)

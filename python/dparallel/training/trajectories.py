@@ -27,7 +27,7 @@ from dparallel_ext.decoding.decode import progress_bar
 
 from .. import files, registry
 from ..checkers import Checker, checker_of
-from ..configs import parse_policy
+from ..configs import POLICY, parse_policy
 from ..problems import Prompt, digest_of
 from ..text import Encoder, Template
 from ..toy import tasks
@@ -42,7 +42,7 @@ class Settings:
 
     model: str = registry.DEFAULT
     """"builtin:NAME", a checkpoint directory, or ORG/NAME of the Hugging Face Hub."""
-    policy: str = "entropy:0.5"
+    policy: str = POLICY
     """The text of a rule or a policy, see `rules.parse`."""
     gen_length: int = tasks.GEN_LENGTH
     """Tokens of an answer."""
