@@ -28,7 +28,7 @@ from dparallel_ext import Draft
 from .. import page, text
 from . import connections, protocol
 from .call import Call, Score
-from .errors import ERRORS, ApiError, errors, in_time
+from .errors import ERRORS, ApiError, errors, full, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
 from .service import Service
 
@@ -85,7 +85,7 @@ class Gate:
                 raise too_large(settings.max_body)
             if complete and message["type"] == "http.request":
                 if self.answering >= self.most:
-                    raise self.service.full("too many requests are under way already")
+                    raise full("too many requests are under way already", self.service.metrics.wait())
                 self.answering, answering = self.answering + 1, 1
             return message
 
@@ -273,7 +273,7 @@ class Answer:
 
 async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
     """The response to either endpoint, whole or streaming."""
-    call = await service.call(request)
+    call = await service.model(request.model).call(request)
     written = Answer(service, request, call)
     if request.stream:
         return EventStream(call, written.events())

@@ -77,6 +77,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {**answers, "default": {"model": ErrorAnswer, "description": "Another error."}}
 
 
+def full(message: str, wait: int) -> ApiError:
+    """The error 429. wait: seconds after which there may be room."""
+    return ApiError(429, message, code="full", headers={"Retry-After": str(wait)})
+
+
 def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 

@@ -160,15 +160,15 @@ def run(
     if log_level not in uvicorn.config.LOG_LEVELS:
         raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
     check_names([model.name for model in models])
+    if not host.strip():  # an unset shell variable must not open the server to all
+        raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
+    asked = Settings(**{key: value for key, value in settings.items() if value is not None})
+    connections.most_connections(asked.max_connections)
     directories = {model.model: registry.directory_of(model.model) for model in models}
     drafters = []
     for model in models:
         device, dtype = dx.models.device_of(model.loading.device), model.loading.dtype_for(model.model)
         drafters.append(drafter_of(model.drafter, device, dtype))
-    if not host.strip():  # an unset shell variable must not open the server to all
-        raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
-    asked = Settings(**{key: value for key, value in settings.items() if value is not None})
-    connections.most_connections(asked.max_connections)
     with contextlib.ExitStack() as opened:
         sockets = [opened.enter_context(listening) for listening in listen(host, port)]
         engines: list[tuple[Engine, Any]] = []

@@ -18,7 +18,7 @@ from .. import page, registry, structured, text
 from ..configs import parse_policy, policy_of, with_ends, without_ends
 from ..sandbox import Sandbox
 from .call import Call, Choice
-from .errors import ApiError, in_time, stopping
+from .errors import ApiError, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, Form, Options
 from .settings import Settings
@@ -32,11 +32,6 @@ ENCODERS = 3
 """Threads that encode texts; up to one waits for a chat's template meanwhile, and one for a form."""
 FORMS = 32
 """The most forms of responses that are kept, for each model, the latest ones."""
-
-
-def full(message: str, wait: int) -> ApiError:
-    """The error 429. `wait`: seconds after which there may be room."""
-    return ApiError(429, message, code="full", headers={"Retry-After": str(wait)})
 
 
 class Service:
@@ -98,9 +93,6 @@ class Service:
         self.sandbox.close()
         self.forms_sandbox.close()
 
-    def full(self, message: str) -> ApiError:
-        return full(message, self.metrics.wait())
-
     async def elsewhere(self, work: Callable[[], T]) -> T:
         """The result of `work`, done in an encoder's thread. Raises ApiError if the server stops before."""
         loop = asyncio.get_running_loop()
@@ -109,10 +101,6 @@ class Service:
         except RuntimeError as error:  # the threads have been ended
             raise stopping() from error
         return await in_time(doing, self.aborted)
-
-    async def call(self, request: ChatRequest | CompletionRequest) -> Call:
-        """Check the request and submit it to its model's engine. Raises ApiError."""
-        return await self.model(request.model).call(request)
 
 
 class ModelService:
