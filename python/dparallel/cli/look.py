@@ -316,11 +316,18 @@ def tune(
         options |= {"cache": cache, "mask_id": mask_id}
         check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
         settings = tuning.Settings(
-            *(model, prompts, problems, gen_length, batch, repeats, context),
-            *(tolerance, registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id), chat),
+            model,
+            prompts=prompts,
+            problems=problems,
+            gen_length=gen_length,
+            batch=batch,
+            repeats=repeats,
+            context=context,
+            tolerance=tolerance,
+            loading=registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id),
+            chat=chat,
             prompt_field=prompt_field,
         )
-
         if prompts is None:
             say_what_is_asked("prompts", [model])
 
