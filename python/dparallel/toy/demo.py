@@ -63,81 +63,35 @@ def _show(name: str, problem: tasks.Problem, directory: Path, delay: float, cons
     model, tokenizer = registry.load(name)
     prompt = torch.tensor([tokenizer.encode(problem.prompt).ids])
     console.print(f"\n[bold]{name}[/bold]\n", highlight=False)
-    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
-    if model.causal:
-        return _show_drafted(name, model, tokenizer, prompt, problem, picture, delay, console)
-    assert model.mask_id is not None
-    with LiveText(console, tokenizer, model.mask_id, delay) as streamer:
-        answer = dx.decode(
-            model,
-            prompt,
-            gen_length=tasks.GEN_LENGTH,
-            threshold=0.5,
-            selector="entropy",
-            streamer=streamer,
-            record=True,
-        )
-    ids = answer.sequences[0, prompt.shape[1] :].tolist()
+    shared: dict[str, Any] = {"gen_length": tasks.GEN_LENGTH, "record": True}
+    answer: dx.DecodeOutput
+    with LiveText(console, tokenizer, model.mask_id, delay, causal=model.causal) as streamer:
+        if model.causal:
+            how = DRAFTER if name == "builtin:causal" else "ngram"
+            answer = dx.speculate(model, prompt, drafter=how, draft_size=15, streamer=streamer, **shared)
+        else:
+            how = "entropy:0.5"
+            answer = dx.decode(model, prompt, rule=how, streamer=streamer, **shared)
+    ids, passes = answer.responses[0].tolist(), answer.forwards
     kept = evaluate.kept_of(ids, model.eos_ids)
-    console.print(
-        f"\n{_judged(problem, tokenizer.decode(ids))}: {kept} tokens in {answer.forwards} passes, "
-        f"{kept / answer.forwards:.1f} tokens a pass (all {tasks.GEN_LENGTH} "
-        f"positions, the padding after the end too: {answer.padded_tokens_per_forward:.1f} a pass)\n",
-        highlight=False,
-    )
-    assert answer.trajectory is not None
-    title = f"{problem.prompt}   ({name}: {answer.forwards} passes, entropy 0.5)"
-    return _draw(picture, tokenizer, ids, answer.trajectory.step[0].tolist(), title)
-
-
-def _show_drafted(
-    name: str,
-    model: dx.models.Model,
-    tokenizer: Any,
-    prompt: torch.Tensor,
-    problem: tasks.Problem,
-    picture: Path,
-    delay: float,
-    console: Any,
-) -> Path:
-    """Show an autoregressive model's answer, a line for each pass; return the file of its picture."""
-    drafter = DRAFTER if name == "builtin:causal" else "ngram"
-    with Passes(console, tokenizer, None, delay, causal=True) as streamer:
-        answer = dx.speculate(
-            model, prompt, gen_length=tasks.GEN_LENGTH, drafter=drafter, draft_size=15, streamer=streamer
+    if model.causal:
+        ids = ids[: kept + 1]
+        figures = (
+            f"{kept} tokens and the end in {passes} passes, drafted by {how}; without a draft {kept + 1} "
+            "passes give the same text"
         )
-    kept = int(answer.kept[0])
-    ids = answer.responses[0][: kept + 1].tolist()
-    console.print(
-        f"\n{_judged(problem, tokenizer.decode(ids[:kept]))}: {kept} tokens and the end in {answer.forwards} "
-        f"passes, drafted by {drafter}; without a draft {kept + 1} passes give the same text\n",
-        highlight=False,
-    )
-    title = f"{problem.prompt}   ({name}: {answer.forwards} passes, {drafter})"
-    return _draw(picture, tokenizer, ids, streamer.of_token, title)
-
-
-def _judged(problem: tasks.Problem, text: str) -> str:
-    """The answer in a text, and whether it is right."""
+    else:
+        figures = (
+            f"{kept} tokens in {passes} passes, {kept / passes:.1f} tokens a pass (all {tasks.GEN_LENGTH} "
+            f"positions, the padding after the end too: {answer.padded_tokens_per_forward:.1f} a pass)"
+        )
+    text = tokenizer.decode(ids)
     verdict = "right" if tasks.is_correct(problem, text) else f"wrong, it is {problem.answer}"
-    return f"answer {tasks.extract_answer(text)} ({verdict})"
-
-
-def _draw(picture: Path, tokenizer: Any, ids: list[int], steps: list[int], title: str) -> Path:
-    """Draw a response with the pass of each token; return the file."""
-    words = [tokenizer.id_to_token(token) for token in ids]
-    shown = ["·" if word == tasks.EOS else word for word in words]
-    plots.response_by_pass(shown, steps, picture, title=title)
+    console.print(f"\nanswer {tasks.extract_answer(text)} ({verdict}): {figures}\n", highlight=False)
+    picture = directory / f"response-{Path(name.removeprefix('builtin:')).name}.png"
+    words = ["·" if word == tasks.EOS else word for word in map(tokenizer.id_to_token, ids)]
+    assert answer.trajectory is not None
+    steps = answer.trajectory.step[0, : len(ids)].tolist()
+    title = f"{problem.prompt}   ({name}: {passes} passes, {how})"
+    plots.response_by_pass(words, steps, picture, title=title)
     return picture
-
-
-class Passes(LiveText):
-    """A LiveText that also notes the pass of each token."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.of_token: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        super().put(value)
-        self.of_token += [self.passes] * (len(self.done) - len(self.of_token))
