@@ -228,18 +228,13 @@ def check_row(entry: Any) -> None:
     if unknown := [name for name in entry if name not in known]:
         raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
     if known is ADAPTIVE:
-        speculation.adaptive.checked_numbers(**numbers_of(entry))
+        speculation.adaptive.checked_numbers(**without(entry, "verifier"))
         return
-    DecodeConfig.from_dict(of_config(entry))
+    DecodeConfig.from_dict(without(entry, "draft_size"))
     if (size := entry.get("draft_size")) is not None:
         whole("draft_size", size, 0)
 
 
-def of_config(entry: Fields) -> dict[str, Any]:
-    """A row's fields of `DecodeConfig`."""
-    return {name: value for name, value in entry.items() if name != "draft_size"}
-
-
-def numbers_of(entry: Fields) -> dict[str, Any]:
-    """The fields of a row for `adaptive_decode` without its verifier's name."""
-    return {name: value for name, value in entry.items() if name != "verifier"}
+def without(entry: Fields, name: str) -> dict[str, Any]:
+    """A row's fields but one."""
+    return {field: value for field, value in entry.items() if field != name}

@@ -18,7 +18,7 @@ from dparallel_ext.rules import ONE
 from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
 from . import registry
-from .configs import Fields, changed_fields, check_row, numbers_of, of_config, parse_policy
+from .configs import Fields, changed_fields, check_row, parse_policy, without
 from .evaluate import (
     PLAIN,
     Answer,
@@ -116,7 +116,7 @@ def _by_policy(
     for entry in entries:
         if "verifier" in entry:
             of_row = config.with_rule(None)
-            judge, numbers = str(entry["verifier"]), numbers_of(entry)
+            judge, numbers = str(entry["verifier"]), without(entry, "verifier")
             asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **conditions}
             row = known.get(_key(asked))
             if row is None:
@@ -128,7 +128,7 @@ def _by_policy(
             continue
         text = str(entry["rule"])
         size: Any = entry.get("draft_size", draft_size)
-        of_row = config.with_rule(text).replace(**of_config(entry))
+        of_row = config.with_rule(text).replace(**without(entry, "draft_size"))
         changed = changed_fields(of_row)
         asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
         row = known.get(_key(asked))

@@ -27,7 +27,7 @@ import dparallel_ext as dx
     ("args", "said"),
     [
         (("--policy", "x"), "policy: expected"),
-        (("--model", "nowhere"), "model: 'nowhere'"),
+        (("--model", "nowhere"), "model: no directory nowhere"),
         (("--lanes", "0"), "lanes: expected"),
         (("--cache", "all"), "cache: expected"),
         (("--api-key", "a", "--api-key-file", "b"), "api_key: not beside"),
@@ -296,7 +296,7 @@ def test_several_models(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, said in (
         (("--model", MODEL, "--model", MODEL), f"name: two models are called {MODEL!r}; give each a --name"),
         (("--model", MODEL, "--name", "a", "--name", "b"), f"name: expected one for each of {MODEL}, got 2"),
-        (("--model", MODEL, "--model", "nowhere"), "model: 'nowhere'"),
+        (("--model", MODEL, "--model", "nowhere"), "model: no directory nowhere"),
         (
             ("--model", "builtin:causal", "--drafter", "plain", "--drafter", "x"),
             "drafter: expected a Drafter",
