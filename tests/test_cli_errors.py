@@ -338,6 +338,22 @@ def test_a_refused_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path):
     assert (tmp_path / "out" / "settings.json").exists()
 
 
+def test_results_of_an_earlier_run(tmp_path: Path):
+    """They are read with all that is shown of them, and have no passes for a page."""
+    found, page = tmp_path / "found.json", tmp_path / "page.html"
+    command = ("evaluate", "--problems", "1", "--policy", "quota:32", "--json", found)
+    run(*command)
+    said = run(*command, "--resume", "--html", page, code=2)
+    assert said.splitlines()[-1].startswith("error: html: every row is of an earlier run")
+    assert not page.exists()
+    (row,) = json.loads(found.read_text())
+    of_old = {name: value for name, value in row.items() if name != "nfe_mean"}
+    for other, lacks in ((of_old, "one without nfe_mean"), ({}, "one without accuracy"), ([], "a list")):
+        found.write_text(json.dumps([row, other]))
+        expected = f"entry 2: expected a result of `evaluate`, got {lacks}"
+        assert expected in run(*command, "--resume", code=2)
+
+
 def test_a_run_that_keeps_no_answer_is_an_error(tmp_path: Path):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text(json.dumps({"prompt": PROMPT, "answer": "100"}) + "\n")

@@ -10,12 +10,19 @@ from typing import Any
 
 from . import files
 
+SHOWN = {"model", "policy", "problems", "accuracy", "accuracy_interval", "nfe_mean", "seconds"}
+"""Fields that results have had in all versions."""
+
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
     """The results that an earlier run wrote. Raises ValueError for a file that holds anything else."""
     rows = files.json_list("json", file)
-    if not all(isinstance(row, dict) and {"model", "policy", "accuracy"} <= row.keys() for row in rows):
-        raise ValueError(f"json: {file} holds other things than results")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or (missing := SHOWN - row.keys()):
+            lacks = (
+                f"one without {sorted(missing)[0]}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            )
+            raise ValueError(f"json: {file}, entry {number}: expected a result of `evaluate`, got {lacks}")
     return rows
 
 

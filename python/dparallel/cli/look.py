@@ -244,6 +244,8 @@ def evaluate(
         if plot is not None:
             plots.accuracy_against_passes(results, plot)
         if html is not None and recording is not None:
+            if not recording.problems:
+                raise ValueError(f"html: every row is of an earlier run, so {html} would show nothing")
             files.write_text(html, recording.html())
 
 
