@@ -531,6 +531,9 @@ def test_bad_generation_arguments(make: Any) -> None:
     for name, value in (("min_p", 0.9), ("num_beams", 4), ("tempreature", 1)):
         with pytest.raises(ValueError, match=f"gen_kwargs: {name}={value} is not supported"):
             model.generate_until([asked("sam", {name: value, "do_sample": True})])
+    for name in ("max_gen_toks", "temperature"):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got 'much'"):
+            model.generate_until([asked("sam", {name: "much"})])
     with pytest.raises(ValueError, match="max_length: 256 positions do not hold 256 tokens"):
         model.generate_until([asked("sam", {"max_gen_toks": 256})])
 

@@ -17,7 +17,6 @@ Under `torchrun -m` or `accelerate launch -m` each process takes its share of th
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -430,7 +429,7 @@ class DParallelLM(TemplateLM):
             for index, generation in enumerate(generations):
                 handle = engine.submit(generation.prompt, generation.config)
                 streams.append(text.TextStream(self.tokenizer, generation.until))
-                handle.subscribe(functools.partial(_put, events, index))
+                handle.subscribe(lambda event, at=index: events.put((at, event)))  # type: ignore[misc]
                 handles.append(handle)
             left = len(generations)
             while left:
@@ -446,10 +445,6 @@ class DParallelLM(TemplateLM):
                 self._counts["passes"] += event.nfe
                 self._counts["tokens"] += streams[index].count
                 yield index, texts[index] + streams[index].finish()
-
-
-def _put(events: SimpleQueue[tuple[int, Any]], index: int, event: Any) -> None:
-    events.put((index, event))
 
 
 if __name__ == "__main__":
