@@ -49,6 +49,16 @@ def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert again["table"] == report["table"]
 
 
+def test_the_seconds_of_a_study_are_those_of_its_runs(tmp_path: Path):
+    """Wherever it lies; the student is a copy of one of them."""
+    out = tmp_path / "student"
+    for run in ("finals/one", "student"):
+        (out / run).mkdir(parents=True)
+        (out / run / "training.json").write_text('{"seconds": 5}')
+    (out / "teacher.json").write_text('[{"seconds": 2}]')
+    assert study.spent(out) == 7
+
+
 def row(policy: str, passes: float, accuracy: float) -> dict[str, Any]:
     return {
         "policy": policy,

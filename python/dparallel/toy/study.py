@@ -86,7 +86,7 @@ def spent(out: Path) -> float:
     """Seconds of training and evaluation that the files below `out` record."""
     total = 0.0
     for file in out.rglob("*.json"):
-        content = json.loads(file.read_text()) if "student" not in file.parts else None
+        content = json.loads(file.read_text()) if "student" not in file.relative_to(out).parts else None
         if file.name == "training.json" and content is not None:
             total += content["seconds"]
         elif isinstance(content, list):
