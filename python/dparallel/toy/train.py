@@ -161,7 +161,7 @@ def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
 
 
 def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: int) -> Tensor:
-    """Cross entropy of the masked response tokens of ids (B, L) on the CPU, weighted 1/t."""
+    """Cross entropy of the masked response tokens of ids (B, L), weighted 1/t."""
     generator = torch.Generator().manual_seed(seed)
     batch, length = len(ids), ids.shape[1] - prompt
     # Stratified: one t in each of `batch` equal slices of (0, 1); each row's t is uniform, with less noise in
@@ -173,24 +173,21 @@ def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: i
     noisy = ids.clone()
     noisy[:, prompt:].masked_fill_(masked, model.mask_id)
     labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
-    device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=backends.fast_bfloat16(device)):
-        logits = model.head(model.hidden(noisy.to(device))[:, prompt:][masked.to(device)])  # (masked, V)
-    nll = F.cross_entropy(logits.float(), labels.to(device), reduction="none")
-    return (nll * weight.to(device)).sum() / masked.numel()
+    with torch.autocast("cpu", torch.bfloat16, enabled=backends.fast_bfloat16()):
+        logits = model.head(model.hidden(noisy)[:, prompt:][masked])  # (masked, V)
+    nll = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (nll * weight).sum() / masked.numel()
 
 
 def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) -> Tensor:
-    """Cross entropy of the response tokens of ids (B, L) on the CPU, up to and with the first EOS."""
+    """Cross entropy of the response tokens of ids (B, L), up to and with the first EOS."""
     labels = ids[:, prompt:]
     asked = (labels == eos_id).cumsum(1) - (labels == eos_id).long() == 0  # (B, R): no EOS in front
     ids = ids[:, : prompt + int(asked.any(0).sum())]  # no longer than the longest response
     labels, asked = (t[:, : ids.shape[1] - prompt] for t in (labels, asked))
-    device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=backends.fast_bfloat16(device)):
-        hidden = model.hidden(ids[:, :-1].to(device))[:, prompt - 1 :]
-        logits = model.head(hidden[asked.to(device)])  # (asked, V)
-    return F.cross_entropy(logits.float(), labels[asked].to(device))
+    with torch.autocast("cpu", torch.bfloat16, enabled=backends.fast_bfloat16()):
+        logits = model.head(model.hidden(ids[:, :-1])[:, prompt - 1 :][asked])  # (asked, V)
+    return F.cross_entropy(logits.float(), labels[asked])
 
 
 def train(
@@ -216,50 +213,40 @@ def train(
         whole(name, value, least)
     directory = files.directory("out", out)
     with files.locked("out", directory):
-        return _train(directory, settings, save_every, evaluate, progress)
+        torch.manual_seed(settings.seed)
+        model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
+        initialise(model)
 
+        def loss_of(step: int) -> Tensor:
+            ids, prompt = batch_of(settings, step)
+            if settings.causal:
+                assert model.eos_id is not None
+                return next_token_loss(model, ids, prompt, model.eos_id)
+            return masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
 
-def _train(
-    directory: Path,
-    settings: Settings,
-    save_every: int,
-    evaluate: int,
-    progress: bool,
-) -> Path:
-    torch.manual_seed(settings.seed)
-    model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
-    initialise(model)
-
-    def loss_of(step: int) -> Tensor:
-        ids, prompt = batch_of(settings, step)
-        if settings.causal:
-            assert model.eos_id is not None
-            return next_token_loss(model, ids, prompt, model.eos_id)
-        return masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
-
-    seconds, curve = loop.run(
-        directory,
-        model,
-        [p for p in model.blocks.parameters() if p.ndim == 2],
-        loss_of,
-        settings,
-        asdict(settings),
-        defaults=asdict(Settings()),
-        save_every=save_every,
-        report_every=100,
-        described="train",
-        progress=progress,
-    )
-    save_tokenizer(directory)  # before config.json, which makes it a checkpoint
-    models.save(model, directory, dtype=torch.bfloat16)
-    report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
-    if evaluate:
-        if settings.causal:
-            report["held_out"] = evaluation.evaluate_drafter(str(directory), None, problems=evaluate)
-        else:
-            report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
-        report["held_out"]["model"] = directory.name
-    files.write_json(directory / "training.json", report)
+        seconds, curve = loop.run(
+            directory,
+            model,
+            [p for p in model.blocks.parameters() if p.ndim == 2],
+            loss_of,
+            settings,
+            asdict(settings),
+            defaults=asdict(Settings()),
+            save_every=save_every,
+            report_every=100,
+            described="train",
+            progress=progress,
+        )
+        save_tokenizer(directory)  # before config.json, which makes it a checkpoint
+        models.save(model, directory, dtype=torch.bfloat16)
+        report: dict[str, Any] = {"settings": asdict(settings), "seconds": round(seconds), "loss": curve}
+        if evaluate:
+            if settings.causal:
+                report["held_out"] = evaluation.evaluate_drafter(str(directory), None, problems=evaluate)
+            else:
+                report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
+            report["held_out"]["model"] = directory.name
+        files.write_json(directory / "training.json", report)
     return directory
 
 
