@@ -288,31 +288,17 @@ def run(
     )
     net, report = train(records, held, settings, progress=progress)
     report = {"oracle_passes": passes, **report}
-    save(out, net, settings, report, teacher, answers=content)
-    return report
-
-
-def save(
-    file: str | Path,
-    net: nn.Sequential,
-    settings: Settings,
-    report: dict[str, Any],
-    model: Any,
-    *,
-    answers: dict[str, Any],
-) -> None:
-    """Write a filter of `model` to a safetensors file, whole or not at all."""
     metadata = {
         "tau": str(settings.tau),
-        "model": dx.models.fingerprint(model) or "",
+        "model": dx.models.fingerprint(teacher) or "",
         "settings": json.dumps(asdict(settings)),
-        "answers": json.dumps(answers),
+        "answers": json.dumps(content),
         "report": json.dumps(report),
     }
-    file = files.writable("file", file)
-    files.directory("file", file.parent)
-    with files.replacing(file) as partial:
+    files.directory("out", out.parent)
+    with files.replacing(out) as partial:
         partial.write_bytes(safetensors.torch.save(net.state_dict(), metadata))
+    return report
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
