@@ -124,7 +124,7 @@ def measure(
 
 def main(out: str, steps: int = 300, sequences: int = 100) -> None:
     directory = Path(out)
-    if not (directory / "model.safetensors").exists():
+    if not (directory / "config.json").exists():  # the last file of a checkpoint
         model, tokenizer = registry.load("builtin:teacher", dtype=torch.float32)
         tuned = finetune(model.requires_grad_(), tokenizer, steps)
         directory.mkdir(parents=True, exist_ok=True)
