@@ -16,9 +16,8 @@ PROBLEM = (
 
 def main(rule: str = "entropy:0.5") -> None:
     for name in ("builtin:teacher", "builtin:student"):
-        model, tokenizer = registry.load(
-            name
-        )  # or dx.models.load("path/to/LLaDA-8B-Instruct", device="cuda")
+        # Or dx.models.load("path/to/LLaDA-8B-Instruct", device="cuda"), without a tokenizer.
+        model, tokenizer = registry.load(name)
         ids = tokenizer.encode(PROBLEM).ids
         out = dx.decode(model, [ids], gen_length=64, rule=rule, eos_id=model.eos_id)
         text = tokenizer.decode(out.responses[0][: out.kept[0]].tolist())

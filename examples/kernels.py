@@ -15,12 +15,7 @@ def main(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> None:
     logits = 4 * torch.randn(2, 16, VOCAB, device=device, dtype=torch.bfloat16)
 
     stats = dx.row_stats(logits, mask_id=MASK)  # what a rule of your own would decide by
-    print(
-        "most certain:",
-        round(float(stats.confidence.max()), 3),
-        "entropy",
-        round(float(stats.entropy.min()), 2),
-    )
+    print(f"most certain: {float(stats.confidence.max()):.3f}, entropy {float(stats.entropy.min()):.2f}")
 
     out = dx.unmask_(tokens, logits, mask_id=MASK, selector="confidence", threshold=0.3)  # one launch
     print("committed of each sequence:", out.committed.tolist(), "left:", int((tokens == MASK).sum()))
