@@ -173,6 +173,8 @@ class StructuredOutputs(Strict):
 class Options(Strict):
     """The parameters of both endpoints."""
 
+    asked: ClassVar[str]
+    """The parameter that holds what is asked."""
     model: str
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
@@ -211,28 +213,15 @@ class Options(Strict):
         raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
 
     @model_validator(mode="after")
-    def _streamed(self) -> Self:
+    def _together(self) -> Self:
         usage = self.stream_options is not None and self.stream_options.include_usage
         for name, asked in (("stream_options", usage), ("stream_drafts", self.stream_drafts)):
             if asked and not self.stream:
                 raise ApiError(400, f"{name}: belongs to stream=true", param=name)
-        return self
-
-    @model_validator(mode="after")
-    def _best_of(self) -> Self:
-        each = self.n or 1
-        if self.best_of is not None and self.best_of != each:
-            message = f"best_of: only n, here {each}, is supported, got {self.best_of}"
+        if self.best_of not in (None, self.n or 1):
+            message = f"best_of: only n, here {self.n or 1}, is supported, got {self.best_of}"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-        return self
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if (
-            self.structured_outputs is not None
-            and self.response_format is not None
-            and self.response_format.form
-        ):
+        if self.structured_outputs and self.response_format and self.response_format.form:
             message = "structured_outputs: not beside a response_format"
             raise ApiError(400, message, param="structured_outputs")
         return self
@@ -258,7 +247,7 @@ class CompletionRequest(Options):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
     follows the response, which is decoded between the two."""
 
-    neutral = COMPLETION
+    neutral, asked = COMPLETION, "prompt"
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
     logprobs: int | None = Field(None, ge=0, le=1)
@@ -344,7 +333,8 @@ class ChatMessage(Strict):
 class ChatRequest(Options):
     """POST /v1/chat/completions."""
 
-    neutral = CHAT
+    neutral, asked = CHAT, "messages"
+    suffix: ClassVar[None] = None
     # Only one error is reported, so validation stops at the first: there may be one in every message.
     messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)

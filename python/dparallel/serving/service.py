@@ -213,8 +213,7 @@ class ModelService:
 
     async def call(self, request: ChatRequest | CompletionRequest) -> Call:
         """Check the request and submit it to the engine. Raises ApiError."""
-        each = request.n or 1
-        param = "prompt" if isinstance(request, CompletionRequest) else "messages"
+        each, param = request.n or 1, request.asked
         self._check_kind(request)
         prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         # More than the engine ever holds at once would be told to come again without end.
@@ -269,8 +268,7 @@ class ModelService:
         """Raise ApiError for a parameter of decoding by blocks if the engine decodes from left to right."""
         if self.engine.mask_id is not None:
             return
-        suffix = request.suffix if isinstance(request, CompletionRequest) else None
-        for name, value in (("policy", request.policy), ("suffix", suffix)):
+        for name, value in (("policy", request.policy), ("suffix", request.suffix)):
             if value:
                 message = f"{name}: belongs to decoding by blocks, and {self.name!r} goes from left to right"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
@@ -324,8 +322,7 @@ class ModelService:
 
     async def _suffix(self, request: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[int]:
         """The token ids that follow the response. Raises ApiError if they or a prompt hold the mask token."""
-        suffix = request.suffix if isinstance(request, CompletionRequest) else None
-        (ids,) = await self._ids("suffix", [suffix or ""])
+        (ids,) = await self._ids("suffix", [request.suffix or ""])
         if ids and any(self.engine.mask_id in prompt for prompt in [*prompts, ids]):
             message = (
                 "suffix: neither it nor the prompt may hold the mask token, which stands for the response"
