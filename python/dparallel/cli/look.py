@@ -244,9 +244,12 @@ def evaluate(
         if plot is not None:
             plots.accuracy_against_passes(results, plot)
         if html is not None and recording is not None:
-            if not recording.problems:
-                raise ValueError(f"html: every row is of an earlier run, so {html} would show nothing")
-            files.write_text(html, recording.html())
+            if recording.problems:
+                files.write_text(html, recording.html())
+            else:
+                typer.echo(
+                    f"warning: html: every row is of an earlier run, so {html} is not written", err=True
+                )
 
 
 def say_what_is_asked(option: str, models: list[str]) -> None:
