@@ -76,34 +76,23 @@ def evaluate(
     block = config.block_length or causal or 32
     correct = passes = canvases = to_eos = tokens = padded = 0
     how = label({"policy": policy, "config": changed})
-    by_number: dict[int, Answer] = {}
     began = time.perf_counter()
-    for part in _batches(asked):
-        out = dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
-        responses = [response.tolist() for response in out.responses]
-        kept = [
-            kept_of(response[: min(length, end)], model.eos_ids)
-            for response, end in zip(responses, out.kept.tolist(), strict=True)
-        ]
-        whole_texts = asked.problems.beyond_end
-        judged = responses if whole_texts else [r[:n] for r, n in zip(responses, kept, strict=True)]
-        texts = asked.tokenizer.decode_batch(judged)
-        correct += _count_right(asked.problems, part, texts)
-        by_number |= {each.number: Answer(each.ids, r) for each, r in zip(part, responses, strict=True)}
+
+    def decode(part: Sequence[Encoded]) -> dx.DecodeOutput:
+        return dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
+
+    for part, out, kept, right in _answered(decode, asked, how, recording, answers, beyond_end=True):
+        correct += right
         passes += int(out.nfe.sum())
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
         tokens += sum(kept)
         assert out.trajectory is not None
-        for i, (each, response) in enumerate(zip(part, responses, strict=True)):
+        for i, (each, response) in enumerate(zip(part, out.responses, strict=True)):
             steps = out.trajectory.step[i, : len(response)]
-            ends = torch.tensor([id in model.eos_ids for id in response], device=steps.device)
+            ends = torch.tensor([id in model.eos_ids for id in response.tolist()], device=steps.device)
             start = len(each.ids) if causal else 0
             to_eos += int(passes_to_eos(steps[None], out.nfe[i : i + 1], ends[None], block, start))
         padded += int(out.generated.sum())
-        if recording is not None:
-            _record(recording, asked, how, part, texts, out, kept)
-    if answers is not None:
-        answers += [by_number[number] for number in range(len(by_number))]
     count = len(asked.problems.prompts)
     of_drafts = {"canvases_mean": ratio(canvases, count)} if draft_size else {}
     return {
@@ -170,10 +159,6 @@ def _asked(
     model = dx.models.for_decoding(model)
     encode = registry.encoder_of(name, model, tokenizer, template, length)
     return Asked(problems, name, model, tokenizer, encode, template is not None, length, batch)
-
-
-def _count_right(problems: Problems, part: Sequence[Encoded], texts: Sequence[str]) -> int:
-    return sum(problems.checker(each.prompt.answer, text) for each, text in zip(part, texts, strict=True))
 
 
 def _judged(
@@ -255,7 +240,7 @@ def evaluate_drafter(
         return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
     how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
-    for out, right in _to_the_end(decode, asked, how, recording, answers):
+    for _, out, _, right in _answered(decode, asked, how, recording, answers):
         correct += right
         passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
         tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
@@ -292,27 +277,38 @@ def check_named(drafter: Any) -> None:
         )
 
 
-def _to_the_end(
+def _answered(
     decode: Callable[[Sequence[Encoded]], Output],
     asked: Asked,
     how: str,
     recording: Recording | None,
     answers: list[Answer] | None = None,
-) -> Iterator[tuple[Output, int]]:
-    """Decode the prompts in batches; yield each batch's output, and how many of its answers are right.
+    *,
+    beyond_end: bool = False,
+) -> Iterator[tuple[Sequence[Encoded], Output, list[int], int]]:
+    """Decode the prompts in batches; yield each batch, its output, the number of tokens in front of the end
+    of each answer, and how many of its answers are right.
 
     how: what the recording says of the decoding. answers: receives the answers at the end, in the order of
-    the problems.
+    the problems. beyond_end: what follows the ends, those of the model, is part of the answers.
     """
     by_number: dict[int, Answer] = {}
     for part in _batches(asked):
         out = decode(part)
-        kept = [r[:n].tolist() for r, n in zip(out.responses, out.kept.tolist(), strict=True)]
-        texts = asked.tokenizer.decode_batch(kept)
-        by_number |= {each.number: Answer(each.ids, r) for each, r in zip(part, kept, strict=True)}
+        responses, kept = [response.tolist() for response in out.responses], out.kept.tolist()
+        if beyond_end:
+            kept = [
+                kept_of(response[: min(asked.length, end)], asked.model.eos_ids)
+                for response, end in zip(responses, kept, strict=True)
+            ]
+        cut = [response[:count] for response, count in zip(responses, kept, strict=True)]
+        texts = asked.tokenizer.decode_batch(responses if beyond_end and asked.problems.beyond_end else cut)
+        each_answer = zip(part, responses if beyond_end else cut, strict=True)
+        by_number |= {each.number: Answer(each.ids, tokens) for each, tokens in each_answer}
         if recording is not None:
-            _record(recording, asked, how, part, texts, out, out.kept.tolist())
-        yield out, _count_right(asked.problems, part, texts)
+            _record(recording, asked, how, part, texts, out, kept)
+        right = map(asked.problems.checker, (each.prompt.answer for each in part), texts)
+        yield part, out, kept, sum(right)
     if answers is not None:
         answers += [by_number[number] for number in range(len(by_number))]
 
@@ -352,7 +348,7 @@ def evaluate_adaptive(
     how = label({"policy": verifier, "config": changed})
     correct = passes = verified = tokens = kept = 0
     began = time.perf_counter()
-    for out, right in _to_the_end(decode, asked, how, recording):
+    for _, out, _, right in _answered(decode, asked, how, recording):
         correct, passes = correct + right, passes + int(out.nfe.sum())
         verified += int(out.verifier_nfe.sum())
         tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
