@@ -1,4 +1,4 @@
-"""Baselines: what people would use instead, in plain torch, written from the formulas; on any device.
+"""Baselines that people would use instead, in plain torch, written from the formulas; on any device.
 
 A `Commit` takes (tokens (B, L), logits (B, L, V), mask_id, start, end, the rule's parameter) and fills masked
 positions of the window [start, end) in place.

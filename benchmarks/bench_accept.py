@@ -23,7 +23,7 @@ EOS = 1
 
 
 def eager(logits: Tensor, draft: Tensor, parent: Tensor, q_start: Tensor, q_end: Tensor) -> list[list[int]]:
-    """What one writes without a kernel: log-probabilities and argmax in torch, the walk on the host."""
+    """The step without a kernel: log-probabilities and argmax in torch, the walk on the host."""
     z = logits.float()
     choice = z.argmax(-1)
     logprob = log_softmax(z, -1).gather(1, choice[:, None])[:, 0]

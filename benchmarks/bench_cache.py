@@ -1,4 +1,4 @@
-"""What a cache saves: whole decodes of a random LLaDA-shaped model, and of an SDAR-shaped one.
+"""The time that a cache saves: whole decodes of a random LLaDA-shaped model, and of an SDAR-shaped one.
 
 Width 512, 8 layers, V = 126464, prompt 512, 128 new tokens, block 32, 8 tokens a pass by quota, so that every
 contender runs the same 16 passes. `published`: each pass computes the whole sequence through the same

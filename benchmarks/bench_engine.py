@@ -1,4 +1,4 @@
-"""What the engine saves: requests in shared passes, common prefixes computed once; and a pass against length.
+"""The time that the engine saves by shared passes and common prefixes; and a pass against its length.
 
 The models are those of bench_cache: width 512, 8 layers, V = 126464, random weights; a quota of 8 tokens a
 pass, so that every contender runs the same passes for a sequence.
@@ -109,7 +109,7 @@ def test_shared_prefix(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_batch_invariant(benchmark: Any, dtype: torch.dtype) -> None:
-    """What batch invariance costs: 8 sequences, each bit for bit as alone; baseline: shared passes."""
+    """The cost of batch invariance: 8 sequences, each bit for bit as alone; baseline: shared passes."""
     model, prompts = random_model(False, dtype), ragged(8, 128, 256)
     settings = {"gen_length": 64, "block_length": BLOCK, "cache": "dual", **POLICY}
     shared = min(seconds(lambda: dx.decode(model, prompts, **settings)) for _ in range(3))

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the facts of the machine, and its memory speed, from which floors follow."""
+"""Fixtures of every benchmark: facts of the machine, and its memory speed, from which floors follow."""
 
 from __future__ import annotations
 

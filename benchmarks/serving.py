@@ -90,7 +90,7 @@ def server(model: str | Path, *options: object, files: int | None = None) -> Ite
 
 @dataclass
 class Reply:
-    """What one client received."""
+    """The answer that a client received, and when."""
 
     text: str
     first: float

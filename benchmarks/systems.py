@@ -28,7 +28,7 @@ class System:
     policy: str
     """The policy of its row; for speculation the drafter."""
     lacks: str
-    """What the paper has and the package lacks."""
+    """A part of the paper that the package lacks."""
     config: tuple[tuple[str, Any], ...] = ()
     trained: str | None = None
     """The path of its training report, without .json, in the directory of the models that ship."""

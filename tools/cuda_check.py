@@ -63,7 +63,7 @@ class Usage:
 
 
 SAID = {"registers": "registers", "shared": "bytes of shared memory", "code": "bytes of machine code"}
-"""What a budget limits."""
+"""Field of `Usage` that a budget limits -> its words."""
 
 
 def version_of(nvcc: str) -> str:
@@ -117,7 +117,7 @@ def measure(
 
 
 def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> str:
-    """What ptxas reports, and behind it the lines of `code_of`."""
+    """The report of ptxas, and behind it the lines of `code_of`."""
     virtual = PTX_OF.get(architecture, architecture)
     ptx = scratch / f"{virtual}.ptx"
     includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{SOURCES}"]
@@ -134,7 +134,7 @@ def compile_one(nvcc: str, source: Path, architecture: str, scratch: Path) -> st
 
 
 def code_of(cubin: Path) -> str:
-    """Lines "code NAME BYTES" of the kernels: those sections of the ELF file that hold instructions."""
+    """Lines "code NAME BYTES" of the kernels, the sections of the ELF file that hold instructions."""
     elf = cubin.read_bytes()
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)

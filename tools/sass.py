@@ -1,4 +1,4 @@
-"""Reads machine code as nvdisasm prints it: what a turn of a kernel's loop costs."""
+"""Reads machine code as nvdisasm prints it, for the cost of a turn of a kernel's loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build has to work with: torch, the compilers, the CUDA architectures; and advice where one fails.
+"""The tools that a build finds: torch, the compilers, the CUDA architectures; and advice where a build fails.
 
 setup.py, the PEP 517 backend beside this file and cuda_check.py read it, before anything is installed:
 the standard library alone.
@@ -22,7 +22,7 @@ MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
 TORCH_REQUIREMENT = "torch>=2.10"
 TOOLS = {"setuptools": (77,), "ninja": (), "pybind11": (2, 13)}
-"""What a build needs beside torch -> its first release that will do."""
+"""Package that a build needs beside torch -> its first release that will do."""
 CUDA_ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 INSTALL = "pip install ."
 INSTALL_HERE = (
@@ -78,7 +78,7 @@ def find_torch() -> Torch | None:
 
 
 def torch_to_fetch() -> list[str]:
-    """What an isolated build must install: torch, where the environment has none that is new enough.
+    """The packages that an isolated build must install: torch, where there is none that is new enough.
 
     uv and `python -m build` run another Python than the environment's. There the build is against the
     newest torch; the stable ABI makes it serve every release from MINIMUM_TORCH on.
@@ -96,7 +96,7 @@ def torch_to_fetch() -> list[str]:
 
 
 def missing_tools() -> list[str]:
-    """Those of TOOLS that are not there, or are too old, in words."""
+    """The TOOLS that are not there, or are too old, in words."""
     missing = []
     for name, minimum in TOOLS.items():
         try:
@@ -146,7 +146,7 @@ def require() -> Torch:
 
 
 def output_of(*command: str) -> str:
-    """What a tool prints; exits with a line that names the tool where it does not run."""
+    """The output of a tool; exits with a line that names the tool where it does not run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -183,12 +183,12 @@ def find_nvcc() -> str | None:
 
 
 def known_architectures(nvcc: str) -> list[str]:
-    """Those that an nvcc compiles for, "80" for compute_80; it does not list the forms with a suffix."""
+    """The architectures of an nvcc, "80" for compute_80; it does not list the forms with a suffix."""
     return re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch"))
 
 
 def default_architectures(known: Sequence[str]) -> list[str]:
-    """Those of CUDA_ARCHITECTURES that are among `known_architectures`."""
+    """The CUDA_ARCHITECTURES that are among `known_architectures`."""
     return [a for a in CUDA_ARCHITECTURES if base(a) in known]
 
 
@@ -209,7 +209,7 @@ class Cuda:
 
 
 def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
-    """What DPARALLEL_CUDA (`setting`), torch and the nvcc found make of the build."""
+    """The CUDA part of the build, by DPARALLEL_CUDA (`setting`), torch and the nvcc that was found."""
     setting = setting.strip()
 
     def without(reason: str) -> Cuda:
@@ -247,7 +247,7 @@ def decide_cuda(torch: Torch, setting: str, nvcc: str | None) -> Cuda:
 
 
 def survey() -> tuple[Torch, str, Cuda]:
-    """What this build works with: torch, the C++ compiler, CUDA. Exits with what is missing or wrong."""
+    """Torch, the C++ compiler and CUDA of this build. Exits with all that is missing or wrong."""
     torch, cxx = require(), find_cxx()
     jobs()
     return torch, cxx, decide_cuda(torch, os.environ.get("DPARALLEL_CUDA", ""), find_nvcc())
@@ -306,11 +306,11 @@ _ADVICE = {
     ),
     r"FAILED: .*\.cu\.o": "A CUDA kernel does not compile; DPARALLEL_CUDA=0 builds for the CPU alone.",
 }
-"""What compilers say (ninja shows their commands too) -> the remedy; the first that fits holds."""
+"""Pattern of a compiler's output (ninja shows commands too) -> the remedy; the first that fits holds."""
 
 
 def advice(output: str) -> str:
-    """What to do about a failed build, from what the compilers said."""
+    """The remedy for a failed build, by the compilers' output."""
     remedies = (remedy for pattern, remedy in _ADVICE.items() if re.search(pattern, output))
     return next(remedies, "The first error above is the cause.")
 

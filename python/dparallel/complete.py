@@ -1,4 +1,4 @@
-"""Prompts in, responses out, as text: what `dparallel decode` prints."""
+"""Prompts in, responses out, as the text that `dparallel decode` prints."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _asked(
     loading: registry.Loading | None,
     loaded: tuple[Any, Any] | None,
 ) -> Asked:
-    """What `evaluate` and its like begin with; for the arguments see there."""
+    """The checked arguments of `evaluate` and its like, with the model loaded."""
     for field in SET_HERE:
         if (value := getattr(config, field)) != DEFAULTS[field]:
             raise ValueError(
@@ -289,8 +289,8 @@ def _answered(
     """Decode the prompts in batches; yield each batch, its output, the number of tokens in front of the end
     of each answer, and how many of its answers are right.
 
-    how: what the recording says of the decoding. answers: receives the answers at the end, in the order of
-    the problems. beyond_end: what follows the ends, those of the model, is part of the answers.
+    how: the decoding in words, for the recording. answers: receives the answers at the end, in the order of
+    the problems. beyond_end: the tokens behind the model's own ends are part of the answers.
     """
     by_number: dict[int, Answer] = {}
     for part in _batches(asked):

@@ -60,7 +60,7 @@ FORMATS = {
 }
 """Of these formats the library's patterns have strings that are not of the format, or no JSON."""
 MARK = '"([0-9a-f]{32})"'
-"""What the library's pattern has in place of a pattern that is written here."""
+"""The library's pattern of a mark, in whose place a pattern that is written here comes."""
 NO_CONSTRAINT: dict[str, Any] = {"required": [], "uniqueItems": False, "minProperties": 0}
 """Values with which such a keyword allows everything."""
 
@@ -129,7 +129,7 @@ def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _free(schema: Any) -> str | None:
-    """What a schema without any constraint but a type allows, "any", "object" or "array"; None for others."""
+    """The type of a schema without any other constraint, "any", "object" or "array"; None for others."""
     if not isinstance(schema, dict):
         return "any" if schema is True else None
     kind = schema.get("type", "any")

@@ -148,7 +148,7 @@ def text_box(annotation: Any) -> Any:
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "v")
 DRAFTERS = "by drafter"
-"""What rows of an autoregressive model have in place of a rule."""
+"""The label of rows of an autoregressive model, in place of a rule."""
 
 
 def _rule(row: dict[str, Any]) -> str:

@@ -117,14 +117,14 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
 
 @dataclass(frozen=True)
 class Problems:
-    """What `evaluate` asks, and how it judges the answers."""
+    """The problems that `evaluate` asks, and how it judges the answers."""
 
     prompts: tuple[Prompt, ...]
     checker: Checker
     gen_length: int | None
     """Tokens of a response; None: each model's default."""
     description: Mapping[str, Any]
-    """What results say about them."""
+    """The fields of results about them."""
     beyond_end: bool
     """Whether what follows the end of a response is judged, too."""
 

@@ -1,4 +1,4 @@
-"""Finds and loads models by name: those that ship with the package, or checkpoint directories."""
+"""Finds and loads models by name: models that ship with the package, or checkpoint directories."""
 
 from __future__ import annotations
 
@@ -235,14 +235,14 @@ class Loading:
 
 
 def weights_of(model: models.Model) -> dict[str, Any]:
-    """What results and the files of `tune` say about a model's weights: "dtype", its name, and "fp8", whether
-    the layers' are in 8 bits."""
+    """The fields of results and of `tune`'s files about a model's weights: "dtype", its name, and "fp8",
+    whether the layers' are in 8 bits."""
     return {"dtype": _dtype_name(model.dtype), "fp8": model.quantized}
 
 
 def conditions_of(model: models.Model) -> dict[str, Any]:
-    """What results say about how their model was loaded, since tokens depend on it: the kind of its device,
-    its mask token, and `weights_of` it."""
+    """The fields of results about how their model was loaded, since tokens depend on it: the kind of its
+    device, its mask token, and `weights_of` it."""
     return {"device": model.device.type, "mask_id": model.mask_id, **weights_of(model)}
 
 

@@ -242,7 +242,7 @@ def automaton_of(pattern: str) -> dict[str, Any]:
 
 
 def _of_python(pattern: str) -> str:
-    """What an error says of a pattern that Python refuses as well, since the library gives no reasons."""
+    """Python's reason to refuse a pattern, for an error, since the library gives none; "" if it does not."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:

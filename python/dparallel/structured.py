@@ -24,7 +24,7 @@ MOST = 2**22
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer's tokens add to a text."""
+    """The bytes that a tokenizer's tokens add to a text."""
 
     tokens: list[bytes | None]
     """The bytes of each id; None for special tokens and ids without a token. Tokens of byte-level BPE and of

@@ -33,7 +33,7 @@ from .problems import Problems, held_out
 from .recording import Recording
 
 POLICIES = (ONE, "confidence:0.9", "entropy:0.5")
-"""What a diffusion model is measured with if nothing is asked for."""
+"""The policies that a diffusion model is measured with if none is named."""
 DRAFTERS = (PLAIN, "ngram")
 """The same for an autoregressive model."""
 
@@ -109,7 +109,7 @@ def _by_policy(
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
     """The rows of a diffusion model. config: the fields that an entry does not have. draft_size: of entries
-    without one. conditions: what the rows say of the weights, the problems and how they are put. settings: of
+    without one. conditions: the rows' fields about weights, problems and how these are put. settings: of
     `evaluate`."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of them, and errors in one line."""
+"""The options that commands share, checks of them, and errors in one line."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> I
 
 
 def goes_on(out: Path, kept: Callable[[Path], str | None]) -> Callable[[], str]:
-    """What an interrupted run has kept in its directory, and how it goes on, for `plain_errors`."""
+    """A line for `plain_errors`: the part that an interrupted run has kept, and how it goes on."""
 
     def line() -> str:
         if (part := kept(out)) is None:
@@ -130,7 +130,7 @@ def goes_on(out: Path, kept: Callable[[Path], str | None]) -> Callable[[], str]:
 
 
 def begins_anew(out: Path) -> Callable[[], str]:
-    """What a command says that writes a file at its end alone, for `plain_errors`."""
+    """A line for `plain_errors` of a command that writes a file at its end alone."""
     return lambda: f"{out} is as it was; the same command begins anew"
 
 

@@ -1,4 +1,4 @@
-"""Reads the harness's arguments: those of a model, and those of a generation."""
+"""Reads the harness's arguments, of a model and of a generation."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Form(NamedTuple):
 
 
 ANY_OBJECT = Form("json", '{"type": "object"}')
-"""What clients mean by "json_object"."""
+"""The form that clients mean by "json_object"."""
 
 
 Text = Annotated[str, AfterValidator(unicode)]

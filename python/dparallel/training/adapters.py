@@ -18,7 +18,7 @@ from .. import files, registry
 LORA_TARGETS = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 """The layers with adapters as published, by our names of modules; a family has some of them."""
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of weights."""
+"""The text that PEFT puts before the names of weights."""
 
 
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:

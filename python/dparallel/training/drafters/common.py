@@ -1,4 +1,4 @@
-"""What the kinds of drafters share in training: settings, the target, and the interface of a kind."""
+"""The parts of training that all kinds of drafters share: settings, the target, a kind's interface."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def drawn(answers: Sequence[Answer], settings: Settings, step: int) -> tuple[lis
 
 
 class Places(NamedTuple):
-    """Random places of B answers, A of each: those that a step learns from."""
+    """Random places of B answers, A of each, that a step learns from."""
 
     ids: Tensor
     """(B, L) int64: the answers, padded with arbitrary tokens."""

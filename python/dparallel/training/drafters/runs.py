@@ -114,7 +114,7 @@ def run(
 
 
 def kept(directory: Path) -> str | None:
-    """What an interrupted run in a directory has kept, in words; None if that is nothing."""
+    """The state that an interrupted run in a directory has kept, in words; None if there is none."""
     return loop.kept(directory) or kept_answers(directory)
 
 
