@@ -57,7 +57,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """The model, prompts and numbers of a measurement. Raises ValueError naming a number that does not fit."""
+    """The settings of a measurement. Raises ValueError naming the number that does not fit."""
 
     model: str
     prompts: Path | None = None

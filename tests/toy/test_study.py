@@ -59,6 +59,23 @@ def test_the_seconds_of_a_study_are_those_of_its_runs(tmp_path: Path):
     assert study.spent(out) == 7
 
 
+def test_a_teacher_that_is_there_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def trained(out: str) -> None:
+        Path(out).mkdir()
+        (Path(out) / "training.json").touch()
+
+    def stop(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(study.train, "train", trained)
+    monkeypatch.setattr(study.distill, "read", stop)
+    small: dict[str, Any] = {"seeds": 1, "steps": 1, "sweep_steps": 1, "problems": 1, "validation": 1}
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            study.run(tmp_path, "recipe.yaml", train_teacher=True, **small)
+    assert (tmp_path / "teacher" / "training.json").exists()
+
+
 def row(policy: str, passes: float, accuracy: float) -> dict[str, Any]:
     return {
         "policy": policy,

@@ -159,13 +159,13 @@ class Stages:
 
 def run(
     out: str | Path,
-    recipe_file: str | Path = "recipes/builtin.yaml",
+    recipe_file: str | Path,
     *,
-    seeds: int = 3,
-    steps: int | None = None,
-    sweep_steps: int = 200,
-    problems: int = 2000,
-    validation: int = 300,
+    seeds: int,
+    steps: int | None,
+    sweep_steps: int,
+    problems: int,
+    validation: int,
     betas: Iterable[float] = BETAS,
     ratios: Iterable[Any] = RATIOS,
     data: str | None = None,
@@ -179,7 +179,9 @@ def run(
     """
     out, began = Path(out), time.monotonic()
     if train_teacher:
-        model = str(train.train(out / "teacher"))
+        model = str(out / "teacher")
+        if not (out / "teacher" / "training.json").exists():
+            train.train(model)
     replaced = {"data": data, "model": model}
     base = distill.read(recipe_file, **{key: value for key, value in replaced.items() if value is not None})
     stages = Stages(out, recipe_file, base, problems, validation, say, began)
