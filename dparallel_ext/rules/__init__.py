@@ -1,6 +1,7 @@
 """Rules decide which tokens a pass commits. `Rule` says how to write one; `policies` has those of numbers."""
 
 from .credit import Credit
+from .distance import Distance
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
@@ -13,6 +14,7 @@ __all__ = [
     "ONE",
     "Credit",
     "Decision",
+    "Distance",
     "Edit",
     "EndOfText",
     "Function",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .. import policies
 from ..arguments import instance, shown, whole
 from .credit import Credit
+from .distance import Distance
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
@@ -48,6 +49,12 @@ KINDS: dict[str, Kind] = {
         (("scale", float), ("decay", float), ("power", float)),
         0,
         "adds credit for earlier predictions (CreditDecoding)",
+    ),
+    "distance": Kind(
+        Distance,
+        (("tau", float), ("penalty", float)),
+        0,
+        "commits H + PENALTY x distance from the first mask < TAU nats (WeDLM)",
     ),
     "edit": Kind(
         Edit,

@@ -100,6 +100,30 @@ def test_credit_is_the_dense_form(llada: models.Model, row: str, by: float) -> N
         assert int(out.nfe) == passes
 
 
+@pytest.mark.parametrize(("tau", "penalty"), [(0.4, 0.02), (3.0, 0.02), (3.0, 0.3), (0.0, 0.05)])
+@pytest.mark.parametrize("by", [0.6, 1.0])
+def test_distance_is_its_formula(llada: models.Model, tau: float, penalty: float, by: float) -> None:
+    model, several, moved = Sharp(llada, by), 0, 0
+    for prompt in PROMPTS:
+
+        def decide(z: Tensor, x: Tensor, masked: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            nonlocal moved
+            entropy = -(z.softmax(1) * z.log_softmax(1)).sum(1)
+            score = entropy + penalty * (torch.arange(len(x)) - int(masked.int().argmax()))
+            below = masked & (score < tau)
+            moved += not torch.equal(best(-score, masked), best(-entropy, masked))
+            return below if below.any() else best(-score, masked), argmax(z)
+
+        expected, passes = plain(model, prompt, 32, 16, decide)
+        settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "mask_id": MASK}
+        out = dx.decode(model, prompt, rule=f"distance:{tau},{penalty}", **settings)
+        assert torch.equal(out.sequences[0], expected)
+        assert int(out.nfe) == passes
+        several += passes < 32
+    assert moved
+    assert (several > 0) == (tau > 0)
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
 @pytest.mark.parametrize("by", [0.6, 1.0])
 def test_sched_is_its_formula(llada: models.Model, kind: Any, by: float) -> None:
@@ -476,6 +500,7 @@ def test_hidden_states_are_asked_for_by_name(llada: models.Model) -> None:
 
 RULES = [
     "edit:0.03,0.04,5",
+    "distance:3,0.1",
     "credit+confidence:0.03",
     "credit+entropy:3",
     "sched:0.3,0.05",
