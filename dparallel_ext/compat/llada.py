@@ -19,7 +19,7 @@ from ..decoding.decode import start
 from ..decoding.schedule import Schedule, Window
 from ..decoding.sequence import SequenceState
 from ..decoding.settings import check_mask, drawn_seed
-from ..models import Model, traits, unwrap
+from ..models import Model, check_diffusion, traits, unwrap
 from ..ops import select
 from ..ops.row_stats import read_rows
 from ..rules import Decision, Rule, Where
@@ -174,7 +174,9 @@ class _Options(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, **given: Any) -> _Options:
-        """The options `given`, by their names. Raises ValueError naming the argument that does not fit."""
+        """The options `given`, by their names. Raises ValueError naming the argument that does not fit, and for an
+        autoregressive model."""
+        check_diffusion(model)
         least = {"gen_length": 0, "block_length": 1, "steps": 1}
         options = cls(**{**given, **{name: whole(name, given[name], bound) for name, bound in least.items()}})
         steps, gen_length, block_length = options[:3]

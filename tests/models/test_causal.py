@@ -631,6 +631,8 @@ def test_diffusion_refuses_autoregressive_models(family: str) -> None:
         with pytest.raises(ValueError, match=said):
             compat.generate(model, prompt, steps=8, gen_length=8, block_length=8, mask_id=96)
         with pytest.raises(ValueError, match=said):
+            compat.generate(model, prompt, steps=8, gen_length=8, block_length=8, mask_id=96, cfg_scale=1.0)
+        with pytest.raises(ValueError, match=said):
             compat.diffusion_generate(model, prompt, max_new_tokens=8, mask_token_id=96)
     with pytest.raises(ValueError, match="mask_id: belongs to masked diffusion"):
         dx.Engine(models.wrap(theirs), mask_id=96)
