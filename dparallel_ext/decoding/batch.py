@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import policies
-from ..cache import KVCache, Span, block_causal_spans
+from ..cache import KVCache
 from ..models import Model
 from .inputs import SequenceWork
 from .runner import Counts, Runner
@@ -289,8 +289,7 @@ class Batch:
         row.published += not prefill_only
         row.step_in_block += not prefill_only
         row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
-        if self.schedule.stores_blocks:
-            row.num_cached = row.layout.start_of_block(row.block[0])
+        row.num_cached = self.schedule.stored(row)
 
     def _advance(self, b: int, counted: Counts) -> bool:
         """Update sequence b by a pass's counts; return whether its front block is complete."""
@@ -329,12 +328,7 @@ class Batch:
         for b in lanes:
             row = rows[b]
             first, last = self.schedule.computed(row)
-            onward = self.schedule.onward and self.schedule.prefill_only(row)
-            if self.schedule.causal and not onward:
-                size, origin = self.schedule.block_length, row.layout.origin
-                spans = block_causal_spans(b, first, last, row.length, size, origin)
-            else:
-                spans = [Span(b, first, last, last if onward else row.length)] if first < last else []
+            spans, onward = self.schedule.spans(b, row), self.schedule.sees_onward(row)
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)

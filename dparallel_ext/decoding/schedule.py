@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from ..cache import Span, block_causal_spans
 from ..models import Traits
 from .sequence import Layout, OpenBlock, SequenceState
 
@@ -62,9 +63,12 @@ class Schedule:
     """Whether keys and values outlive a pass."""
     to_the_end: ClassVar[bool] = False
     """Whether every pass computes all positions from the front block to the sequence's end."""
-    stores_blocks: ClassVar[bool] = False
-    """Whether finished blocks are final: their keys and values are stored once, and requests may share
-    them."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether what is stored is the same in all sequences that begin alike, so that requests may share
+        it."""
+        return False
 
     @property
     def handed_over(self) -> bool:
@@ -75,6 +79,13 @@ class Schedule:
     def in_parts(self) -> bool:
         """Whether blocks are not filled as a whole."""
         return self.sub_block_length < self.block_length or self.handed_over
+
+    @property
+    def in_which_parts(self) -> str:
+        """How blocks are filled that are not filled as a whole, for error texts."""
+        if self.sub_block_length < self.block_length:
+            return f"these are filled {self.sub_block_length} by {self.sub_block_length}"
+        return "here the block before begins each block"
 
     @property
     def first_mask_matters(self) -> bool:
@@ -88,6 +99,21 @@ class Schedule:
     def computed(self, s: SequenceState) -> tuple[int, int]:
         """Positions [first, last) that the next pass computes."""
         raise NotImplementedError
+
+    def spans(self, lane: int, s: SequenceState) -> list[Span]:
+        """These positions as adjoining spans, with what each sees."""
+        first, last = self.computed(s)
+        if self.causal and not self.sees_onward(s):
+            return block_causal_spans(lane, first, last, s.length, self.block_length, s.layout.origin)
+        return [Span(lane, first, last, last if self.sees_onward(s) else s.length)] if first < last else []
+
+    def stored(self, s: SequenceState) -> int:
+        """Positions whose keys and values are final after the next pass; 0 where none ever are."""
+        return 0
+
+    def sees_onward(self, s: SequenceState) -> bool:
+        """Whether the positions of the next pass see those up to themselves, see `onward`."""
+        return self.onward and self.prefill_only(s)
 
     def prefill_only(self, s: SequenceState) -> bool:
         """Whether the next pass computes only the blocks in front of the front one.
@@ -199,7 +225,13 @@ class Block(Schedule):
     """For block-causal attention: finished blocks are exact, and the pass after their last stores them
     (SDAR)."""
 
-    stores_blocks = True
+    @property
+    def shared(self) -> bool:
+        # Else a prefix of two prompts is cut into blocks from the end of each, and has other keys in each.
+        return self.aligned or self.onward
+
+    def stored(self, s: SequenceState) -> int:
+        return s.layout.start_of_block(s.block[0])
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
         # Blocks finished since the last pass are computed once more, so that they are stored.

@@ -76,11 +76,9 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     active = {name: getattr(config, name) for name in ACTIVE}
     schedule = make(cache, model_traits, block_length, part, refresh, **active)
     if config.active_blocks > 1 and schedule.in_parts:
-        by_parts, handed = f"these are filled {part} by {part}", "here the block before begins each block"
-        how = by_parts if part < block_length else handed
         raise ValueError(
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
-            f"a whole, and {how}"
+            f"a whole, and {schedule.in_which_parts}"
         )
     return OfModel(cache, schedule, mask_id)
 
@@ -184,8 +182,8 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     if steps is not None and schedule.in_parts:
         raise ValueError(
-            "steps: the fixed schedule is for whole blocks; this one is filled part by part "
-            f"(sub_block_length {schedule.sub_block_length}), so expected None, got {steps}"
+            f"steps: the fixed schedule is for whole blocks, and {schedule.in_which_parts}, so expected "
+            f"None, got {steps}"
         )
 
 

@@ -173,11 +173,9 @@ class Diffusion(Kind):
         self._draft_size = states_to_guess(draft_size, self._schedule)
         self.config = config.replace(**self._of_model.fields)
         self.page_unit = self._schedule.block_length if self._schedule.aligned else 1
-        if self.cache != "block":
-            self.unshared = f"cache {self.cache!r}"
-        elif not (self._schedule.aligned or self._schedule.onward):
-            # A prefix of two prompts is cut into blocks from the end of each, so it has other keys in each.
-            self.unshared = f"blocks of {type(model).__name__} that count from the end of each prompt"
+        if not self._schedule.shared:
+            blocks = f"blocks of {type(model).__name__} that count from the end of each prompt"
+            self.unshared = blocks if self.cache == "block" else f"cache {self.cache!r}"
         self.keeps = self.cache != "none"
 
     def check(self, fields: Mapping[str, Any]) -> None:

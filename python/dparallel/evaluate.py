@@ -15,6 +15,7 @@ import dparallel_ext as dx
 from dparallel_ext.arguments import shown, whole
 from dparallel_ext.decoding.config import DEFAULTS
 from dparallel_ext.decoding.decode import progress_bar
+from dparallel_ext.decoding.settings import check_model
 from dparallel_ext.rules import ONE as ONE
 from dparallel_ext.speculation.speculate import check_causal
 
@@ -70,10 +71,8 @@ def evaluate(
     changed = changed_fields(config) | drafted_by(draft_size)
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model, length = asked.model, asked.length
-    dx.models.check_diffusion(model, onward=True)
     config = config.replace(gen_length=length, record=True)
-    causal = dx.models.traits(model).block_length
-    block = config.block_length or causal or 32
+    cache, schedule, _ = check_model(config, model, "none")
     correct = passes = canvases = to_eos = tokens = padded = 0
     how = label({"policy": policy, "config": changed})
     began = time.perf_counter()
@@ -90,8 +89,9 @@ def evaluate(
         for i, (each, response) in enumerate(zip(part, out.responses, strict=True)):
             steps = out.trajectory.step[i, : len(response)]
             ends = torch.tensor([id in model.eos_ids for id in response.tolist()], device=steps.device)
-            start = len(each.ids) if causal else 0
-            to_eos += int(passes_to_eos(steps[None], out.nfe[i : i + 1], ends[None], block, start))
+            start = len(each.ids) if schedule.aligned else 0
+            nfe = out.nfe[i : i + 1]
+            to_eos += int(passes_to_eos(steps[None], nfe, ends[None], schedule.block_length, start))
         padded += int(out.generated.sum())
     count = len(asked.problems.prompts)
     of_drafts = {"canvases_mean": ratio(canvases, count)} if draft_size else {}
@@ -103,8 +103,8 @@ def evaluate(
         "padded_tokens_per_forward": ratio(padded, passes),
         "seconds": round(time.perf_counter() - began, 3),
         "gen_length": length,
-        "block_length": block,
-        "cache": config.cache or "none",
+        "block_length": schedule.block_length,
+        "cache": cache,
         "chat": asked.chat,
         **registry.conditions_of(model),
         **of_drafts,
