@@ -174,8 +174,8 @@ class _Options(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, **given: Any) -> _Options:
-        """The options `given`, by their names. Raises ValueError naming the argument that does not fit, and for an
-        autoregressive model."""
+        """The options `given`, by their names. Raises ValueError naming the argument that does not fit, and
+        for an autoregressive model."""
         check_diffusion(model)
         least = {"gen_length": 0, "block_length": 1, "steps": 1}
         options = cls(**{**given, **{name: whole(name, given[name], bound) for name, bound in least.items()}})

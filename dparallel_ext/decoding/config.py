@@ -88,9 +88,9 @@ class DecodeConfig:
     next that has one; with gen_length 0 its last block stays as short as the prompt leaves it."""
     block_length: int | None = None
     """Tokens of a block; blocks are decoded left to right. None: the model's own, where it is block-causal
-    (blocks count from position 0), else 32. Block-causal models of ours attend by the blocks that are asked
-    for, as in SDAR's published loop. A2D's attend by blocks with cache "block" alone; there, and in every
-    model that is not block-causal, blocks count from the first mask."""
+    (blocks count from position 0) or has a window (of at most 64 masks), else 32. Block-causal models of ours
+    attend by the blocks that are asked for, as in SDAR's published loop. A2D's attend by blocks with cache
+    "block" alone; there, and in every model that is not block-causal, blocks count from the first mask."""
     sub_block_length: int | None = None
     """A divisor of block_length: of each block, the leftmost part of this length that has masks is filled
     first, the rest waits. None: the model's own (Fast-dLLM v2), else block_length."""
@@ -131,7 +131,8 @@ class DecodeConfig:
     (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal ones (BD3LM) with "block", and
     see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
     models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone, which an engine
-    must be told: by default it decodes that model autoregressively."""
+    must be told: by default it decodes that model autoregressively. WeDLM has "window" alone: passes fill
+    the first `block_length` masks, wherever blocks end."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1

@@ -78,8 +78,8 @@ class InputPacker:
         width = self.tokens.shape[1]
         self.window, self.block = min(schedule.sub_block_length, width), min(schedule.block_length, width)
         """Columns of the widest usual window, and of the widest block."""
-        self.blocks = schedule.active_blocks
-        """How many blocks of a sequence may be open, each with a window."""
+        self.blocks, self.most_open = schedule.active_blocks, schedule.most_open
+        """Windows of a sequence, and how many of its blocks may be open."""
         self.static_shapes = padding.runs_ahead(self.tokens.device)
         """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
         self._graph_bucket = functools.partial(padding.graph_bucket, recorded=padding.recorded_rows(model))
@@ -216,7 +216,7 @@ class InputPacker:
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> list[tuple[int, int]]:
         """Columns [start, end) of the blocks to count, the same number for each lane."""
-        most = max([self.blocks, *(len(row.blocks) for row in rows if reads(row, "response"))])
+        most = max([self.most_open, *(len(row.blocks) for row in rows if reads(row, "response"))])
         counted = [work[b].counted if b in work else [] for b in range(len(rows))]
         return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
 

@@ -69,7 +69,7 @@ class Runner:
         self.trajectory, self.graphs = space.trajectory, space.graphs
         self.states, self.given = space.states, space.given
         self._suppress = space.suppress
-        self.blocks = schedule.active_blocks
+        self.blocks, self.known_first = schedule.active_blocks, schedule.known_first
         self.lane = self._lane_of(self.blocks)
         """(W,) int64: each window's lane; None where each lane has one window."""
         self.packer = InputPacker(model, space, mask_id, schedule)
@@ -152,8 +152,13 @@ class Runner:
         if isinstance(self.model, Model):
             metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=key.onward)
             assert self.kv_cache is not None
+            ids = self.tokens[metadata.rows, metadata.positions]
+            if self.known_first:  # all tokens in front of a lane's window are known, masks of a prompt too
+                start = edges[:, 0].sum(0)
+                known = (ids != self.mask_id) | (metadata.positions < start[metadata.rows])
+                metadata = metadata.known_first(known)
             with own_precision(self.model, self.tokens.device):
-                x = self.model.step(self.tokens[metadata.rows, metadata.positions], self.kv_cache, metadata)
+                x = self.model.step(ids, self.kv_cache, metadata)
                 x = x[source]
                 logits, hidden = self.model.head(x)[: len(positions)], x[: len(positions)]
         else:

@@ -9,18 +9,20 @@
     Block      what is not stored, up to the open blocks' end  the open blocks
     SubBlock   as Block until the sub-block's first token      the front block's first sub-block with masks
                is known, then the sub-block alone
+    Sliding    what is not stored, up to the window's end      `block_length` columns from the first mask on
 
-The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2). The
-front block is the first that is not complete. Passes of the published loops that change nothing are in
-`compat`.
+The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2,
+WeDLM). The front block is the first that is not complete. Passes of the published loops that change nothing
+are in `compat`.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from ..cache import Span, block_causal_spans
+from ..cache import WORD, Span, block_causal_spans
 from ..models import Traits
 from .sequence import Layout, OpenBlock, SequenceState
 
@@ -63,6 +65,13 @@ class Schedule:
     """Whether keys and values outlive a pass."""
     to_the_end: ClassVar[bool] = False
     """Whether every pass computes all positions from the front block to the sequence's end."""
+    known_first: ClassVar[bool] = False
+    """Whether masks come behind all known tokens, see `cache.known_first`."""
+
+    @property
+    def most_open(self) -> int:
+        """The most blocks that are open at once."""
+        return self.active_blocks
 
     @property
     def shared(self) -> bool:
@@ -153,7 +162,7 @@ class Schedule:
     def opens(self, s: SequenceState) -> bool:
         """Whether the block after the open ones may open now."""
         after = s.block_index + len(s.open)
-        if len(s.open) == self.active_blocks or after == len(s.blocks) or s.settings.one_block:
+        if len(s.open) == self.most_open or after == len(s.blocks) or s.settings.one_block:
             return False
         return s.open[-1].share >= self.open_at
 
@@ -265,7 +274,48 @@ class SubBlock(Block):
         return low, min(high, columns[1])
 
 
-CACHES = ("none", "prefix", "dual", "block")
+class Sliding(Schedule):
+    """Masks in a window that begins at the first mask, behind all known tokens (WeDLM). A token is final once
+    no mask is in front of it, and the next pass stores it; known tokens between masks are computed in every
+    pass.
+
+    Blocks say when tokens are streamed and where a response ends. The window may reach into the block after
+    the front one, so both are open.
+    """
+
+    known_first = True
+    most_open = 2
+    in_parts = True
+    in_which_parts = "here a window slides over them"
+    shared = True
+
+    def computed(self, s: SequenceState) -> tuple[int, int]:
+        return s.num_cached, self.front_window(s).end
+
+    def spans(self, lane: int, s: SequenceState) -> list[Span]:
+        # Cut from the end, so that the window is in one span.
+        first, last = self.computed(s)
+        cuts = [first, *range(last, first, -WORD)[::-1]]
+        return [Span(lane, a, b, b) for a, b in itertools.pairwise(cuts)]
+
+    def stored(self, s: SequenceState) -> int:
+        return s.first_mask
+
+    def windows(self, s: SequenceState) -> list[Window]:
+        return [self.front_window(s)]
+
+    def front_window(self, s: SequenceState) -> Window:
+        return Window(s.first_mask, min(s.first_mask + self.block_length, s.length), s.open[0])
+
+    def opens(self, s: SequenceState) -> bool:
+        return len(s.open) < self.most_open and s.block_index + len(s.open) < len(s.blocks)
+
+    def published_prefills(self, layout: Layout) -> int:
+        # One over the prompt, and, though not in front, one in which the last tokens are stored.
+        return 1 + (layout.columns[0] > 0) if layout.columns else 0
+
+
+CACHES = ("none", "prefix", "dual", "block", "window")
 
 
 def is_block_causal(traits: Traits, cache: str) -> bool:
@@ -287,7 +337,8 @@ def make(
 ) -> Schedule:
     """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
     causal = is_block_causal(traits, cache)
-    kind = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual, "block": Block}[cache]
+    kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual}
+    kind = (kinds | {"block": Block, "window": Sliding})[cache]
     options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
         block_length,

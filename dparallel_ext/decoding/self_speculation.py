@@ -100,6 +100,10 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
                 "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule) or "
                 f"the selector 'quota', got {got}"
             )
+    if schedule.known_first:
+        raise ValueError(
+            f"draft_size: states are guessed within a block, and {schedule.in_which_parts}, so expected None"
+        )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
 

@@ -10,6 +10,7 @@ import torch
 
 from ..arguments import shown, temperature_in_force, whole
 from ..automaton import Automaton
+from ..cache import WORD
 from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from ..rules import Rule
@@ -38,18 +39,19 @@ class OfModel(NamedTuple):
 def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     """The config's cache mode, blocks and mask, by default the model's.
 
-    cache: the mode if the config has none. Raises ValueError naming the field that does not fit the model,
-    and for an autoregressive model.
+    cache: the mode if neither config nor model has one. Raises ValueError naming the field that does not fit
+    the model, and for an autoregressive model.
     """
-    check_diffusion(model, onward=True)
+    check_diffusion(model, decoding=True)
     model_traits, refresh = traits(model), config.refresh
-    cache = config.cache or ("block" if model_traits.causal else cache)
+    own = "window" if model_traits.window is not None else "block" if model_traits.causal else None
+    cache = config.cache or own or cache
     causal = is_block_causal(model_traits, cache)
-    if model_traits.causal and not causal:
+    if own is not None and cache != own:
         raise ValueError(
-            f'cache: expected "block", by which {type(model).__name__} fills masks, got {cache!r}'
+            f'cache: expected "{own}", by which {type(model).__name__} fills masks, got {cache!r}'
         )
-    block_length = config.block_length or model_traits.block_length or 32
+    block_length = config.block_length or model_traits.block_length or model_traits.window or 32
     if cache != "none" and not isinstance(model, Model):
         raise ValueError(
             f"cache: {cache!r} needs one of dparallel_ext.models (models.load, or models.wrap "
@@ -58,8 +60,14 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     part = config.sub_block_length or model_traits.sub_block_length or block_length
     if block_length % part:
         raise ValueError(f"sub_block_length: expected a divisor of block_length {block_length}, got {part}")
+    if own == "window":
+        if block_length > WORD:
+            raise ValueError(f"block_length: expected a window of at most {WORD} masks, got {block_length}")
+        if part < block_length:
+            raise ValueError(f"sub_block_length: a window is filled as a whole, so expected None, got {part}")
+    known = ("none", "block") if causal else ("none", "prefix", "dual")
     within = causal and cache == "dual" and part < block_length
-    if causal != (cache == "block") and cache != "none" and not within:
+    if own is None and cache not in known and not within:
         if causal:
             fit = '"block" or "none" for a block-causal model, or "dual" where it is decoded by sub-blocks'
         else:
@@ -91,6 +99,11 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     """
     rule, steps, rows, selectors = decided(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
+    if model_traits.window is not None and (config.infill or automaton is not None):
+        raise ValueError(
+            f"{'infill' if config.infill else 'automaton'}: does not go with {type(model).__name__}, whose "
+            "masks are a window behind the text"
+        )
     left_to_right = model_traits.causal and cache != "block"
     if automaton is not None:
         mask_id = model_traits.mask_id if config.mask_id is None else config.mask_id
@@ -171,6 +184,11 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
                 "its blocks are begun by the block before"
             )
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
+        if schedule.known_first and rule.reads != "masked":
+            raise ValueError(
+                f"rule: {type(rule).__name__} reads more than the masks of its window, which does not go "
+                f"with {type(model).__name__}: {schedule.in_which_parts}"
+            )
         check_decodable("rule", rule.tokens, vocabulary(model), of_model.mask_id)
         if rule.hidden and not isinstance(model, Model):
             raise ValueError(

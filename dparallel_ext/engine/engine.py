@@ -103,8 +103,8 @@ class Engine:
             autoregressive one; wrapped or adapted as in `decode`. If its weights change, make another engine:
             the keys and values that this one keeps are of the weights before.
         config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
-            no cache, a diffusion model has "dual", and a block-causal one "block" (`decode`: "none"). Its
-            cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
+            no cache, a diffusion model has "dual", a block-causal one "block" (`decode`: "none"), and WeDLM
+            "window". Its cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
             batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, or a
             verifier, fields about masks stay at their defaults, and `eos_id` None stands for the model's own
             end tokens, see `speculate`.
@@ -122,9 +122,10 @@ class Engine:
         max_waiting: the most requests that may wait, beside those for which a lane is free; `submit` then
             raises EngineFull.
         share: requests with a common prefix share the pages of that prefix, and the drafter's data in them;
-            pages of finished requests are kept for this while there is room. Needs cache "block" with blocks
-            that count from position 0 (not A2D's), or an autoregressive model. Shared keys and values equal
-            those of a request alone but for rounding, so the default is on unless `batch_invariant` is.
+            pages of finished requests are kept for this while there is room. Needs cache "window", or "block"
+            with blocks that count from position 0 (not A2D's), or an autoregressive model. Shared keys and
+            values equal those of a request alone but for rounding, so the default is on unless
+            `batch_invariant` is.
         keywords: fields of `DecodeConfig`; they replace the config's.
 
     An engine is thread-safe, and a request that fails does not affect others. Use it in a `with` block, or
@@ -212,8 +213,8 @@ class Engine:
         share = unshared is None if share is None else share
         if share and unshared is not None:
             raise ValueError(
-                "share: goes with cache 'block' or an autoregressive model, and without batch_invariant, "
-                f"got {unshared}"
+                "share: goes with cache 'block' or 'window' or an autoregressive model, and without "
+                f"batch_invariant, got {unshared}"
             )
         if share and page_size % unit:
             raise ValueError(

@@ -20,6 +20,7 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
+from .wedlm import WeDLM
 from .wrappers import check_call, for_decoding, logits_of, native, own_precision, unwrap, warn_of_dropout
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Stream",
     "Taps",
     "Traits",
+    "WeDLM",
     "as_stored",
     "check_call",
     "check_diffusion",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..arguments import check_tensor
-from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans
+from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
@@ -31,11 +31,11 @@ class Model(Expected):
     """A language model: of masked diffusion, or autoregressive if the family is `causal`.
 
     A position sees all others; in a block-causal family, the positions up to its block's end; in a causal
-    one, those up to itself. A call with input_ids (B, L) int64 returns an object with `.logits` (B, L, V),
-    raw, as the Hugging Face model of the same checkpoint does (V: rows of the embedding). `hidden` and `head`
-    are its two halves; `step` is `hidden` for decoding: it computes chosen positions against a cache. A model
-    made from a config.json's content has fresh weights, initialised as torch does; `load` and `wrap` read
-    weights.
+    one, those up to itself; in one with a `window`, what `Traits` says. A call with input_ids (B, L) int64
+    returns an object with `.logits` (B, L, V), raw, as the Hugging Face model of the same checkpoint does (V:
+    rows of the embedding). `hidden` and `head` are its two halves; `step` is `hidden` for decoding: it
+    computes chosen positions against a cache. A model made from a config.json's content has fresh weights,
+    initialised as torch does; `load` and `wrap` read weights.
 
     Raises ValueError naming the config key that is missing or not supported.
     """
@@ -55,6 +55,7 @@ class Model(Expected):
     block_causal_too: ClassVar[bool] = False
     aligned_blocks: ClassVar[bool] = True
     onward: ClassVar[bool] = False
+    window: ClassVar[int | None] = None
     """See `Traits`."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
@@ -389,6 +390,9 @@ class Model(Expected):
         if self.block_length is not None:
             block = position // self.block_length
             earlier = (block[:, None] >= block)[None, None]
+        if self.window is not None:
+            known = input_ids != (-1 if self.mask_id is None else self.mask_id)
+            earlier = known_first(known[:, :, None], known[:, None], position[:, None] >= position)[:, None]
         if attention_mask is None:
             return earlier  # None for a causal model too: attention has an option for it
         check_tensor("attention_mask", attention_mask)
@@ -406,10 +410,10 @@ class Model(Expected):
             )
         visible = visible[:, None, None]
         if self.causal:
-            # Padding in front of a sequence sees itself, since some kernels give NaN to a row that sees
-            # nothing.
-            return visible & (position[:, None] >= position) | (position[:, None] == position)
-        return visible if earlier is None else visible & earlier
+            earlier = position[:, None] >= position
+        seen = visible if earlier is None else visible & earlier
+        # Padding in front of a sequence sees itself, since some kernels give NaN to a row that sees nothing.
+        return seen | (position[:, None] == position) if self.causal or self.window is not None else seen
 
     def _embed(self, input_ids: Tensor, ndim: int) -> Tensor:
         """Embeddings (B, L, width) or (N, width). Raises TypeError or ValueError as `hidden` does."""

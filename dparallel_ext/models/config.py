@@ -168,6 +168,10 @@ class Traits:
     onward: bool = False
     """Whether cache "block" decodes an autoregressive model block-causally: finished positions see those up
     to themselves, as in its other passes, and the last of them gives the next block's first token."""
+    window: int | None = None
+    """Masks come behind all known tokens: a known token sees the known ones up to itself, a mask all known
+    ones and the masks up to itself (WeDLM). The number of masks that its published decoder computes; None for
+    others. Cache "window" decodes it."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
+from .wedlm import WeDLM
 
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[Model]] = {
     "sdar_moe": SDARMoE,
     "rnd1": RND1,
     "Fast_dLLM_Qwen": FastDLLM,
+    "wedlm": WeDLM,
     "a2d-llama": A2DLlama,
     "a2d-qwen2": A2DQwen2,
     "a2d-qwen3": A2DQwen3,

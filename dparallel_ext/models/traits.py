@@ -69,6 +69,7 @@ def _of_family(family: type[Model], mask_id: int | None, block_length: int | Non
         family.block_causal_too,
         family.aligned_blocks,
         family.onward,
+        family.window,
     )
 
 
@@ -83,11 +84,18 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
-def check_diffusion(model: Any, *, onward: bool = False) -> None:
-    """Raise ValueError for an autoregressive model; onward: but not for one that predicts masks too."""
-    of_model = traits(model)
-    if of_model.causal and not (onward and of_model.onward):
-        inner = unwrap(model)
+def check_diffusion(model: Any, *, decoding: bool = False) -> None:
+    """Raise ValueError for an autoregressive model, and for one that has masks behind all known tokens.
+
+    decoding: but not for those that `decode` decodes.
+    """
+    of_model, inner = traits(model), unwrap(model)
+    if of_model.window is not None and not decoding:
+        raise ValueError(
+            f"model: {type(inner).__name__} has its masks behind all known tokens, and this is for models "
+            "that see both ways or by blocks; dparallel_ext.decode and an Engine decode it"
+        )
+    if of_model.causal and not (decoding and of_model.onward):
         other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"
         raise ValueError(
             f"model: {type(inner).__name__} is autoregressive, and this is for masked diffusion models; "

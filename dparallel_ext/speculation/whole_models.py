@@ -32,6 +32,11 @@ class ModelDrafter:
 
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
         inner = native(model, "drafter")
+        if inner.window is not None:
+            raise ValueError(
+                f"drafter: {type(inner).__name__} has its masks behind all known tokens, and a diffusion "
+                "model that drafts sees both ways or by blocks"
+            )
         if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")
         self.model = inner

@@ -37,7 +37,7 @@ def complete(
 
     Raises ValueError naming the argument that does not fit.
     """
-    check_diffusion(model, onward=True)
+    check_diffusion(model, decoding=True)
     encode, mask = text.prompt_encoder(tokenizer, template), model.mask_id
     if mask is None:
         raise ValueError(f"mask_id: the files of {name} name no mask token, so give --mask-id")

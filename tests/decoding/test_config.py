@@ -97,7 +97,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("min_commit", 2, "min_commit: belongs to a threshold, .* got 2"),
     ("max_commit", 2, "max_commit: belongs to a threshold, .* got 2"),
     ("score", "best", "score: expected one of"),
-    ("cache", "all", r"cache: expected one of \['none', 'prefix', 'dual', 'block'\], got 'all'"),
+    ("cache", "all", r"cache: expected one of \['none', 'prefix', 'dual', 'block', 'window'\], got 'all'"),
     ("cache", np.array(["none", "dual"]), r"cache: expected one of .*, got array"),
     ("cache", 5, "cache: expected one of .*, got 5"),
     ("refresh", 0, "refresh: expected a whole number >= 1, got 0"),

@@ -123,7 +123,9 @@ def evaluate(
     gen_length: Annotated[int | None, typer.Option(help=f"with --data, {GEN_LENGTH}")] = None,
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
-    cache: Annotated[str | None, typer.Option(help="none (default), prefix, dual or block")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="none (default), prefix, dual, block, or window (WeDLM's default)")
+    ] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,
     device: DeviceOption = None,

@@ -65,7 +65,9 @@ def serve(
     policy: PolicyOption = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="none, prefix, dual or block; default: dual, block-causal models: block"),
+        typer.Option(
+            help="none, prefix, dual, block, window; default: dual, block-causal models: block, WeDLM: window"
+        ),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     batch_invariant: Annotated[
