@@ -132,7 +132,8 @@ class DecodeConfig:
     see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
     models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone, which an engine
     must be told: by default it decodes that model autoregressively. WeDLM has "window" alone: passes fill
-    the first `block_length` masks, wherever blocks end."""
+    the first `block_length` masks, wherever blocks end, without `infill`, `automaton`, `steps` and rules that
+    read more than those masks."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1
