@@ -82,7 +82,8 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
 
     # Only what needs torch, pybind11 or a fact sees it: the rest is not compiled again for another.
     ninja = Ninja(directory)
-    common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+    # Products are rounded before they are added, as torch's are, but in kernels: on Arm, too.
+    common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-psabi"
     own = f"$flags {os.environ.get('CXXFLAGS', '')}".rstrip()
     ninja.rule(
         "cxx",
@@ -103,7 +104,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
             ninja.compile("cxx", source)
             continue
         for level, march in SIMD_LEVELS.items():
-            flags = f"-DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
+            flags = f"-ffp-contract=fast -DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
             ninja.compile("cxx", source, flags, f".{level}")
 
     if cuda.nvcc:
