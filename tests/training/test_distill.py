@@ -199,6 +199,12 @@ def test_a_stopped_distillation_goes_on(answers: Path, tmp_path: Path):
     straight = distill.run(half, answers, tmp_path / "straight", progress=False)
     one, other = (load_file(d / "model.safetensors") for d in (tmp_path / "two", straight))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    distill.run(half, answers, straight, progress=False)  # which is finished
+    assert {path.name for path in straight.glob("checkpoint-*")} == {"checkpoint-4"}
+    again = load_file(straight / "model.safetensors")
+    assert all(torch.equal(again[name], other[name]) for name in other)
+    with pytest.raises(ValueError, match=r"max_steps, .* holds checkpoints of a run of 4 steps, .* got 2"):
+        distill.run(short, answers, straight, progress=False)
 
 
 def test_a_run_with_other_settings_is_refused(answers: Path, tmp_path: Path):

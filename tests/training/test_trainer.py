@@ -283,6 +283,18 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(settings: dict[str, Any]
     assert dx.models.load(checkpoint).mask_id == run_trainer.model().mask_id
 
 
+def test_a_finished_run_that_is_resumed_makes_no_step_more(tmp_path: Path):
+    given = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "max_steps": 3}
+    given |= {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run_trainer.run(tmp_path, **given)
+    checkpoint = tmp_path / "checkpoint-3"
+    again = run_trainer.run(tmp_path, resume=str(checkpoint), **given)
+    again.save_model(str(tmp_path / "again"))
+    assert again.state.global_step == 3
+    expected, found = weights(checkpoint), weights(tmp_path / "again")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_gradient_checkpointing_and_bf16_train_the_same_thing(big: Any, tmp_path: Path):
     run_trainer.run(tmp_path, gradient_checkpointing=True).save_model(str(tmp_path))
     close(weights(tmp_path), big[0])

@@ -226,8 +226,8 @@ def run(
     settings that a run can be resumed with alone (all but `MAY_CHANGE`). A checkpoint whose saving was
     interrupted is ignored.
 
-    Raises ValueError if `out` holds checkpoints of a run with other settings, or another run is writing
-    there; OSError if the disk is full.
+    Raises ValueError if `out` holds checkpoints of a run with other settings or of more steps, or another run
+    is writing there; OSError if the disk is full.
     """
     directory = files.directory("out", out)
     with files.locked("out", directory), files.full_disk_named(directory):
@@ -282,6 +282,11 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     if checkpoint is None and trainer.is_world_process_zero():
         files.write_json(directory / RECORD, settings)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if (done := trainer.state.global_step) > (most := trainer.state.max_steps):
+        raise ValueError(
+            f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
+            f"at least as many, got {most}"
+        )
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}

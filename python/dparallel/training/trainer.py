@@ -157,6 +157,10 @@ class CertaintyForcingTrainer(Trainer):
         The counts are the active tokens of each view (2,), and, with several micro-batches, also the gated
         tokens of each (4,).
         """
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run is resumed: Trainer asks whether it has ended behind each step, not in front.
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *arguments)
         views = [self.views(batch, self.state.global_step) for batch in batches]
         if views:
