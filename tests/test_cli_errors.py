@@ -366,6 +366,15 @@ def test_a_run_that_keeps_no_answer_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_error_stands_below_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "refusing.py").write_text("def no(answer, response):\n    raise RuntimeError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused = ("--data", "builtin:2", "--model", "builtin:student", "--checker", "refusing:no")
+    said = run("trajectories", tmp_path / "out", *refused, code=2)
+    assert "2 [" in said  # the bar
+    assert said.splitlines()[-1].startswith("error: checker: refusing:no raised RuntimeError()")
+
+
 def test_a_gpu_that_is_not_there_is_named():
     assert "device: 'cuda' needs an NVIDIA GPU" in run("decode", "x", "--device", "cuda", code=2)
 

@@ -98,13 +98,14 @@ def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> I
     try:
         yield
     except KeyboardInterrupt as error:
-        traceback.clear_frames(error.__traceback__)  # progress bars end now, not below the line
+        traceback.clear_frames(error.__traceback__)  # as below
         if kept is not None and os.environ.get("RANK", "0") == "0":
             typer.echo("\n" * sys.stderr.isatty() + f"interrupted: {kept()}", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
     except (ValueError, OSError, ImportError) as error:
+        traceback.clear_frames(error.__traceback__)  # so that progress bars end now, not below the line
         message = str(error)
         # Python names the module; transformers raises this error too, with a sentence as the name.
         if isinstance(error, ModuleNotFoundError) and (error.name or "").replace(".", "_").isidentifier():
