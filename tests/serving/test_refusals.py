@@ -354,8 +354,14 @@ def test_requests_that_are_no_requests(served: Here) -> None:
         (b"\xff", "body: expected JSON in UTF-8 that is not nested deeply"),
         (b'{"model": "x"', "JSON"),
         (b"{}", "model: Field required"),
-        (json.dumps({**fine, "prompt": "\ud800"}).encode(), "surrogate"),
-        (json.dumps({**fine, "stop": "\ud800"}).encode(), "surrogate"),
+        (json.dumps({**fine, "prompt": "\ud800"}).encode(), "prompt: expected text, got half of a surrogate"),
+        (json.dumps({**fine, "prompt": ["a", "\ud800"]}).encode(), "prompt.1: expected text, got half of"),
+        (json.dumps({**fine, "stop": ["a", "\ud800"]}).encode(), "stop.1: expected text, got half of"),
+        (json.dumps({**fine, "structured_outputs": {"json": 5}}).encode(), "structured_outputs.json: Input"),
+        (
+            json.dumps({**fine, "structured_outputs": {"json": "\ud800"}}).encode(),
+            "structured_outputs.json: ",
+        ),
         (json.dumps({**fine, "\ud800": 1}).encode(), "unicode"),
         (json.dumps({**fine, "temperature": float("nan")}).encode(), "finite"),
     ):

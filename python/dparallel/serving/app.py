@@ -321,6 +321,21 @@ def sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
+def place_in(body: Any, location: Sequence[str | int], missing: bool) -> list[str]:
+    """The keys and indices of pydantic's location of an error that lead through a body. missing: the last key
+    is not there. Between them pydantic names its own types, where a value may be of several."""
+    place = []
+    for number, part in enumerate(location, 1):
+        if isinstance(body, dict) and (part in body or (missing and number == len(location))):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        place.append(str(part))
+    return place
+
+
 def name_errors(app: FastAPI, service: Service) -> None:
     """Make the application answer every error in OpenAI's form."""
 
@@ -343,7 +358,7 @@ def name_errors(app: FastAPI, service: Service) -> None:
         if first["type"] == "json_invalid":
             message = f"body: expected JSON ({first['ctx']['error']} at character {first['loc'][-1]})"
             return ApiError(400, message).response
-        where = [str(part) for part in first["loc"][1:]]
+        where = place_in(error.body, first["loc"][1:], missing=first["type"] == "missing")
         message = f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
         return ApiError(400, message, param=where[0] if where else None).response
 
