@@ -476,8 +476,12 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
         adapters.merge(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"a whole checkpoint, with nothing to merge"):
         adapters.merge(registry.directory_of("builtin:teacher"), tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"^model: 'nowhere' is neither"):
         adapters.merge(adapter, tmp_path / "out", model="nowhere")
+    moved = shutil.copytree(adapter, tmp_path / "moved") / "adapter_config.json"
+    moved.write_text(json.dumps(json.loads(moved.read_text()) | {"base_model_name_or_path": "gone"}))
+    with pytest.raises(FileNotFoundError, match=r"names 'gone' as its base, and .*: 'gone' is neither"):
+        adapters.merge(moved.parent, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is for no module of"):
         adapters.merge(adapter, tmp_path / "out", model=str(golden.home / "dream_tiny_a"))
     for name, content, said in (

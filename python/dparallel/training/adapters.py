@@ -76,7 +76,15 @@ def merge(
     name = model or config.base_model_name_or_path
     if not name:
         raise ValueError("model: the adapter does not name its base, so give one")
-    source = registry.directory_of(str(name))
+    try:
+        source = registry.directory_of(str(name))
+    except FileNotFoundError as error:
+        if model:
+            raise
+        reason = str(error).removeprefix("model: ")
+        raise FileNotFoundError(
+            f"model: the adapter names {str(name)!r:.200} as its base, and another may be given: {reason}"
+        ) from error
     base = dx.models.load(source, mask_id=mask_id)
     weights = _put(tensors, base, source)
     targets = {_parts(key.removeprefix(PREFIX)) for key in weights}
