@@ -224,6 +224,10 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     assert run("merge", "a", "b", code=2) == (
         'error: no peft; pip install "dparallel-ext[cli,train]" installs what this command needs\n'
     )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        said = run("decode", "--file", "prompts.parquet", code=2)  # of another extra than the command's own
+        assert 'pip install "dparallel-ext[cli,train]" installs' in said
     other = (
         ImportError("You need bitsandbytes"),
         ModuleNotFoundError("You need 'deepspeed>=1'", name="You need"),

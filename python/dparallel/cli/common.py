@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +111,7 @@ def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> I
         message = str(error)
         # Python names the module; transformers raises this error too, with a sentence as the name.
         if isinstance(error, ModuleNotFoundError) and (error.name or "").replace(".", "_").isidentifier():
-            extras = ",".join(dict.fromkeys(("cli", extra)))
+            extras = ",".join(dict.fromkeys(("cli", extra_with(str(error.name), extra))))
             message = (
                 f'no {error.name}; pip install "dparallel-ext[{extras}]" installs what this command needs'
             )
@@ -117,6 +119,20 @@ def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> I
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from error
+
+
+def extra_with(package: str, default: str) -> str:
+    """The extra that installs a package: `default` where it does, or where none is known to."""
+    with suppress(metadata.PackageNotFoundError):
+        lines = metadata.requires("dparallel-ext") or ()
+        named = (re.match(r"([\w.-]+).*extra == .([\w-]+)", line) for line in lines)
+        extras = [
+            found[2]
+            for found in named
+            if found and found[1].replace("-", "_").lower() == package.partition(".")[0]
+        ]
+        return default if default in extras or not extras else extras[0]
+    return default
 
 
 def goes_on(out: Path, kept: Callable[[Path], str | None]) -> Callable[[], str]:
