@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import timeit
@@ -11,7 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from dparallel import registry
+from dparallel import evaluate, registry
+from dparallel.problems import from_file
+from dparallel.toy import tasks
 
 from dparallel_ext import backends
 
@@ -45,6 +48,27 @@ def test_models_are_found_by_name_or_path(tmp_path: Path):
         registry.load("builtin:nobody")
     with pytest.raises(FileNotFoundError, match="model: "):
         registry.load(str(tmp_path))
+
+
+def test_the_end_that_the_tokenizer_alone_names(tmp_path: Path):
+    """Commands measure and learn from texts up to the end at which `decode` and the server stop."""
+    shutil.copytree(registry.directory_of("builtin:causal"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for end, ends in ((None, (1,)), ([5], (5, 1)), ([5, 1], (5, 1))):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+        model, _ = registry.load(tmp_path)
+        assert (model.eos_id, model.eos_ids) == (ends[0], ends)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    row = evaluate.evaluate_drafter(str(tmp_path), None, problems=from_file(data(tmp_path), gen_length=64))
+    assert (row["accuracy"], row["nfe_mean"] < 64) == (1.0, True)
+
+
+def data(directory: Path) -> Path:
+    """A file of a problem."""
+    problem = next(tasks.problems("held_out"))
+    file = directory / "data.jsonl"
+    file.write_text(json.dumps({"prompt": problem.prompt, "answer": f"#### {problem.answer}"}))
+    return file
 
 
 def test_bfloat16_is_fast_where_a_clock_says_so():

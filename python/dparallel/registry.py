@@ -176,7 +176,8 @@ def load(
 ) -> tuple[models.Model, Any]:
     """Load (model, `tokenizers.Tokenizer`) by name; `fp8`: see `Model.quantize`, `mask_id`: `models.load`.
 
-    `dtype`: default the checkpoint's; for models that ship, float32 where bfloat16 is slow.
+    `dtype`: default the checkpoint's; for models that ship, float32 where bfloat16 is slow. The model's
+    `eos_ids` are those of `models.load`, and the tokenizer's eos_token.
 
     Raises FileNotFoundError and ValueError, naming the argument.
     """
@@ -187,12 +188,16 @@ def load(
     dtype = _dtype_at(name, place, dtype)
     with naming("model", "path"):
         model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
-    beyond = [end for end in text.end_tokens(directory, loaded) if end >= model.shape.embedding_size]
+    ends = text.end_tokens(directory, loaded)
+    beyond = [end for end in ends if end >= model.shape.embedding_size]
     if beyond:
         raise ValueError(
             f"model: a response of {directory} ends with the tokens {beyond}, expected ids below "
             f"{model.shape.embedding_size}"
         )
+    # The tokenizer's, too, which a model that was tuned for chats may be the only one to end with.
+    model.eos_ids = tuple(dict.fromkeys((*model.eos_ids, *ends)))
+    model.eos_id = next(iter(model.eos_ids), None)
     return model.quantize() if fp8 else model, loaded
 
 

@@ -77,6 +77,19 @@ def test_rows_are_the_model_s_right_answers_and_their_order(prompts: list[Prompt
             torch.testing.assert_close(torch.tensor(row["confidence"]), out.trajectory.confidence[0])
 
 
+def test_a_response_is_judged_to_its_end_and_kept_whole(
+    prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, tokenizer = registry.load()
+    model.eos_ids = (tokenizer.token_to_id("."), *model.eos_ids)
+    judged: list[str] = []
+    monkeypatch.setattr(trajectories, "checker_of", lambda _: lambda _, response: not judged.append(response))
+    trajectories.generate(tmp_path, prompts[:4], SMALL, loaded=(model, tokenizer), progress=False)
+    rows = rows_of(tmp_path)
+    assert sorted(judged) == sorted(row["response"].partition(" .")[0] for row in rows)
+    assert all(" . " in row["response"] for row in rows)
+
+
 def test_the_settings_are_in_the_directory_and_in_every_parquet_file(whole: Path):
     found = json.loads((whole / "settings.json").read_text())
     assert found["policy"] == "entropy_bound:0.1"

@@ -28,6 +28,7 @@ from dparallel_ext.decoding.decode import progress_bar
 from .. import files, registry
 from ..checkers import Checker, checker_of
 from ..configs import POLICY, parse_policy
+from ..evaluate import kept_of
 from ..problems import Prompt, digest_of
 from ..text import Encoder, Template
 from ..toy import tasks
@@ -93,7 +94,8 @@ def generate(
 
     `out` receives settings.json, and part-NNNNN files in the `format` of the settings. Their rows: index (of
     the prompt), prompt, prompt_ids, response, response_ids, step (the pass that committed each token, from
-    1), confidence (its probability then), nfe (passes). A shard without a right answer has no rows.
+    1), confidence (its probability then), nfe (passes). A shard without a right answer has no rows. Responses
+    are judged up to their end token, and kept whole.
 
     Under `torchrun` or `accelerate launch`, process r of n (RANK of WORLD_SIZE) takes the shards r, r + n,
     ..., and the device is cuda:LOCAL_RANK if there is a GPU. The number of processes may change between runs.
@@ -175,10 +177,10 @@ def _generate(
         first, part = number * settings.shard, shards[number]
         rows: list[dict[str, Any]] = []
         for answered in _answer(model, tokenizer, encode, part, config, batch):
-            for at, row in answered:
+            for at, row, judged in answered:
                 index = first + at
                 try:
-                    right = checker(part[at].answer, row["response"])
+                    right = checker(part[at].answer, judged)
                 except ValueError as error:
                     raise ValueError(
                         f"{error}, of prompt {index}; the same command goes on with its shard"
@@ -204,9 +206,9 @@ def _answer(
     prompts: list[Prompt],
     config: dx.DecodeConfig,
     batch: int,
-) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Answer prompts batch by batch, those of like lengths together; yield [(index in prompts, row)] of each
-    batch."""
+) -> Iterator[list[tuple[int, dict[str, Any], str]]]:
+    """Answer prompts batch by batch, those of like lengths together; yield [(index in prompts, row, response
+    up to its end)] of each batch."""
     asked = [(at, encode(prompt.text)) for at, prompt in enumerate(prompts)]
     asked.sort(key=lambda each: len(each[1]))
     for first in range(0, len(asked), batch):
@@ -215,6 +217,8 @@ def _answer(
         assert out.trajectory is not None
         responses = [response.tolist() for response in out.responses]
         texts = tokenizer.decode_batch(responses)
+        ends = getattr(model, "eos_ids", ())
+        judged = tokenizer.decode_batch([response[: kept_of(response, ends)] for response in responses])
         steps, sure = out.trajectory.step.tolist(), out.trajectory.confidence.tolist()
         yield [
             (
@@ -228,6 +232,7 @@ def _answer(
                     "confidence": sure[i][: len(responses[i])],
                     "nfe": int(out.nfe[i]),
                 },
+                judged[i],
             )
             for i, (at, ids) in enumerate(part)
         ]
