@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -370,6 +371,31 @@ def test_a_run_that_keeps_no_answer_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), ""),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), " (CUDA out of memory.)"),
+        (None, r" \(\[enforce fail .*can't allocate memory: you tried to allocate \d+ bytes.*\)"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object, **__: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**60, dtype=torch.int8)
+
+    monkeypatch.setattr("dparallel.registry.Loading.load", decode)
+    pattern = reason if error is None else re.escape(reason)
+    said = run("decode", "x", code=2)
+    assert re.fullmatch(f"error: not enough memory{pattern}; shorter texts .* take less\n", said), said
+    error = RuntimeError("a fault")
+    with pytest.raises(RuntimeError, match="a fault"), common.plain_errors():
+        raise error
+
+
 def test_an_error_stands_below_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "refusing.py").write_text("def no(answer, response):\n    raise RuntimeError\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from dparallel_ext import rules
@@ -92,11 +93,15 @@ LookaheadOption = Annotated[
 ]
 
 
+OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says in a RuntimeError; for a GPU it has an error of its own."""
+
+
 @contextmanager
 def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> Iterator[None]:
-    """A context that reports bad input, a file that cannot be read or written, or a missing package of
-    `extra` in one line. Ctrl-C ends it with status 130 and, where there is `kept`, a line of what a run has
-    kept."""
+    """A context that reports bad input, a file that cannot be read or written, too little memory, or a
+    missing package of `extra` in one line. Ctrl-C ends it with status 130 and, where there is `kept`, a line
+    of what a run has kept."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -106,9 +111,14 @@ def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> I
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
-    except (ValueError, OSError, ImportError) as error:
-        traceback.clear_frames(error.__traceback__)  # so that progress bars end now, not below the line
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         message = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY in message:
+            reason = f" ({message.splitlines()[0]:.200})" if message else ""
+            message = f"not enough memory{reason}; shorter texts and smaller batches take less"
+        elif isinstance(error, RuntimeError):  # a fault, whose place is wanted
+            raise
+        traceback.clear_frames(error.__traceback__)  # so that progress bars end now, not below the line
         # Python names the module; transformers raises this error too, with a sentence as the name.
         if isinstance(error, ModuleNotFoundError) and (error.name or "").replace(".", "_").isidentifier():
             extras = ",".join(dict.fromkeys(("cli", extra_with(str(error.name), extra))))
