@@ -71,6 +71,15 @@ def data(directory: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
+def test_a_file_of_the_tokenizer_that_cannot_be_read_is_the_models(name: str, tmp_path: Path):
+    shutil.copytree(registry.directory_of("builtin:causal"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(b"\xff")
+    read = registry.template_of if name == "chat_template.jinja" else registry.load
+    with pytest.raises(ValueError, match=f"^model: .*{name} is not UTF-8"):
+        read(str(tmp_path))
+
+
 def test_bfloat16_is_fast_where_a_clock_says_so():
     """It takes half of float32's time or less with instructions for it, and five times or more without."""
     seconds = {}

@@ -78,7 +78,8 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
 
     Raises ValueError if `chat` is true and there is none, or if the checkpoint's does not compile.
     """
-    template = text.chat_template(directory_of(name)) if chat is not False else None
+    with _naming("model", "path"):
+        template = text.chat_template(directory_of(name)) if chat is not False else None
     if chat and template is None:
         raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
     return template
@@ -183,12 +184,13 @@ def load(
     """
     name = str(name)
     directory, place = directory_of(name), models.device_of(device)
-    loaded = tokenizer.load(directory)
+    with _naming("model", "path"):
+        loaded = tokenizer.load(directory)
+        ends = text.end_tokens(directory, loaded)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
     dtype = _dtype_at(name, place, dtype)
     with naming("model", "path"):
         model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
-    ends = text.end_tokens(directory, loaded)
     beyond = [end for end in ends if end >= model.shape.embedding_size]
     if beyond:
         raise ValueError(
