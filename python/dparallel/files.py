@@ -181,6 +181,12 @@ def locked(argument: str, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def apart(argument: str, out: Path, checkpoint: Path) -> None:
+    """Raise ValueError if a run would write over the checkpoint that it reads."""
+    if out.resolve() == checkpoint.resolve():
+        raise ValueError(f"{argument}: expected another directory than the model's, got {out}")
+
+
 # --- what goes with a checkpoint ---------------------------------------------------------------
 
 COMPANIONS = (

@@ -110,7 +110,6 @@ def test_a_stop_sequence_ends_it() -> None:
         {"rule": RULE, "temperature": 0.8, "seed": 3, "top_p": 0.9},
         {"threshold": 3.0, "suppress": [5, 9, 12], "max_commit": 2},
     ],
-    ids=str,
 )
 def test_other_rules(way: dict[str, Any]) -> None:
     """Each token is what a call with the text so far predicts, in the window from the first mask on."""

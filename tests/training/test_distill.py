@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, golden
 from dparallel import evaluate, registry, tokenizer
 from dparallel.problems import read_prompts
-from dparallel.training import adapters, distill, trajectories
+from dparallel.training import adapters, distill, drafters, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
@@ -472,6 +472,23 @@ def test_modules_to_save_may_have_our_names():
         "base_model.model.model.transformer.wte",
         "base_model.model.model.transformer.ff_out",
     ]
+
+
+def test_no_run_writes_over_the_checkpoint_that_it_reads(adapter: Path, answers: Path, tmp_path: Path):
+    base = shutil.copytree(registry.directory_of("builtin:teacher"), tmp_path / "base")
+    causal = shutil.copytree(registry.directory_of("builtin:causal"), tmp_path / "causal")
+    (tmp_path / "link").symlink_to(base)
+    before = {file: file.read_bytes() for file in (*base.iterdir(), *causal.iterdir())}
+    recipe = replace(distill.read(RECIPES / "builtin.yaml"), model=str(base))
+    said = "out: expected another directory than the model's, got "
+    for out in (base, tmp_path / "link"):
+        with pytest.raises(ValueError, match=said):
+            adapters.merge(adapter, out, model=str(base))
+        with pytest.raises(ValueError, match=said):
+            distill.run(recipe, answers, out, progress=False)
+    with pytest.raises(ValueError, match=said):
+        drafters.run(str(causal), causal, "builtin:20", progress=False)
+    assert before == {file: file.read_bytes() for file in (*base.iterdir(), *causal.iterdir())}
 
 
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):

@@ -85,6 +85,7 @@ def merge(
         raise FileNotFoundError(
             f"model: the adapter names {str(name)!r:.200} as its base, and another may be given: {reason}"
         ) from error
+    files.apart("out", directory, source)
     base = dx.models.load(source, mask_id=mask_id)
     weights = _put(tensors, base, source)
     targets = {_parts(key.removeprefix(PREFIX)) for key in weights}

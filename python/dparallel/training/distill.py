@@ -250,6 +250,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     args = arguments(recipe, directory)
     args.disable_tqdm = not progress
     source = registry.directory_of(recipe.model)
+    files.apart("out", directory, source)
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"answers: {answers} holds no right answer")

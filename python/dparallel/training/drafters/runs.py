@@ -15,6 +15,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import whole
+from dparallel_ext.models.files import as_path
 from dparallel_ext.speculation import Drafter
 from dparallel_ext.speculation.speculate import causal_model, check_prompts
 
@@ -87,6 +88,8 @@ def run(
             )
         data = "builtin:4000"
     with registry.naming("target", "model"):
+        if loaded is None:
+            files.apart("out", as_path("out", out), registry.directory_of(target))
         template = registry.template_of(target, chat) if chat or loaded is None else None
         loading = registry.Loading(device, registry.dtype_of(settings.dtype))
         model, tokenizer = loaded or loading.load(target)
