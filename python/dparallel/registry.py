@@ -78,7 +78,7 @@ def template_of(name: str, chat: bool | None = None) -> text.Template | None:
 
     Raises ValueError if `chat` is true and there is none, or if the checkpoint's does not compile.
     """
-    with _naming("model", "path"):
+    with naming("model", "path"):
         template = text.chat_template(directory_of(name)) if chat is not False else None
     if chat and template is None:
         raise ValueError(f"chat: the checkpoint {name!r} has no chat template")
@@ -184,7 +184,7 @@ def load(
     """
     name = str(name)
     directory, place = directory_of(name), models.device_of(device)
-    with _naming("model", "path"):
+    with naming("model", "path"):
         loaded = tokenizer.load(directory)
         ends = text.end_tokens(directory, loaded)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
