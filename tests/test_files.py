@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -161,6 +162,9 @@ def test_a_full_disk_is_said(tmp_path: Path):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     with pytest.raises(KeyError), files.full_disk_named(tmp_path):
         raise KeyError("another error stays what it is")
+    with pytest.raises(OSError, match="No space left") as raised, files.full_disk_named(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path)
 
 
 def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

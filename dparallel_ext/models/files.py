@@ -85,7 +85,7 @@ def fetched(name: str) -> Path:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"path: no directory {name}, and the Hugging Face Hub did not give a model of that name: "
-            f"{type(error).__name__}: {reason[:300]}. {by_hand}"
+            f"{type(error).__name__}: {reason[:300].rstrip('.')}. {by_hand}"
         ) from error
 
 
@@ -353,11 +353,16 @@ WRITE_FAILED = (
 
 @contextmanager
 def full_disk_named(path: str | Path) -> Iterator[None]:
-    """A context that turns torch's and safetensors' errors of a full disk into an OSError that says so."""
+    """A context that turns torch's and safetensors' errors of a full disk into an OSError that says so, and
+    gives an OSError without a file's name this one."""
     try:
         yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     except Exception as error:
-        if isinstance(error, OSError) or not any(text in str(error) for text in WRITE_FAILED):
+        if not any(text in str(error) for text in WRITE_FAILED):
             raise
         reason = str(error).splitlines()[0]
         raise OSError(
@@ -374,16 +379,14 @@ def replacing(file: str | Path) -> Iterator[Path]:
     """
     file = Path(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        with full_disk_named(file):
+    with full_disk_named(file):
+        try:
             yield partial
-        flush(partial)
-        os.replace(partial, file)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(file)
-        raise
+            flush(partial)
+            os.replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def replace_model(directory: Path, config: Mapping[str, Any], write: Callable[[Path], object]) -> None:
