@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import instance, shown, whole
 from . import files
 from .rope import QueryScaling, RopeScaling
 
@@ -146,6 +147,8 @@ class Traits:
     """What decoding and training need to know of a model, ours or not.
 
     A function, or a module that wraps a model in a way of its own, states them in an attribute `traits`.
+
+    Raises ValueError naming the field that does not fit.
     """
 
     mask_id: int | None = None
@@ -172,6 +175,21 @@ class Traits:
     """Masks come behind all known tokens: a known token sees the known ones up to itself, a mask all known
     ones and the masks up to itself (WeDLM). The number of masks that its published decoder computes; None for
     others. Cache "window" decodes it."""
+
+    def __post_init__(self) -> None:
+        """`mask_id` is checked where it is used, since a caller may name another."""
+        for name in ("shift", "causal", "block_causal_too", "aligned_blocks", "onward"):
+            instance(name, getattr(self, name), bool)
+        instance("strict", self.strict, frozenset)
+        for name in ("block_length", "sub_block_length", "window"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole(name, size, 1))
+        for name in ("shift", "causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
+            if self.window is not None and (value := getattr(self, name)):
+                raise ValueError(
+                    f"{name}: does not go with a window, whose masks see all known tokens and predict "
+                    f"themselves, got {shown(value)}"
+                )
 
 
 @dataclass

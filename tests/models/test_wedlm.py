@@ -138,3 +138,24 @@ def test_the_traits_of_a_function_say_it() -> None:
     assert torch.equal(found.sequences, dx.decode(ours(), ids(1, 9), **settings).sequences)
     assert len(KINDS) == 2
     assert int(found.sequences.max()) < VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"window": -3}, "window: expected a whole number >= 1, got -3"),
+        ({"window": "16"}, "window: expected a whole number >= 1, got '16'"),
+        ({"block_length": 1.5}, "block_length: expected a whole number >= 1, got 1.5"),
+        ({"block_length": 8, "sub_block_length": -1}, "sub_block_length: expected a whole number >= 1"),
+        ({"shift": "yes"}, "shift: expected bool, got str"),
+        ({"strict": "confidence"}, "strict: expected frozenset, got str"),
+        ({"window": 16, "shift": True}, "shift: does not go with a window"),
+        ({"window": 16, "causal": True}, "causal: does not go with a window"),
+        ({"window": 16, "block_length": 8}, "block_length: does not go with a window"),
+    ],
+    ids=str,
+)
+def test_traits_that_no_model_has_are_refused(fields: dict[str, Any], said: str) -> None:
+    """Stated by hand, they would decode senseless text, or for ever."""
+    with pytest.raises(ValueError, match=said):
+        Traits(MASK, **fields)
