@@ -51,7 +51,8 @@ def complete(
         token = tokenizer.id_to_token(mask)
         raise ValueError(f"prompt: expected a mask token, {token}, where --infill is to fill it")
     registry.check_positions(name, model, max(map(len, ids), default=0) + count)
-    with live or contextlib.nullcontext():
+    asked = "infill" if infill else "suffix"
+    with live or contextlib.nullcontext(), registry.naming(asked, "infill"):
         config = config.replace(gen_length=count, infill=infill or bool(suffix), record=recording is not None)
         began = time.perf_counter()
         out = dx.decode(model, ids, config, draft_size=draft_size, streamer=live)

@@ -320,6 +320,8 @@ def test_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     row = json.loads(run("decode", "--json", "w5 w7 w9"))
     assert row["response"] == tokenizer.decode(out.responses[0][: int(out.kept)].tolist())
     assert row["forwards"] == int(out.nfe)
+    result = CliRunner().invoke(app, ["decode", *shared, "w5", "--suffix", "w7"])
+    assert (result.exit_code, result.output[:26]) == (2, "error: suffix: does not go")
     (tmp_path / "prompts.jsonl").write_text("w5 w7 w9\n")
     output = run("evaluate", "--data", str(tmp_path / "prompts.jsonl"), "--checker", "none")
     assert float(output.splitlines()[-1].split()[1]) <= int(out.nfe)
