@@ -189,7 +189,7 @@ def verifier_of(value: Any, model: Model) -> Model:
             value = load_model(path, device=model.device, dtype=model.dtype)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"verifier: {str(error).removeprefix('path: ')}") from error
-    verifier = native(value, "verifier", "an autoregressive model")
+    verifier = native(value, "verifier", "an autoregressive model's path, or one")
     if not traits(verifier).causal:
         raise ValueError(
             "verifier: expected an autoregressive model of dparallel_ext.models, or the path of one, got "
