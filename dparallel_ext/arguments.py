@@ -179,13 +179,13 @@ def prompts(prompt: Any, attention_mask: Any = None) -> list[Tensor]:
     ids = [token_ids("prompt", row) for row in rows]
     if attention_mask is None:
         return ids
-    masks = [_visible(mask) for mask in _rows("attention_mask", attention_mask)]
-    if [len(mask) for mask in masks] != [len(row) for row in ids]:
+    masks = [_mask(row) for row in _rows("attention_mask", attention_mask)]
+    if [mask.numel() for mask in masks] != [len(row) for row in ids]:
         raise ValueError(
             f"attention_mask: expected the shape of prompt (B, P), got {_shape(attention_mask)} "
             f"beside {_shape(prompt)}"
         )
-    return [row[mask.to(row.device)] for row, mask in zip(ids, masks, strict=True)]
+    return [row[_visible(mask).to(row.device)] for row, mask in zip(ids, masks, strict=True)]
 
 
 def _rows(name: str, value: Any) -> list[Any]:
@@ -205,12 +205,16 @@ def _rows(name: str, value: Any) -> list[Any]:
     return [value] if value.ndim == 1 else list(value)
 
 
-def _visible(row: Any) -> Tensor:
-    """One row of an attention mask, (P,) bool."""
+def _mask(row: Any) -> Tensor:
+    """A row of an attention mask, as it was given."""
     try:
-        mask = on_host(row)
+        return on_host(row)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"attention_mask: expected bool or whole numbers, got {_kind(row)}") from error
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """A row of an attention mask, (P,) bool."""
     if mask.ndim != 1 or (mask.numel() and mask.is_floating_point()):
         raise ValueError(
             f"attention_mask: expected bool or whole numbers, got rows {mask.dtype} {tuple(mask.shape)}"

@@ -415,7 +415,7 @@ def test_a_diffusion_model_and_a_verifier(tmp_path: Path) -> None:
         ((*verifier, "--mixture", 2), "mixture: expected a number from 0 to 1, got 2"),
         ((*verifier, "--model", "builtin:causal"), "verifier: belongs to masked diffusion"),
         (("--verifier", "builtin:teacher"), "verifier: expected an autoregressive model"),
-        (("--verifier", "nobody"), "verifier: no directory nobody"),
+        (("--verifier", "nobody"), "verifier: 'nobody' is neither"),
     ):
         refused = CliRunner().invoke(app, ["decode", PROMPT, *map(str, wrong)])
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), refused.stderr

@@ -104,7 +104,7 @@ def test_numbers_outside_their_meaning_are_named(
     [
         (("decode",), "prompt: expected one"),
         (("decode", "x", "--policy", "entropy"), "policy: expected"),
-        (("decode", "x", "--model", "nowhere"), "model: no directory nowhere"),
+        (("decode", "x", "--model", "nowhere"), "model: 'nowhere' is neither"),
         (("decode", "x\udcff"), "prompt: expected text in utf-8, got 'x\\udcff'"),
         (("decode", "x", "--suffix", "\udcff"), "suffix: expected text in utf-8, got '\\udcff'"),
         (("decode", "x", "--cache", "all"), "cache: expected one of"),
@@ -140,7 +140,7 @@ def test_numbers_outside_their_meaning_are_named(
         (("serve", "--model", "builtin:causal", "--draft-size", "4"), "draft_size: belongs to --drafter"),
         (
             ("demo", "--model", "builtin:student", "--model", "nowhere"),
-            "model: no directory nowhere; the models that ship are builtin:causal, ",
+            "model: 'nowhere' is neither",
         ),
         (("trajectories", "out", "--data", "builtin:3", "--gen-length", "0"), "gen_length: expected"),
         (("decode", "x", "--temperature", "-1"), "temperature: expected"),
@@ -154,7 +154,7 @@ def test_numbers_outside_their_meaning_are_named(
         (("trajectories", "out", "--data", "builtin:3", "--checker", ""), "checker: expected"),
         (("filter", "out", "--answers", "nowhere"), "answers: expected the directory of a run"),
         (("filter", ".", "--answers", "nowhere"), "out: . is a directory"),
-        (("drafter", "nowhere", "out"), "target: no directory nowhere; the models that ship are "),
+        (("drafter", "nowhere", "out"), "target: 'nowhere' is neither"),
         (("drafter", "builtin:teacher", "out"), "target: LLaDA is a diffusion model"),
         (("distill", "nowhere.yaml"), "recipe: no file"),
         (("distill", str(RECIPES / "builtin.yaml")), "answers, out: both"),

@@ -44,7 +44,7 @@ def test_models_are_found_by_name_or_path(tmp_path: Path):
     assert registry.directory_of("builtin:teacher") == registry.directory_of(
         str(registry.BUILTIN / "teacher")
     )
-    with pytest.raises(FileNotFoundError, match=r"model: no builtin:nobody; .*builtin:teacher"):
+    with pytest.raises(FileNotFoundError, match=r"model: 'builtin:nobody' .*builtin:teacher"):
         registry.load("builtin:nobody")
     with pytest.raises(FileNotFoundError, match="model: "):
         registry.load(str(tmp_path))

@@ -313,7 +313,7 @@ def test_prompts_of_a_file_are_compared_with_the_most_passes(tmp_path: Path) -> 
         ((*DRAFTED, "--draft-size", 99), "draft_size: expected a whole number <= 15, got 99"),
         ((*DRAFTED, "--context", 500), "was trained on 256"),
         ((*DRAFTED[:3], "medusa"), "drafter: expected a Drafter, a name"),
-        (("--model", "nowhere"), "model: no directory nowhere"),
+        (("--model", "nowhere"), "model: 'nowhere'"),
         (("--prompts", "nowhere"), "prompts: no file nowhere"),
         (("--prompts", "/dev/null"), "prompts: /dev/null holds no prompts"),
         (("--policy", "x"), "policy: expected"),

@@ -47,14 +47,16 @@ def directory_of(name: str) -> Path:
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
     as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
-    builtin = name.startswith("builtin:")
     with naming("model", "path"):
         try:
+            builtin = name.startswith("builtin:")
             directory = BUILTIN / name.removeprefix("builtin:") if builtin else models.locate(name)
             models.config_of(directory)
         except FileNotFoundError as error:
-            reason = f"path: no {name}" if builtin else error
-            raise FileNotFoundError(f"{reason}; the models that ship are {', '.join(builtins())}") from error
+            raise FileNotFoundError(
+                f"path: {name!r} is neither one of {builtins()} nor a directory with a config.json "
+                f"({str(error).removeprefix('path: ')})"
+            ) from error
     return directory
 
 

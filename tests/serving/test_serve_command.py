@@ -27,7 +27,7 @@ import dparallel_ext as dx
     ("args", "said"),
     [
         (("--policy", "x"), "policy: expected"),
-        (("--model", "nowhere"), "model: no directory nowhere"),
+        (("--model", "nowhere"), "model: 'nowhere'"),
         (("--lanes", "0"), "lanes: expected"),
         (("--cache", "all"), "cache: expected"),
         (("--api-key", "a", "--api-key-file", "b"), "api_key: not beside"),
@@ -60,7 +60,7 @@ import dparallel_ext as dx
         (("--max-connections", "1000000"), "max_connections: expected at most"),
         (("--max-waiting", "0"), "max_waiting: expected a whole number >= 1, got 0"),
         (("--lanes", str(10**20)), "lanes"),
-        (("--verifier", "nobody"), "verifier: no directory nobody"),
+        (("--verifier", "nobody"), "verifier: 'nobody' is neither"),
         (("--verifier", MODEL), "verifier: expected an autoregressive model, got builtin:student, a diff"),
         (("--verifier", VERIFIER, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
         (("--verifier", VERIFIER, "--cache", "none"), "cache: not together with --verifier, got 'none'"),
@@ -296,7 +296,7 @@ def test_several_models(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, said in (
         (("--model", MODEL, "--model", MODEL), f"name: two models are called {MODEL!r}; give each a --name"),
         (("--model", MODEL, "--name", "a", "--name", "b"), f"name: expected one for each of {MODEL}, got 2"),
-        (("--model", MODEL, "--model", "nowhere"), "model: no directory nowhere"),
+        (("--model", MODEL, "--model", "nowhere"), "model: 'nowhere'"),
         (
             ("--model", "builtin:causal", "--drafter", "plain", "--drafter", "x"),
             "drafter: expected a Drafter",

@@ -157,7 +157,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
         ("--tau", "1"): "tau: expected a number between 0 and 1",
         ("--lr", "nan"): "lr: expected a finite number",
         ("--answers", tmp_path / "nowhere"): "answers: expected the directory of a run",
-        ("--model", "nowhere"): "model: no directory nowhere",
+        ("--model", "nowhere"): "model: 'nowhere'",
     }
     for options, why in refused.items():
         assert why in run("filter", file, "--answers", answers, *options, code=2)
