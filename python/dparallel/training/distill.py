@@ -166,18 +166,8 @@ def kept(directory: Path) -> str | None:
 RECORD = "recipe.json"
 MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "per_device_*", "gradient_*", "activation_*", "dataloader_*"),
-    *(
-        "ddp_*",
-        "torch_compile*",
-        "use_cpu",
-        "logging_*",
-        "log_*",
-        "save_*",
-        "eval_*",
-        "report_to",
-        "run_name",
-    ),
-    "disable_tqdm",
+    *("ddp_*", "torch_compile*", "use_cpu", "logging_*", "log_*", "save_*", "eval_*"),
+    *("report_to", "run_name", "disable_tqdm"),
 )
 """The settings of `training` that may differ in a resumed run: its length, its layout on machines, and what
 it writes."""
