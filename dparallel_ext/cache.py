@@ -63,14 +63,14 @@ def block_causal_spans(
     return [Span(row, a, b, min(end_of_block(a), length)) for a, b in itertools.pairwise(cuts) if a < b]
 
 
-def known_first(known: Tensor, known_ones: Tensor, earlier: Tensor) -> Tensor:
-    """What tokens see where masks come behind all known tokens: a known one the known ones up to itself, a
-    mask all known ones and the masks up to itself.
+def known_first(known: Tensor, all_known: Tensor, earlier: Tensor) -> Tensor:
+    """What tokens see where masks come behind all known tokens: a known token the known tokens up to itself,
+    a mask all known tokens and the masks up to itself.
 
-    known: bool, whether each token is known. known_ones, earlier: the known tokens, and those up to each
-    token, both bool or both as bits of words.
+    known: bool, whether each token is known. all_known, earlier: all known tokens, and the tokens up to each,
+    both bool or both as bits of words.
     """
-    return torch.where(known, known_ones & earlier, known_ones | earlier)
+    return torch.where(known, all_known & earlier, all_known | earlier)
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class AttentionMetadata:
         span = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
         place = (row - self.q_start[span]).clamp(max=WORD - 1)  # that of padding may be beyond
         bit = torch.where(known & (row < ends[-1]), 1 << place, 0)
-        known_ones = torch.zeros_like(ends).index_add_(0, span, bit)
-        words = known_first(known, known_ones[span], ~(-2 << place))
+        all_known = torch.zeros_like(ends).index_add_(0, span, bit)
+        words = known_first(known, all_known[span], ~(-2 << place))
         return replace(self, ancestors=words[:, None])
 
 

@@ -172,9 +172,9 @@ class Traits:
     """Whether cache "block" decodes an autoregressive model block-causally: finished positions see those up
     to themselves, as in its other passes, and the last of them gives the next block's first token."""
     window: int | None = None
-    """Masks come behind all known tokens: a known token sees the known ones up to itself, a mask all known
-    ones and the masks up to itself (WeDLM). The number of masks that its published decoder computes; None for
-    others. Cache "window" decodes it."""
+    """The masks that the published decoder computes in a pass; None for other models. With a number, masks
+    come behind all known tokens: a known token sees the known tokens up to itself, a mask all known tokens
+    and the masks up to itself (WeDLM), and cache "window" decodes the model."""
 
     def __post_init__(self) -> None:
         """`mask_id` is checked where it is used, since a caller may name another."""

@@ -16,13 +16,13 @@ _FIELDS = {"attention_bias": Field(bool, True), "qk_norm": fields.NO}
 
 
 class WeDLM(Model):
-    """Known tokens come first, whatever their positions: a known token sees the known ones up to itself, a
-    mask all known ones and the masks up to itself. A mask's row predicts the mask's own token.
+    """Known tokens come first, whatever their positions: a known token sees the known tokens up to itself,
+    a mask all known tokens and the masks up to itself. A mask's row predicts the mask's own token.
 
     `decode`, with cache "window", follows the published engine: each pass computes the `block_length` masks
-    (16, as published) from the first one on, and the known tokens behind those whose keys and values are
-    stored. A token is final once no mask is in front of it, and is then stored by one pass more; until then
-    each pass computes it again. The published rule is `rule="distance:0.4,0.02"`, the published temperature
+    (16, as published) from the first mask on, and the known tokens whose keys and values are not stored. A
+    token is final once no mask is in front of it, and the next pass stores it; until then each pass computes
+    it again. The published rule is `rule="distance:0.4,0.02"`, the published temperature
     0.2.
 
     Where `decode` differs:
@@ -32,7 +32,7 @@ class WeDLM(Model):
     - The prompt is computed by the first pass over masks, and no pass follows in which the last tokens are
       stored; `nfe_published` counts both.
     - An id may be sampled by the probability at the temperature in force (`top_p`); the published code looks
-      at the one at temperature 1.
+      at the probability at temperature 1.
     - The mask token is never committed.
 
     A call of the model sees known tokens first, too: without masks that is causal attention. The published

@@ -2,7 +2,7 @@
 
     score = H + penalty * (column - column of the window's first mask)
 
-Every mask whose score is below tau is committed; where there is none, the one with the least score.
+Every mask whose score is below tau is committed; where there is none, the mask with the least score.
 """
 
 from __future__ import annotations
