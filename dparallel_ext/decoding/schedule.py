@@ -75,8 +75,8 @@ class Schedule:
 
     @property
     def shared(self) -> bool:
-        """Whether what is stored is the same in all sequences that begin alike, so that requests may share
-        it."""
+        """Whether sequences that begin alike have the same keys and values stored, so that requests may share
+        them."""
         return False
 
     @property
@@ -110,7 +110,7 @@ class Schedule:
         raise NotImplementedError
 
     def spans(self, lane: int, s: SequenceState) -> list[Span]:
-        """These positions as adjoining spans, with what each sees."""
+        """The positions of `computed` as adjoining spans, each with the positions that it sees."""
         first, last = self.computed(s)
         if self.causal and not self.sees_onward(s):
             return block_causal_spans(lane, first, last, s.length, self.block_length, s.layout.origin)
@@ -121,7 +121,7 @@ class Schedule:
         return 0
 
     def sees_onward(self, s: SequenceState) -> bool:
-        """Whether the positions of the next pass see those up to themselves, see `onward`."""
+        """Whether each position of the next pass sees the positions up to itself, see `onward`."""
         return self.onward and self.prefill_only(s)
 
     def prefill_only(self, s: SequenceState) -> bool:

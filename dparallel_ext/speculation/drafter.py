@@ -165,7 +165,7 @@ class DraftKey(NamedTuple):
     shapes: Shapes
     """Of the inputs; the first has a number for each row."""
     numbers: tuple[int, ...]
-    """What else the drafter's `_compute` reads."""
+    """Further numbers that the drafter's `_compute` reads."""
     groups: tuple[SamplingGroup, ...]
 
     @property

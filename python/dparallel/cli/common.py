@@ -94,7 +94,7 @@ LookaheadOption = Annotated[
 
 
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What torch says in a RuntimeError; for a GPU it has an error of its own."""
+"""Torch's words in a RuntimeError; without memory on a GPU it raises an error of another class."""
 
 
 @contextmanager
