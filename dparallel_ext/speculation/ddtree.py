@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from .._C import DraftTree
 from ..arguments import whole
 from ..ops.row_topk import MOST as WIDEST
+from .adapter import Adapter
 from .blocks import chain
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
-from .self_drafter import Adapter, SelfDrafter
+from .self_drafter import SelfDrafter
 
 NODES = 64
 """The most nodes of a draft."""

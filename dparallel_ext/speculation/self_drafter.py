@@ -9,123 +9,18 @@ A LoRA adapter (arXiv 2106.09685) may take part in the draft alone, as the publi
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._C import DraftTree
 from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
-from ..models import Model, fused_weights, traits
-from ..models.fields import NO, Field, check_supported, read
-from ..ops.inputs import DTYPES
+from ..models import Model, traits
+from .adapter import Adapter, adapted
 from .blocks import BlockSession, chain
 from .checkpoint import DraftCheckpoint
 from .draft import Draft
-
-_RANK = Field(int, most=2**14)
-_FIELDS = {"r": _RANK, "lora_alpha": Field(float, least=0, most=2**20), "use_rslora": NO}
-_SUPPORTED = {
-    **{"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False},
-    **{"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "layer_replication": []},
-}
-_PREFIX = "base_model.model."
-
-
-class LowRank(nn.Module):
-    """A layer's output and up(down(x)). down: (r, in), up: (out, r), with the adapter's factor in it."""
-
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
-        super().__init__()
-        self.base = base
-        self.down, self.up = (nn.Parameter(t, requires_grad=False) for t in (down, up))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)"""
-        return fused_weights.apply(self.base, x) + F.linear(F.linear(x, self.down), self.up)
-
-
-class Adapter:
-    """A LoRA adapter of linear layers, as PEFT writes it.
-
-    Raises ValueError naming the key of adapter_config.json, or the tensor, that is not supported.
-    """
-
-    def __init__(self, checkpoint: DraftCheckpoint) -> None:
-        self.source, config = checkpoint.source, checkpoint.config
-        check_supported(config, _SUPPORTED)
-        c = read(config, _FIELDS)
-        factor = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        """The checkpoint's name of a layer -> down and up, see `LowRank`."""
-        left = dict(checkpoint.tensors)
-        for name in sorted(checkpoint.tensors):
-            layer, _, end = name.removeprefix(_PREFIX).rpartition(".lora_A.")
-            up = left.pop(name.replace(".lora_A.", ".lora_B."), None) if layer and end == "weight" else None
-            if up is None:
-                continue
-            down, r = left.pop(name), c["r"]
-            if any(t.ndim != 2 or t.dtype not in DTYPES for t in (down, up)) or not (
-                len(down) == up.shape[1] == r
-            ):
-                raise ValueError(
-                    f"{self.source}: {name}: expected ({r}, in), and (out, {r}) of lora_B, in one of "
-                    f"{[str(dtype) for dtype in DTYPES]}, got {[(*t.shape, t.dtype) for t in (down, up)]}"
-                )
-            if layer in self.pairs:
-                raise ValueError(f"{self.source}: {layer:.200} is named twice, with {_PREFIX!r} and without")
-            up = up * factor
-            if not all(bool(t.isfinite().all()) for t in (down, up)):
-                raise ValueError(f"{self.source}: {name}: expected finite weights, got inf or NaN in A or B")
-            self.pairs[layer] = down, up
-        if left or not self.pairs:
-            names = f"got {sorted(left)[0]:.200}" if left else "got none"
-            raise ValueError(f"{self.source}: expected tensors LAYER.lora_A.weight and lora_B, {names}")
-
-    def check(self, model: Model) -> None:
-        """Raise ValueError for a layer that the model does not have, or that has another shape."""
-        layers = dict(model.named_modules())
-        for name, (down, up) in self.pairs.items():
-            layer: Any = layers.get(name)
-            if layer is None or not hasattr(layer, "in_features"):
-                raise ValueError(f"drafter: {self.source} adapts {name:.200}, which the model does not have")
-            if (layer.out_features, layer.in_features) != (len(up), down.shape[1]):
-                raise ValueError(
-                    f"drafter: {self.source} adapts {name} of ({len(up)}, {down.shape[1]}), and the model "
-                    f"has ({layer.out_features}, {layer.in_features})"
-                )
-
-    def of(self, model: Model) -> dict[str, LowRank]:
-        """The adapted layers by name, with weights in the dtype and on the device of the model."""
-        layers = dict(model.named_modules())
-        return {
-            name: LowRank(layers[name], *(t.to(model.device, model.dtype) for t in pair))
-            for name, pair in self.pairs.items()
-        }
-
-
-def adapted(model: Model, parts: Mapping[str, LowRank]) -> Model:
-    """A model that shares all modules of `model` but some layers, whose places these parts take, before the
-    layers that the model has now."""
-    result, layers = model, dict(model.named_modules())
-    for name, part in parts.items():
-        part.base = layers[name]
-        result = _replaced(result, name.split("."), part)
-    return result
-
-
-def _replaced(module: Any, path: Sequence[str], part: nn.Module) -> Any:
-    """A copy of the module that shares all but the part at `path`, and the modules around it."""
-    if not path:
-        return part
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    copied._modules[path[0]] = _replaced(module._modules[path[0]], path[1:], part)
-    return copied
 
 
 class SelfDrafter:

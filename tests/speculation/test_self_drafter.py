@@ -21,7 +21,7 @@ import dparallel_ext as dx
 from dparallel_ext import models, speculation
 from dparallel_ext.models import NemotronDiffusion
 from dparallel_ext.speculation import SelfDrafter
-from dparallel_ext.speculation.self_drafter import LowRank
+from dparallel_ext.speculation.adapter import LowRank
 
 pytest_plugins = ["taping"]
 
