@@ -10,6 +10,7 @@ from .dream import Dream
 from .families import FAMILIES, family_of
 from .fast_dllm import FastDLLM
 from .files import locate
+from .idlm import IDLM
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
@@ -25,6 +26,7 @@ from .wrappers import check_call, for_decoding, logits_of, native, own_precision
 
 __all__ = [
     "FAMILIES",
+    "IDLM",
     "RND1",
     "SDAR",
     "A2DLlama",

@@ -9,6 +9,7 @@ from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
 from .dream import Dream
 from .fast_dllm import FastDLLM
+from .idlm import IDLM
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
@@ -19,6 +20,8 @@ from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .wedlm import WeDLM
 
+DECISIVE = ("model_type", "num_experts", "use_regular_causal")
+"""The keys of a config.json by which its family is known."""
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
     "lladamoe": LLaDAMoE,
@@ -35,6 +38,7 @@ FAMILIES: dict[str, type[Model]] = {
     "llama": Llama,
     "mistral": Mistral,
     "ministral3": Ministral3,
+    "idlm": IDLM,
     "nemotron_labs_diffusion": NemotronDiffusion,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
@@ -48,6 +52,8 @@ def family_of(config: Mapping[str, Any]) -> type[Model] | None:
     name = config.get("model_type")
     if name == "llada" and config.get("num_experts"):
         name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
+    if name == "sdar" and config.get("use_regular_causal"):
+        name = "idlm"  # which is published under SDAR's name
     return FAMILIES.get(name) if isinstance(name, str) else None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .base import Model
 from .config import Traits
-from .families import FAMILIES, family_of
+from .families import DECISIVE, FAMILIES, family_of
 from .fast_dllm import FastDLLM
 from .wrappers import stated_traits, unwrap
 
@@ -36,7 +36,7 @@ def traits(model: Any) -> Traits:
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
-    family = family_of({key: getattr(config, key, None) for key in ("model_type", "num_experts")}) or Model
+    family = family_of({key: getattr(config, key, None) for key in DECISIVE}) or Model
     candidates = [
         getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))
     ]

@@ -21,6 +21,7 @@ from .riders import RiderDrafter
 from .self_drafter import SelfDrafter
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
+from .strided import StridedDrafter
 from .whole_models import ModelDrafter
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SelfTrees",
     "Sizer",
     "SpeculateOutput",
+    "StridedDrafter",
     "TreeDrafter",
     "adaptive_decode",
     "drafter_of",

@@ -27,6 +27,9 @@ _PREFIX = "base_model.model."
 class LowRank(nn.Module):
     """A layer's output and up(down(x)). down: (r, in), up: (out, r), with the adapter's factor in it."""
 
+    only: Tensor | None = None
+    """(N, 1) bool: the rows of x (N, in) that are adapted; None: all."""
+
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
         self.base = base
@@ -34,7 +37,10 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
-        return fused_weights.apply(self.base, x) + F.linear(F.linear(x, self.down), self.up)
+        low = F.linear(x, self.down)
+        if self.only is not None:
+            low = low.masked_fill(~self.only, 0.0)
+        return fused_weights.apply(self.base, x) + F.linear(low, self.up)
 
 
 class Adapter:

@@ -90,6 +90,15 @@ class Riders(Protocol):
         """
 
 
+@runtime_checkable
+class Adapting(Protocol):
+    """Riders whose rows run through layers of their own, where all other rows run through the model's."""
+
+    def through(self, model: Model, riding: Tensor) -> Model:
+        """The model whose layers a pass runs. riding: (N, 1) bool, the packed tokens that are riders. The
+        result of every other token is the model's own."""
+
+
 class Observation(NamedTuple):
     """A pass of the model over N packed tokens with M rows of logits, as `DraftSession.observe` gets it. The
     pass itself reads the same tensors afterwards, so a session changes none of them."""

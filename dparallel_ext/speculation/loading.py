@@ -27,6 +27,7 @@ from .ppd import PromptTokens
 from .recycling import Recycling
 from .riders import drafter_of_riders
 from .self_drafter import SelfDrafter, drafter_of_adapter
+from .strided import StridedDrafter
 from .whole_models import ModelDrafter
 
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
@@ -41,6 +42,7 @@ NAMED: dict[str, Path | Drafter] = {
     "recycling": Recycling(),
     "jump_forward": JumpForward(),
     "self": SelfDrafter(),
+    "strided": StridedDrafter(),
 }
 """Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
 models too; a drafter of your own has the name that you give it here."""
@@ -79,8 +81,9 @@ def drafter_of(
 ) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
     `load`), or of a model that drafts, or ORG/NAME, loaded onto `device` and in `dtype`; or such a model.
-    "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). None stays
-    None.
+    "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). "strided:"
+    in front of the path of a LoRA adapter: masks with the adapter ride in the verify pass (`strided`). None
+    stays None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """
@@ -109,6 +112,13 @@ def drafter_of(
             if isinstance(blocks, EagleDrafter):
                 return EagleTrees(blocks.model, blocks.source)
             return TreeDrafter(blocks.model, blocks.source)
+        if name == "strided" and argument:
+            with_adapter = drafter_of(argument, device)
+            if type(with_adapter) is not SelfDrafter or with_adapter.adapter is None:
+                raise ValueError(
+                    f'drafter: expected the path of a LoRA adapter behind "strided:", got {shown(argument)}'
+                )
+            return StridedDrafter(adapter=with_adapter.adapter)
     if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         try:
             if _is_model(value):

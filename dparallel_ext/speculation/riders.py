@@ -1,18 +1,19 @@
 """Drafters that guess and verify in one pass: a draft's nodes have riders, rows that guess the next tokens.
 
-This is what the kinds have in common. They differ in how a rider's row is made (`Birth`), each in a file:
-from an embedding of its own (`ppd`), or by a map of its node's stream at a middle layer (`hidden_transfer`).
-The next draft is a tree of the tokens that the riders of the last accepted node rank first; its shape is the
-best for the measured ranks (`trees`).
+This is what the kinds have in common. They differ in how a rider's row is made, each in a file: from an
+embedding of its own (`ppd`), by a map of its node's stream at a middle layer (`hidden_transfer`), or from the
+embedding of the mask token (`strided`). The next draft is a tree of the tokens that the riders of the last
+accepted node rank first; its shape is the best for the measured ranks (`trees`).
 
-Both papers verify greedy texts exactly. PPD's typical acceptance at a temperature is lossy and not used:
-samples are matched instead, so that texts are the model's own at every temperature.
+All three papers verify greedy texts exactly. At a temperature PPD accepts what is typical, which is lossy and
+not used, and I-DLM by the ratio of two distributions: here samples are matched instead, so that texts are the
+model's own at every temperature.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from ..models.modules import shapes_only
 from ..ops import row_topk
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
-from .drafter import DraftSession, Lane, Placed
+from .drafter import DraftSession, Lane, Placed, Riders
 from .trees import Ranks, plan
 
 MOST = 63
@@ -61,9 +62,15 @@ class Birth(nn.Module):
         raise NotImplementedError
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
-        count = min(GUESSES, logits.shape[-1])
-        best = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
-        return best.token.view(len(rows), -1)
+        return likeliest(logits, rows, suppress, GUESSES)
+
+
+def likeliest(logits: Tensor, rows: Tensor, suppress: Tensor | None, count: int) -> Tensor:
+    """`drafter.Riders.guess`: of each rider the `count` likeliest tokens, the most probable first; K is
+    `count` times its riders, or less in a small vocabulary."""
+    count = min(count, logits.shape[-1])
+    best = row_topk(logits, count, rows=rows.flatten(), suppress=suppress, check=False)
+    return best.token.view(len(rows), -1)
 
 
 def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[str, Any]:
@@ -79,24 +86,36 @@ def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[
     }
 
 
-class RiderDrafter:
+class Planned:
+    """Plans drafts of riders by their `ranks`: for each rider of a chain, how often the true token is its
+    most probable one, the second, and so on, as shares from 0 to 1."""
+
+    most = MOST
+    """As `Drafter.most`, riders included."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.plan = functools.cache(functools.partial(plan, ranks))
+
+    def expected(self, size: int) -> float:
+        """The tokens that a pass emits on average if its draft has `size` rows, by the ranks."""
+        return self.plan(min(size, self.most)).tokens
+
+
+class RiderDrafter(Planned):
     """Guesses by riders of the verify pass: PPD and Hidden Transfer. `load` reads one from a file, which
     `dparallel drafter` trains.
 
     Args:
         birth: is put into evaluation mode, without gradients.
-        ranks: for each rider of a chain, how often the true token was its most probable one, the second, and
-            so on, up to `GUESSES`, as shares from 0 to 1.
+        ranks: see `Planned`; up to `GUESSES` shares for each rider.
         source: names the drafter in errors.
     """
 
-    most = MOST
-
     def __init__(self, birth: Birth, ranks: Ranks, source: str = "drafter") -> None:
         instance("birth", birth, Birth)
+        super().__init__(_checked(ranks, birth.most))
         self.birth, self.source = birth.eval().requires_grad_(False), source
-        self.ranks = _checked(ranks, birth.most)
-        self.plan = functools.cache(functools.partial(plan, self.ranks))
         self.on = Placed(self.birth)
 
     def __repr__(self) -> str:
@@ -108,12 +127,9 @@ class RiderDrafter:
         sizes = {"vocabulary": birth.vocabulary, "width": birth.width, "layers": birth.target_layers}
         check_target(self.source, birth.origin, model, **sizes)
 
-    def expected(self, size: int) -> float:
-        """The tokens that a pass emits on average if its draft has `size` rows, by the ranks."""
-        return self.plan(min(size, self.most)).tokens
-
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        return _Session(self, self.on(model.device, model.dtype), lanes)
+        birth = self.on(model.device, model.dtype)
+        return RiderSession(self, birth, lanes, birth.parameters())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `write_checkpoint`."""
@@ -150,12 +166,14 @@ def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDraf
     return RiderDrafter(birth, ranks, checkpoint.source)
 
 
-class _Session(DraftSession):
-    recorded = True
-    riders: Birth
+class RiderSession(DraftSession):
+    """weights: those of the riders."""
 
-    def __init__(self, drafter: RiderDrafter, riders: Birth, lanes: int) -> None:
-        self._drafter, self.riders = drafter, riders
+    recorded = True
+    riders: Riders
+
+    def __init__(self, drafter: Planned, riders: Riders, lanes: int, weights: Iterable[Tensor]) -> None:
+        self._drafter, self.riders, self._weights = drafter, riders, [*weights]
         self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
         """For each lane and depth of the next draft, the guessed tokens, the most probable first."""
 
@@ -163,7 +181,7 @@ class _Session(DraftSession):
         self._guesses[lane] = []
 
     def addresses(self) -> Sequence[int]:
-        return [p.data_ptr() for p in self.riders.parameters()]
+        return [weight.data_ptr() for weight in self._weights]
 
     def guessed(self, lane: int, riders: int, numbers: Sequence[int]) -> None:
         each = len(numbers) // self.riders.most

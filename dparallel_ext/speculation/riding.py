@@ -2,7 +2,7 @@
 
 Up to that layer the pass runs without riders, so that earlier layers have none of their keys and values
 (Hidden Transfer, arXiv 2404.12022); with layer 0 riders are there from the beginning (prompt tokens,
-2405.18628).
+2405.18628; masks, 2604.11035).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..cache import AttentionMetadata, KVCache, PadTo, Span
 from ..models import Model
 from ..models.modules import Stream
 from .draft import Draft
-from .drafter import Riders
+from .drafter import Adapting, Riders
 from .sequence import CausalSequence, SamplingGroup
 
 
@@ -90,6 +90,8 @@ def step(
     born = riders.born(stream.sum[node], number)
     delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(born)))[order]
     stream = Stream(torch.cat((stream.x, born))[order], delta)
+    if isinstance(riders, Adapting):
+        model = riders.through(model, (order >= len(ids))[:, None])
     return model.final_norm(model.run_layers(stream, kv_cache, metadata, riders.layer))
 
 

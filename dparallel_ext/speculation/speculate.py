@@ -89,13 +89,14 @@ def speculate(
         config: how the prompts are decoded; default: `DecodeConfig()`. Fields about masks (block_length,
             threshold, rule, cache and the like) belong to `decode` alone.
         drafter: guesses tokens, see `speculation`: a `Drafter`; "ngram", prompt lookup ("ngram:N" compares up
-            to N tokens); "recycling", trees of the model's own earlier candidates; the path of a drafter with
-            weights (`dparallel drafter` trains one; `speculation.load` reads it, and what is published of
-            DFlash, EAGLE-3 and P-EAGLE), with "tree:" before the path of a drafter of blocks for trees of its
-            guesses; or a model of `dparallel_ext.models` with the same vocabulary, autoregressive or of
-            masked diffusion. None: plain decoding. Recordings on a GPU are kept for the next call with the
-            same model, if it is plain, its drafter has no part in the model's passes, or the drafter is the
-            same object, by itself or by its name.
+            to N tokens); "recycling", trees of the model's own earlier candidates; "self" or "strided", masks
+            of a model that was trained for them too; the path of a drafter with weights (`dparallel drafter`
+            trains one; `speculation.load` reads it, and what is published of DFlash, EAGLE-3 and P-EAGLE),
+            with "tree:" before the path of a drafter of blocks for trees of its guesses; or a model of
+            `dparallel_ext.models` with the same vocabulary, autoregressive or of masked diffusion. None:
+            plain decoding. Recordings on a GPU are kept for the next call with the same model, if it is
+            plain, its drafter has no part in the model's passes, or the drafter is the same object, by itself
+            or by its name.
         draft_size: the most nodes and riders of a draft; beyond the drafter's own `most` it changes nothing.
             None: the number that gives the most tokens per second, by measured times and acceptance; the text
             is the same, but the number of passes is reproducible only with a fixed size. Without a drafter it
