@@ -22,8 +22,10 @@ from dparallel_ext.speculation import (
     Lane,
     PromptTokens,
     RiderDrafter,
+    StridedDrafter,
 )
 from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
+from dparallel_ext.speculation.adapter import Adapter
 from dparallel_ext.speculation.checkpoint import DraftCheckpoint, Origin
 from dparallel_ext.speculation.eagle import drafter_of_eagle
 from dparallel_ext.speculation.riders import config_of as config_of_riders
@@ -146,6 +148,17 @@ def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
     for p in birth.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return RiderDrafter(birth, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
+
+
+def strided(target: Model = MODEL) -> StridedDrafter:
+    """With an adapter of random weights, in models without a mask."""
+    generator = torch.Generator().manual_seed(6)
+    tensors, last = {}, f"model.layers.{target.shape.layers - 1}."
+    for name, rows in (("self_attn.q_proj", 32), ("self_attn.o_proj", 32), ("mlp.up_proj", 48)):
+        for leaf, shape in (("lora_A", (4, 32)), ("lora_B", (rows, 4))):
+            tensors[f"{last}{name}.{leaf}.weight"] = torch.randn(shape, generator=generator) * 0.4
+    adapter = Adapter(DraftCheckpoint("adapter", {"r": 4, "lora_alpha": 4}, tensors))
+    return StridedDrafter(adapter=adapter, mask_id=60)
 
 
 def eagle_tensors(

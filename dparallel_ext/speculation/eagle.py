@@ -326,7 +326,9 @@ class _Session(RecordedSession):
         positions: list[int] = []  # of features; the mask's has none
         source: list[int] = []
         for lane, count in zip(lanes, counts, strict=True):
-            start, known = self._computed[lane.lane], len(lane.tokens) - 1
+            known = len(lane.tokens) - 1
+            # The draft begins at the last pair, also where it is computed: behind a pass that has raised.
+            start = min(self._computed[lane.lane], known - 1)
             masks = 0 if mask_id is None else count - 1
             spans.append(Span(lane.lane, start, known + masks, known + masks))
             ids += [*lane.tokens[start + 1 :].tolist(), *[mask_id or 0] * masks]

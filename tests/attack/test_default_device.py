@@ -16,7 +16,7 @@ import dparallel_ext as dx
 
 MODEL, PROMPT = drafters.fast_dllm(), torch.tensor([[1, 2, 3], [4, 5, 6]])
 BLOCK_DRAFTER, EXITS = drafters.drafter_with("dflash"), drafters.exits()
-RIDERS, EAGLE = drafters.riding("ppd"), drafters.eagle("eagle3")
+RIDERS, EAGLE, STRIDED = drafters.riding("ppd"), drafters.eagle("eagle3"), drafters.strided()
 PADDED = {"input_ids": [[0, 1, 2], [4, 5, 6]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}
 SAMPLED = {"temperature": 1.0, "seed": [1, 2], "suppress": [3], "stop": [[7, 8]], "record": True}
 LOGITS = torch.linspace(-3, 3, 33).repeat(8, 1)
@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "dflash": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=BLOCK_DRAFTER, gen_length=16).sequences,
     "eagle": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=EAGLE, gen_length=16).sequences,
     "riders": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=RIDERS, gen_length=16).sequences,
+    "strided": lambda: dx.speculate(drafters.MODEL, PROMPT, drafter=STRIDED, gen_length=16).sequences,
     "adadecode": lambda: dx.speculate(drafters.DEEP, PROMPT, drafter=EXITS, gen_length=16).sequences,
     "engine": served,
     "unmask_": lambda: (

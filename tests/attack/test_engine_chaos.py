@@ -20,7 +20,7 @@ import pytest
 import run_engine_ends
 import torch
 from conftest import golden
-from drafters import KINDS, Knowing, drafter_with, eagle, exits, model_of, riding
+from drafters import KINDS, Knowing, drafter_with, eagle, exits, model_of, riding, strided
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -41,7 +41,7 @@ DIFFUSION = [
 RIDING = ("ppd", "hidden_transfer")
 LISTED = ("plain", "ngram", "recycling", "chains", "trees", "model", "canvas", "exits", "tree")
 EAGLES = ("eagle3", "p-eagle")
-GUESSERS = (*LISTED, *KINDS, *RIDING, *EAGLES)
+GUESSERS = (*LISTED, *KINDS, *RIDING, *EAGLES, "strided")
 CAUSAL = [("causal", way) for way in GUESSERS]
 """And drafters."""
 BLOCK, LONGEST = 8, 56
@@ -223,6 +223,7 @@ DRAFTERS = {
     **{kind: drafter_with(kind, MODELS["causal"]) for kind in KINDS},
     **{kind: riding(kind, MODELS["causal"]) for kind in RIDING},
     **{kind: eagle(kind, MODELS["causal"]) for kind in EAGLES},
+    "strided": strided(MODELS["causal"]),
 }
 
 

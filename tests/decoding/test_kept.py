@@ -283,15 +283,19 @@ def drafter_of(kind: str | None) -> tuple[models.Model, Any]:
         return (model := drafters.model_of()), drafters.riding(kind, model)
     if kind in ("eagle3", "p-eagle"):
         return (model := drafters.model_of()), drafters.eagle(kind, model)
+    if kind == "strided":
+        return (model := drafters.model_of()), drafters.strided(model)
     if kind == "adadecode":
         return (model := drafters.deep_model()), drafters.exits(target=model)
     return drafters.model_of(), drafters.model_of("llama") if kind == "model" else kind
 
 
 OBSERVING = [
-    *("dflash", "parallelspec", "eagle3", "p-eagle", "ppd", "hidden_transfer", "adadecode", "recycling")
+    *("dflash", "parallelspec", "eagle3", "p-eagle", "ppd", "hidden_transfer", "adadecode", "recycling"),
+    "strided",
 ]
 """Drafters with a part in the model's passes."""
+WITH_WEIGHTS = ["dflash", "p-eagle", "ppd", "adadecode"]
 OWN_PASSES = ["dflash", "parallelspec", "eagle3", "p-eagle", "adadecode", "recycling"]
 
 
@@ -395,8 +399,8 @@ def test_plain_passes_and_those_over_guesses_without_weights_share_what_is_kept(
 @pytest.mark.parametrize(
     ("how", "kind"),
     [
-        *itertools.product(["deleted", "moved", "replaced"], [None, "dflash", "p-eagle", "ppd", "adadecode"]),
-        *itertools.product(["drafter replaced"], ["dflash", "p-eagle", "ppd", "adadecode"]),
+        *itertools.product(["deleted", "moved", "replaced"], [None, "strided", *WITH_WEIGHTS]),
+        *itertools.product(["drafter replaced"], WITH_WEIGHTS),
     ],
 )
 def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: str | None, how: str) -> None:

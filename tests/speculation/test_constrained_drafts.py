@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import DEEP, MODEL, Knowing, drafter_with, eagle, exits, riding
+from drafters import DEEP, MODEL, Knowing, drafter_with, eagle, exits, riding, strided
 from forms import a_form
 from test_speculate import PROMPTS
 from torch import Tensor
@@ -54,7 +54,7 @@ def test_a_drafter_changes_no_token(temperature: float) -> None:
         settings: dict[str, Any] = {"gen_length": LENGTHS, "temperature": temperature, "seed": 7}
         settings |= {"automaton": form, "logprobs": True}
         for model, drafters in (
-            (MODEL, [*named, drafter_with("dflash"), riding("ppd"), eagle("eagle3")]),
+            (MODEL, [*named, drafter_with("dflash"), riding("ppd"), strided(), eagle("eagle3")]),
             (DEEP, [exits()]),
         ):
             expected = dx.speculate(model, PROMPTS, **settings)

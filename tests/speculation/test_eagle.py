@@ -196,6 +196,36 @@ def test_a_draft_is_its_computation_in_plain_torch(paths: dict[str, Path], kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_that_is_made_twice_is_the_same(paths: dict[str, Path], kind: str) -> None:
+    """An engine makes it again, sequence by sequence, behind a pass that has raised."""
+
+    class Twice(EagleDrafter):
+        def session(self, *args: Any, **settings: Any) -> Any:
+            made = super().session(*args, **settings)
+            propose = made.propose
+
+            def twice(lanes: Any, sizes: Any) -> Any:
+                first = propose(lanes, sizes)
+                pairs = zip(lanes, sizes, strict=True)
+                again = [propose([lane], [size])[0] for lane, size in pairs]
+                compared.extend(zip(first, again, strict=True))
+                return again
+
+            made.propose = twice
+            return made
+
+    compared: list[tuple[Any, Any]] = []
+    drafter = dx.speculation.load(paths[kind])
+    assert isinstance(drafter, EagleDrafter)
+    expected = plain(TARGET, drafter=drafter, draft_size=4)
+    found = plain(TARGET, drafter=Twice(drafter.model), draft_size=4)
+    assert all(a == b for a, b in compared)
+    assert len(compared) > 50
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.nfe, expected.nfe)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_engines_shared_pages_hold_its_features_too(paths: dict[str, Path], kind: str) -> None:
     """And few pages, evicted and used again; texts part in the middle of a page and at its end."""
     generator = torch.Generator().manual_seed(0)
