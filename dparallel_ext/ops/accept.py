@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import whole
 from ..types import AcceptOutput
 from . import streams
 from .errors import lane_row, report
 from .fake import register_fake
 from .inputs import Ids, check_logits, check_sampling, expect, mask_id_of, per_sequence, suppressed
+from .kernel import kernel
 from .row_stats import as_stats, row_outputs
+
+_accept = kernel("accept")
 
 
 def accept(
@@ -108,7 +110,7 @@ def accept(
         expect(name, tensor, shape, torch.int64)
         if tensor.device != logits.device:
             raise ValueError(f"{name}: expected on {logits.device} as the logits, got {tensor.device}")
-    count, path, tokens, ended, row_tokens, fields, error = torch.ops.dparallel.accept(
+    count, path, tokens, ended, row_tokens, fields, error = _accept(
         logits,
         draft,
         parent,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the op)
 from ..automaton import Tables
 from .fake import register_fake
+from .kernel import kernel
+
+_best_path = kernel("best_path")
 
 
 def best_path(
@@ -36,7 +38,7 @@ def best_path(
         ValueError: naming the argument that does not fit; on the CPU, a number out of its bounds. On CUDA
             begin and end are clamped, and edges out of bounds passed over.
     """
-    state, token_class = torch.ops.dparallel.best_path(
+    state, token_class = _best_path(
         scores,
         begin,
         end,

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number
 from .fake import register_fake
 from .inputs import check_caches, check_heads, expect, on_device_of_q, within
+from .kernel import kernel
+
+_block_attention = kernel("block_attention")
 
 
 def block_attention(
@@ -150,7 +152,7 @@ def attend_checked(
         on_device_of_q(q, **indices, ancestors=ancestors)
         segments = q_start, q_end, kv_lens, block_table
         return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors)
-    out: Tensor = torch.ops.dparallel.block_attention(
+    out: Tensor = _block_attention(
         q,
         k_cache,
         v_cache,

@@ -12,12 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor, number, one_of, shown
 from ..types import CertaintyForcingLossOutput
 from .errors import named_row, report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, refuse_transform, rows_view
+from .kernel import kernel
+
+_certainty_forcing_loss = kernel("certainty_forcing_loss")
+_certainty_forcing_loss_backward = kernel("certainty_forcing_loss_backward")
+_certainty_forcing_loss_backward_ = kernel("certainty_forcing_loss_backward_")
 
 
 def row_errors(vocabulary: int) -> dict[int, str]:
@@ -84,7 +88,7 @@ def certainty_forcing_loss(
         check_inplace(logits)
     flat = rows_view(logits)
     active = active.reshape(-1)
-    nll, entropy, correct, _, error = torch.ops.dparallel.certainty_forcing_loss(
+    nll, entropy, correct, _, error = _certainty_forcing_loss(
         flat,
         labels.reshape(-1).to(torch.int64),
         active,
@@ -217,10 +221,10 @@ def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tupl
     settings = ctx.temperature, ctx.ce_temperature
     inputs = logits, labels, active, *settings, saved, grad_nll, grad_entropy
     if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        torch.ops.dparallel.certainty_forcing_loss_backward_(*inputs)
+        _certainty_forcing_loss_backward_(*inputs)
         grad = logits.detach()
     else:
-        grad = torch.ops.dparallel.certainty_forcing_loss_backward(*inputs)
+        grad = _certainty_forcing_loss_backward(*inputs)
     return grad, None, None, None, None, None
 
 

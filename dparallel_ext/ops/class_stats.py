@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the op)
 from ..types import RowStats
 from .fake import register_fake
+from .kernel import kernel
 from .row_stats import as_stats, row_outputs
+
+_class_stats = kernel("class_stats")
 
 
 def class_stats(logits: Tensor, ids: Tensor, offsets: Tensor) -> RowStats:
@@ -28,7 +30,7 @@ def class_stats(logits: Tensor, ids: Tensor, offsets: Tensor) -> RowStats:
     Raises:
         ValueError: naming the argument that does not fit; on the CPU, offsets that are not ascending.
     """
-    tokens, fields = torch.ops.dparallel.class_stats(logits, ids, offsets)
+    tokens, fields = _class_stats(logits, ids, offsets)
     return as_stats(tokens, fields, tokens.shape[1:])
 
 

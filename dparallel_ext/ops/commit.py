@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..types import CommitOutput
 from . import streams
 from .errors import Cell, report
 from .fake import register_fake
 from .inputs import check_index, check_tokens, expect, mask_id_of, windows_of
+from .kernel import kernel
+
+_commit_ = kernel("commit_")
 
 
 def commit_(
@@ -77,7 +79,7 @@ def commit_(
                 raise ValueError(f"{name}: expected on {tokens.device} as the tokens, got {tensor.device}")
         commit, token = commit.reshape(-1), token.reshape(-1)
     start, end = windows_of(tokens, lane, start, end)
-    remaining, first, changed, error = torch.ops.dparallel.commit_(
+    remaining, first, changed, error = _commit_(
         tokens,
         positions,
         commit,

@@ -11,12 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, one_of
 from .certainty_forcing_loss import check_inplace, check_of_rows, check_temperature, real_dtype
 from .errors import report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, rows_view
+from .kernel import kernel
+
+_distillation_loss = kernel("distillation_loss")
+_distillation_loss_backward = kernel("distillation_loss_backward")
+_distillation_loss_backward_ = kernel("distillation_loss_backward_")
 
 ROW_ERRORS = {
     1: "{} holds NaN",
@@ -95,7 +99,7 @@ def distillation_loss(
         check_inplace(student)
         inplace = teacher.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
     rows = student.shape[:-1]
-    divergence, _, error = torch.ops.dparallel.distillation_loss(
+    divergence, _, error = _distillation_loss(
         rows_view(student), rows_view(teacher.detach()), read_rows(student, weight), *settings, inplace
     )
     report(error, named_pair, ROW_ERRORS)
@@ -177,10 +181,10 @@ def _backward(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Tensor | None
     student, teacher, active, saved = ctx.saved_tensors
     inputs = student, teacher, active, *ctx.settings, saved, grad_divergence
     if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        torch.ops.dparallel.distillation_loss_backward_(*inputs)
+        _distillation_loss_backward_(*inputs)
         grad = student.detach()
     else:
-        grad = torch.ops.dparallel.distillation_loss_backward(*inputs)
+        grad = _distillation_loss_backward(*inputs)
     return grad, None, None, None, None, None, None
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .fake import register_fake
 from .inputs import check_like, check_rows
+from .kernel import kernel
 from .linear import FEW, FEW_ON_TENSOR_CORES, check_product, linear
+
+_fp8_linear = kernel("fp8_linear")
+_fp8_widen = kernel("fp8_widen")
 
 E4M3_MAX = 448.0
 
@@ -75,9 +78,9 @@ def fp8_linear(
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
     if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
-        return linear(x, torch.ops.dparallel.fp8_widen(weight, scale, x), bias)
+        return linear(x, _fp8_widen(weight, scale, x), bias)
     x_rows = x.reshape(rows, x.shape[-1])
-    out: Tensor = torch.ops.dparallel.fp8_linear(x_rows, weight, scale, bias, constant)
+    out: Tensor = _fp8_linear(x_rows, weight, scale, bias, constant)
     return out.view(*x.shape[:-1], len(weight))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the op)
 from .fake import register_fake
+from .kernel import kernel
+
+_keep_error_ = kernel("keep_error_")
 
 
 def keep_error_(word: Tensor, error: Tensor) -> None:
@@ -14,7 +16,7 @@ def keep_error_(word: Tensor, error: Tensor) -> None:
 
     word: one int64. error: (N,) int64 on the same device, `NO_ERROR` or the code of a row's error.
     """
-    torch.ops.dparallel.keep_error_(word, error)
+    _keep_error_(word, error)
 
 
 @register_fake("keep_error_")

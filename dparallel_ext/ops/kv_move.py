@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .fake import register_fake
 from .inputs import check_heads, expect
+from .kernel import kernel
+
+_kv_move = kernel("kv_move")
 
 
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
@@ -48,7 +50,7 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
         expect(name, tensor, tuple(source.shape), torch.int64)
         if tensor.device != kv_cache.device:
             raise ValueError(f"{name}: expected on {kv_cache.device} as kv_cache, got {tensor.device}")
-    torch.ops.dparallel.kv_move(kv_cache, source, target)
+    _kv_move(kv_cache, source, target)
 
 
 @register_fake("kv_move")

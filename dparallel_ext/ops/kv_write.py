@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number, whole
 from .fake import register_fake
 from .inputs import check_caches, check_heads, check_like, expect, on_device_of_q, within
+from .kernel import kernel
+
+_kv_write = kernel("kv_write")
 
 
 def rope_table(
@@ -130,9 +132,7 @@ def write_checked(
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
         norms = q_norm, k_norm, eps
         return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, *norms)
-    torch.ops.dparallel.kv_write(
-        q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps
-    )
+    _kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
 
 
 def check_places(

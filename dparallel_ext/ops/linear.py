@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from ..backends import fast_bfloat16
 from .fake import register_fake
 from .inputs import refuse_gradient
+from .kernel import kernel
+
+_linear = kernel("linear")
 
 FEW = 64
 """Rows up to which a product takes as long as reading the weights."""
@@ -51,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
         # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
         return F.linear(x.contiguous(), weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.dparallel.linear(rows, weight, bias, constant)
+    out: Tensor = _linear(rows, weight, bias, constant)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
 
 

@@ -17,6 +17,10 @@ from .certainty_forcing_loss import (
 )
 from .errors import named_row, report
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
+from .kernel import kernel
+
+_certainty_forcing_loss = kernel("certainty_forcing_loss")
+_certainty_forcing_loss_backward_ = kernel("certainty_forcing_loss_backward_")
 
 
 def linear_certainty_forcing_loss(
@@ -112,9 +116,7 @@ def _linear(
     error = labels.new_full((n,), NO_ERROR)
     for rows, _, logits in chunks(hidden, head, active, softcap, chunk_rows):
         all_active = active.new_ones(len(rows))
-        out = torch.ops.dparallel.certainty_forcing_loss(
-            logits, labels[rows], all_active, temperature, ce_temperature
-        )
+        out = _certainty_forcing_loss(logits, labels[rows], all_active, temperature, ce_temperature)
         for field, part in zip((nll, entropy, correct, saved), out, strict=False):
             field[rows] = part
         # The op numbers rows within the chunk: row * 4 + code.
@@ -155,7 +157,7 @@ def _linear_backward(
     for rows, states, logits in chunks(hidden, head, active, softcap, chunk_rows):
         all_active = active.new_ones(len(rows))
         slope = slope_of(softcap, logits)
-        torch.ops.dparallel.certainty_forcing_loss_backward_(
+        _certainty_forcing_loss_backward_(
             logits,
             labels[rows],
             all_active,

@@ -12,6 +12,10 @@ from .certainty_forcing_loss import real_dtype
 from .distillation_loss import ROW_ERRORS, check_divergence, named_pair, read_rows, reduced
 from .errors import report
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
+from .kernel import kernel
+
+_distillation_loss = kernel("distillation_loss")
+_distillation_loss_backward_ = kernel("distillation_loss_backward_")
 
 
 def linear_distillation_loss(
@@ -128,7 +132,7 @@ def _linear(
     teachers = chunks(teacher_hidden, teacher_head, active, softcap, chunk_rows)
     for (rows, _, student), (_, _, teacher) in zip(students, teachers, strict=True):
         all_active = active.new_ones(len(rows))
-        out = torch.ops.dparallel.distillation_loss(student, teacher, all_active, *settings)
+        out = _distillation_loss(student, teacher, all_active, *settings)
         divergence[rows], saved[rows] = out[0], out[1]
         # The op numbers rows within the chunk: (2 row + (0 student, 1 teacher)) * 4 + code.
         error[rows] = torch.where(out[2] == NO_ERROR, out[2], rows * 8 + out[2] % 8)
@@ -168,7 +172,7 @@ def _linear_backward(
     teachers = chunks(teacher_hidden, teacher_head, active, softcap, chunk_rows)
     for (rows, states, student), (_, _, teacher) in zip(students, teachers, strict=True):
         all_active, slope = active.new_ones(len(rows)), slope_of(softcap, student)
-        torch.ops.dparallel.distillation_loss_backward_(
+        _distillation_loss_backward_(
             student, teacher, all_active, *settings, saved[rows], grad_divergence[rows]
         )
         total.add(rows, states, student, slope)  # `student` now holds the gradient of its logits

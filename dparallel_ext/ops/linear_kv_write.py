@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .fake import register_fake
 from .fp8_linear import fp8_linear
 from .inputs import check_caches, check_heads, check_like, refuse_gradient, refuse_tangent
+from .kernel import kernel
 from .kv_write import check_places, write_checked
 from .linear import check_product, ends_in_more, linear
+
+_linear_kv_write = kernel("linear_kv_write")
 
 
 def linear_kv_write(
@@ -107,7 +109,7 @@ def write_product(
     check_caches(shape, k_cache, v_cache)
     if ends_in_more(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
-        return torch.ops.dparallel.linear_kv_write(
+        return _linear_kv_write(
             x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant
         )
     if scale is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import check_tensor
 from .fake import register_fake
 from .fp8_linear import fp8_linear
 from .inputs import check_like, check_rows, refuse_gradient
+from .kernel import kernel
 from .linear import check_product, ends_in_more, linear
 from .swiglu import swiglu
+
+_linear_swiglu = kernel("linear_swiglu")
 
 
 def linear_swiglu(
@@ -53,7 +54,7 @@ def linear_swiglu(
     if ends_in_more(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
         rows = x.reshape(-1, x.shape[-1])
-        out: Tensor = torch.ops.dparallel.linear_swiglu(rows, weight, scale, bias, constant)
+        out: Tensor = _linear_swiglu(rows, weight, scale, bias, constant)
         return out.view(*x.shape[:-1], out.shape[1])
     if scale is not None:
         return swiglu(fp8_linear(x, weight, scale, bias, constant=constant))

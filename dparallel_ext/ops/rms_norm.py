@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from typing import overload
 
-import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import number
 from .fake import register_fake
 from .inputs import check_like, check_rows, rows_view
+from .kernel import kernel
+
+_rms_norm = kernel("rms_norm")
 
 
 @overload
@@ -58,7 +59,7 @@ def rms_norm(
         check_like("delta", delta, x, x.shape)
     if type(eps) is not float or not 0.0 <= eps < math.inf:
         eps = number("eps", eps)
-    y, s = torch.ops.dparallel.rms_norm(
+    y, s = _rms_norm(
         rows_view(x),
         None if delta is None else rows_view(delta),
         weight,

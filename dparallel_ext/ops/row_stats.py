@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import shown, whole
 from ..types import NO_ERROR, RowStats
 from . import streams
@@ -25,6 +24,9 @@ from .inputs import (
     rows_view,
     suppressed,
 )
+from .kernel import kernel
+
+_row_stats = kernel("row_stats")
 
 _ROW_FIELDS = 9
 LARGEST = torch.finfo(torch.float32).max
@@ -130,7 +132,7 @@ def read_rows(
         where = torch.arange(count, device=logits.device) if position is None else position
         keys = keys_of(logits, count, seed=seed, sequence=sequence, position=where, step=step)
     gather_ids = None if ids is None else _ids(ids, shape, vocab, logits)
-    tokens, fields, error, gathered = torch.ops.dparallel.row_stats(
+    tokens, fields, error, gathered = _row_stats(
         flat,
         rows,
         mask_id_of(mask_id, vocab),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from ..arguments import whole
 from ..types import RowTopK
 from . import streams
 from .errors import named_row, report
 from .fake import register_fake
 from .inputs import Ids, check_index, check_logits, mask_id_of, rows_view, suppressed
+from .kernel import kernel
+
+_row_topk = kernel("row_topk")
 
 MOST = 16
 
@@ -56,7 +58,7 @@ def row_topk(
     if rows is not None:
         check_index("rows", rows, logits)
         shape = rows.shape
-    tokens, logprobs, error = torch.ops.dparallel.row_topk(
+    tokens, logprobs, error = _row_topk(
         rows_view(logits),
         k,
         rows,

@@ -11,6 +11,9 @@ from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
 from ..arguments import check_tensor
 from ..types import RowStats
 from .fake import register_fake
+from .kernel import kernel
+
+_select = kernel("select")
 
 
 def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = True) -> Tensor:
@@ -43,7 +46,7 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
                 f"got {value.dtype} {tuple(value.shape)}"
             )
     policies.check(policy, len(eligible), values=check)
-    return torch.ops.dparallel.select(*scores, eligible, policy.to(eligible.device))
+    return _select(*scores, eligible, policy.to(eligible.device))
 
 
 @register_fake("select")

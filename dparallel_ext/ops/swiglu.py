@@ -5,12 +5,13 @@ It rounds where the modules that it replaces do, so that a model's tokens do not
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the ops)
 from .fake import register_fake
 from .inputs import check_like, check_rows, rows_view
+from .kernel import kernel
+
+_swiglu = kernel("swiglu")
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         gate, up = gate.chunk(2, -1)
     else:
         check_like("up", up, gate, gate.shape)
-    out: Tensor = torch.ops.dparallel.swiglu(rows_view(gate), rows_view(up))
+    out: Tensor = _swiglu(rows_view(gate), rows_view(up))
     return out if out.ndim == gate.ndim else out.view(gate.shape)
 
 

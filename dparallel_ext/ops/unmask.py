@@ -23,7 +23,10 @@ from .inputs import (
     suppressed,
     windows_of,
 )
+from .kernel import kernel
 from .row_stats import as_stats, row_outputs
+
+_unmask_ = kernel("unmask_")
 
 
 def unmask_(
@@ -130,7 +133,7 @@ def unmask_(
         if sequence is None:
             sequence = torch.arange(batch, device=logits.device) if lane is None else lane
         keys = keys_of(logits, windows, seed=seed, sequence=sequence, step=step)
-    committed, remaining, done, row_tokens, fields, error = torch.ops.dparallel.unmask_(
+    committed, remaining, done, row_tokens, fields, error = _unmask_(
         tokens,
         logits if positions is None else rows_view(logits),
         positions,
