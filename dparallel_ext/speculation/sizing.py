@@ -6,6 +6,7 @@ A pass with n drafted rows takes L(n) seconds and emits tau(n) tokens; drafts ha
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -123,9 +124,10 @@ class Measured:
         begun = self._clock()
         yield
         seconds, entry = self._clock() - begun + self._drafting, self._entry
+        # The first pass of a size includes one-time costs, so the second replaces it. The seconds come before
+        # the count, since other threads divide by the seconds of sizes that were tried.
+        entry[1] = seconds if entry[0] < 2 else entry[1] + self.PART * (seconds - entry[1])
         entry[0] += 1
-        # The first pass of a size includes one-time costs, so the second replaces it.
-        entry[1] = seconds if entry[0] <= 2 else entry[1] + self.PART * (seconds - entry[1])
 
     def learn(self, asked: int, taken: int) -> None:
         if self._expected is not None:
@@ -143,6 +145,7 @@ _measured: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[weakref.ref[Any] 
 )
 """Model -> the name of a drafter, or an object's id -> that object, and the measurements. It keeps neither
 drafters nor models alive."""
+_lock = threading.Lock()
 
 
 def sizer_for(drafter: Drafter, known: Measurements | None = None) -> Measured:
@@ -162,12 +165,13 @@ def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
     except TypeError:  # its class has __slots__, so nothing would tell when it is gone
         return sizer_for(drafter)
     key = drafter_given if named else id(drafter_given)
-    of_model = _measured.setdefault(model, {})
-    before, known = of_model.pop(key, (None, None))
-    same = before is None or before() is drafter_given  # an id may come again
-    if not (same and known and len(known.accepted) == drafter.most):
-        known = Measurements(drafter.most)
-    of_model[key] = reference, known
-    while len(of_model) > REMEMBERED:
-        del of_model[next(iter(of_model))]
+    with _lock:
+        of_model = _measured.setdefault(model, {})
+        before, known = of_model.pop(key, (None, None))
+        same = before is None or before() is drafter_given  # an id may come again
+        if not (same and known and len(known.accepted) == drafter.most):
+            known = Measurements(drafter.most)
+        of_model[key] = reference, known
+        while len(of_model) > REMEMBERED:
+            del of_model[next(iter(of_model))]
     return sizer_for(drafter, known)

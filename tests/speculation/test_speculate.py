@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import random
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from dparallel_ext.speculation import (
     NGram,
     TreeDrafter,
 )
-from dparallel_ext.speculation.sizing import Fixed, measured
+from dparallel_ext.speculation.sizing import Fixed, Measurements, measured
 
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
 
@@ -355,6 +357,24 @@ def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -
     other = TreeDrafter(made)
     assert measured(model, other, other).known is measured(model, other, other).known is not first.known
     assert measured(model, name, NGram(most=3)).known is not first.known  # the file has another drafter
+
+
+def test_threads_ask_one_after_the_other_for_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, drafter, inside, at_once = model_of(), NGram(), list[int](), set[int]()
+
+    class Slow(Measurements):
+        def __init__(self, most: int) -> None:
+            inside.append(most)
+            time.sleep(0.001)  # another thread runs
+            at_once.add(len(inside))
+            inside.pop()
+            super().__init__(most)
+
+    monkeypatch.setattr("dparallel_ext.speculation.sizing.Measurements", Slow)
+    with ThreadPoolExecutor(4) as threads:
+        made = [*threads.map(lambda call: measured(model, f"drafter {call}", drafter), range(40))]
+    assert len({each.known for each in made}) == 40
+    assert at_once == {1}
 
 
 def test_a_drafter_of_ones_own_need_not_be_hashable() -> None:
