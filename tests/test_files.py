@@ -114,10 +114,22 @@ def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path: 
         assert (tmp_path / file).stat().st_mode & 0o777 == 0o640, file
     with pytest.raises(OSError, match="half"), files.replacing(tmp_path / "new" / "a.json") as partial:  # noqa: PT012
         partial.write_text("half")
-        assert str(os.getpid()) in partial.name  # another run's has another name
         raise OSError("half-written")
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
     assert os.listdir(tmp_path / "new") == ["a.json"]
+
+
+def test_two_writers_of_one_file_have_each_a_partial_file_of_its_own(tmp_path: Path):
+    """As threads and processes that save at once have."""
+    file = tmp_path / "a.json"
+    with files.replacing(file) as first:
+        first.write_text("first")
+        with files.replacing(file) as second:
+            second.write_text("second")
+            assert first.read_text() == "first"
+        assert file.read_text() == "second"
+    assert file.read_text() == "first"
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_full_disk_is_said(tmp_path: Path):
@@ -228,7 +240,8 @@ def test_what_is_said_of_a_checkpoint_is_not_said_of_the_next(tmp_path: Path):
     along = ["added_tokens.json", "chat_template.jinja", "configuration_llada.py", "generation_config.json",
              "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
              "tokenizer_config.json", "vocab.json"]  # fmt: skip
-    left = ["README.md", "all_results.json", "config.json", "held_out.json", "model.safetensors",
+    left = ["LICENSE.12ab.partial", "vocab.json.12ab.partial", "README.md", "all_results.json",
+            "config.json", "held_out.json", "model.safetensors",
             "model.safetensors.index.json", "optimizer.pt", "pytorch_model.bin", "training.json",
             "trainer_state.json", "training_args.bin"]  # fmt: skip
     for name in along + left:

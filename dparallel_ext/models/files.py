@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -370,15 +371,20 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+PARTIAL = ".partial"
+"""The end of the name of a file that is being written, or that a killed process left."""
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """A context with a path to write to, which then replaces `file`, or is removed if the block raises.
 
-    The path is this process's own, and its content is on the disk before it gets the name of `file`. Errors
-    of a full disk are OSErrors with the name of `file`.
+    The path is this call's own, so that of several threads, processes or machines that write `file` at once
+    the last to end has its content there. The content is on the disk before it gets the name of `file`.
+    Errors of a full disk are OSErrors with the name of `file`.
     """
     file = Path(file)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")
     with full_disk_named(file):
         try:
             yield partial

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from dparallel_ext.models.files import PARTIAL as PARTIAL
 from dparallel_ext.models.files import check_text, replacing
 from dparallel_ext.models.files import directory as directory
 from dparallel_ext.models.files import full_disk_named as full_disk_named
@@ -174,7 +175,7 @@ def locked(argument: str, path: Path) -> Iterator[None]:
             pass  # the file system has no locks
         else:
             if os.environ.get("WORLD_SIZE", "1") == "1":
-                for partial in path.glob("*.partial"):
+                for partial in path.glob(f"*{PARTIAL}"):
                     partial.unlink(missing_ok=True)
         yield
     finally:
@@ -217,7 +218,11 @@ class Companions:
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
         for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
-            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
+            if (
+                file.is_file()
+                and file.suffix != PARTIAL
+                and any(fnmatch(file.name, pattern) for pattern in COMPANIONS)
+            ):
                 copy = Path(directory) / file.relative_to(self.source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(copy) as partial:

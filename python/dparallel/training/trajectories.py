@@ -160,7 +160,7 @@ def _generate(
         _claim(directory, content)
         return
     for number in missing:  # files of a run that was killed
-        for partial in directory.glob(_shard(directory, number, settings.format).name + "*.partial"):
+        for partial in directory.glob(_shard(directory, number, settings.format).name + f"*{files.PARTIAL}"):
             partial.unlink(missing_ok=True)
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
