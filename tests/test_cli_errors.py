@@ -17,7 +17,8 @@ import pytest
 import torch
 import typer
 from dparallel import cli
-from dparallel.cli import app, common
+from dparallel.cli import app
+from dparallel.console import plain_errors
 from dparallel.toy import study
 from test_cli import PROMPT, RECIPES, run
 from typer.testing import CliRunner
@@ -236,7 +237,7 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     for error in other:  # an optional package of another library's, which says how to install it
         monkeypatch.setattr("dparallel.training.adapters.merge", raising(error))
         assert run("merge", "a", "b", code=2) == f"error: {error}\n"
-    with pytest.raises(BrokenPipeError), common.plain_errors():
+    with pytest.raises(BrokenPipeError), plain_errors():
         raise BrokenPipeError
     monkeypatch.setitem(sys.modules, "typer", None)
     monkeypatch.delitem(sys.modules, "dparallel.cli")
@@ -392,7 +393,7 @@ def test_too_little_memory_is_one_line(
     said = run("decode", "x", code=2)
     assert re.fullmatch(f"error: not enough memory{pattern}; shorter texts .* take less\n", said), said
     error = RuntimeError("a fault")
-    with pytest.raises(RuntimeError, match="a fault"), common.plain_errors():
+    with pytest.raises(RuntimeError, match="a fault"), plain_errors():
         raise error
 
 

@@ -95,6 +95,14 @@ def test_inside_dparallel_ext_imports_point_down():
             assert fits, f"{module}:{line} imports {name}"
 
 
+def test_nothing_imports_the_command_line():
+    """It is on top: what it shares with programs and scripts is in modules below."""
+    for module in (name for name in FILES if name.startswith(("dparallel.", "benchmarks."))):
+        if not module.startswith(("dparallel.cli", "dparallel.__main__")):
+            for name, line in imported(module, ast.walk(trees()[module])):
+                assert not name.startswith("dparallel.cli"), f"{module}:{line} imports {name}"
+
+
 def test_no_modules_import_each_other():
     graph: dict[str, set[str]] = {}
     for module in FILES:

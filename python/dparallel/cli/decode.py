@@ -15,6 +15,7 @@ from dparallel_ext.arguments import whole
 
 from .. import files, registry
 from ..configs import config_of, config_without_policy, with_ends
+from ..console import plain_errors
 from ..problems import read_prompts
 from ..text import Message
 from .common import (
@@ -39,7 +40,6 @@ from .common import (
     check_drafted,
     check_kind,
     check_text,
-    plain_errors,
     read_config,
 )
 

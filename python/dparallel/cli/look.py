@@ -18,6 +18,7 @@ from dparallel_ext.arguments import whole
 from .. import files, registry
 from .. import sweep as sweeping
 from ..configs import Fields, config_without_policy, policy_in, read_rows
+from ..console import begins_anew, plain_errors
 from ..problems import from_file, held_out
 from ..tune import GRID, SIZES
 from .common import (
@@ -37,9 +38,7 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
-    begins_anew,
     check_kind,
-    plain_errors,
     read_config,
 )
 

@@ -10,6 +10,7 @@ import typer
 
 from .. import registry
 from ..configs import config_of, config_without_policy
+from ..console import plain_errors
 from ..evaluate import PLAIN
 from .common import (
     DRAFTERS,
@@ -27,7 +28,6 @@ from .common import (
     adaptive_numbers,
     check_drafted,
     check_kind,
-    plain_errors,
     read_config,
 )
 

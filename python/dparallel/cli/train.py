@@ -15,6 +15,7 @@ from dparallel_ext.arguments import whole
 from .. import registry, results
 from ..checkers import compares
 from ..configs import POLICY
+from ..console import begins_anew, goes_on, plain_errors
 from ..problems import read_prompts
 from .common import (
     CHECKER,
@@ -29,9 +30,6 @@ from .common import (
     MaskOption,
     ModelOption,
     PromptFieldOption,
-    begins_anew,
-    goes_on,
-    plain_errors,
 )
 
 

@@ -26,7 +26,7 @@ import typer
 
 from .. import evaluate, files, plots, results
 from .. import sweep as sweeping
-from ..cli.common import goes_on, plain_errors
+from ..console import goes_on, plain_errors
 from ..problems import read_prompts
 from ..training import distill, trajectories
 from . import train
