@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,18 @@ def shown(value: Any) -> str:
     except Exception:  # Python refuses to write an int of more than 4300 digits
         return f"{type(value).__name__} that cannot be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+OURS = ("dparallel_ext", "dparallel", "torch")
+"""Packages whose code, torch's wrappers of ours included, no warning names as its place."""
+
+
+def warn(text: str) -> None:
+    """Warn, at the line that called our packages, however deep in them the reason is found."""
+    level, frame = 2, inspect.currentframe()
+    while (frame := frame and frame.f_back) and str(frame.f_globals.get("__name__")).split(".")[0] in OURS:
+        level += 1
+    warnings.warn(text, stacklevel=level)
 
 
 def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import platform
-import warnings
 
 import torch
 
 from . import _C
+from .arguments import warn
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -39,10 +39,7 @@ def warn_without_kernels(device: torch.device | str | None) -> None:
     if kind in ("cpu", "meta", *info["backends"].split()):
         return
     why = f": {info['cuda_reason']}" if kind == "cuda" else ""
-    warnings.warn(
-        f"dparallel_ext has no kernels for {kind} in this build: its ops will refuse tensors there{why}",
-        stacklevel=3,
-    )
+    warn(f"dparallel_ext has no kernels for {kind} in this build: its ops will refuse tensors there{why}")
 
 
 def fast_bfloat16(device: torch.device | str | None = None) -> bool:

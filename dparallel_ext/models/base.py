@@ -7,7 +7,6 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..arguments import check_tensor
+from ..arguments import check_tensor, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
@@ -110,7 +109,7 @@ class Model(Expected):
     def train(self, mode: bool = True) -> Model:
         dropped = {key: self.config[key] for key in DROPOUT if self.config.get(key)}
         if mode and dropped:
-            warnings.warn(f"config: {dropped} is ignored, since this model has no dropout", stacklevel=2)
+            warn(f"config: {dropped} is ignored, since this model has no dropout")
         if mode:
             kept.drop(self)
         return super().train(mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import backends
-from ..arguments import instance
+from ..arguments import instance, warn
 from . import files, fused_weights
 from .base import Model
 from .config import ModelConfig, token_ids
@@ -173,10 +172,9 @@ def wrap(hf_model: nn.Module) -> Model:
     files.refuse_quantised(content, weights, source)
     family = family_in(content, source)
     if changed := [name or "the model" for name in changed_modules(hf_model, adapted, family.causal)]:
-        warnings.warn(
+        warn(
             f"{source}: {', '.join(changed[:3])}{', ...' if changed[3:] else ''}: hooks, or a forward of its "
-            "own, which the native model does not run; put hooks on the layers of what models.wrap returns",
-            stacklevel=2,
+            "own, which the native model does not run; put hooks on the layers of what models.wrap returns"
         )
     rows = family.shape_of(content).embedding_size
     ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)

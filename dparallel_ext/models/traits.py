@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import warn
 from .base import Model
 from .config import Traits
 from .families import DECISIVE, FAMILIES, family_of
@@ -134,12 +134,11 @@ def fingerprint(model: Any) -> str | None:
     return _FINGERPRINTS[inner]
 
 
-def warn_beyond(model: Any, argument: str, positions: int, stacklevel: int = 3) -> None:
+def warn_beyond(model: Any, argument: str, positions: int) -> None:
     """Warn, naming the argument, if a sequence has more positions than the model was made for."""
     most = max_positions(model)
     if most is not None and positions > most:
-        warnings.warn(
+        warn(
             f"{argument}: {positions} positions of prompt and response, but the model's config says {most}; "
-            "text beyond them may be senseless",
-            stacklevel=stacklevel + 1,
+            "text beyond them may be senseless"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import warn
 from ..ops.inputs import DTYPES, check_logits
 from .base import Model
 from .config import Traits
@@ -171,10 +171,9 @@ def check_call(model: Any, name: str = "model") -> None:
                 "that has an attribute `traits`"
             )
     if model._forward_hooks or model._forward_pre_hooks:
-        warnings.warn(
+        warn(
             f"{name}: {type(model).__name__} has hooks on its call, which decoding does not run, since it "
-            "calls the layers one by one; hooks on layers run",
-            stacklevel=3,
+            "calls the layers one by one; hooks on layers run"
         )
 
 
@@ -187,10 +186,9 @@ def warn_of_dropout(model: Any, argument: str = "model") -> None:
         return
     for name, part in model.named_modules():
         if isinstance(part, DROPOUTS) and part.training and part.p:
-            warnings.warn(
+            warn(
                 f"{argument}: {type(model).__name__} is in training mode, and the dropout of {name} changes "
-                "its logits at random; call model.eval() before decoding",
-                stacklevel=4,
+                "its logits at random; call model.eval() before decoding"
             )
             return
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import number
+from ..arguments import number, warn
 from ..models import fingerprint
 from ..types import RowStats
 from .filter_file import read_filter
@@ -85,10 +84,9 @@ class Learned(Rule):
             )
         model_hash = fingerprint(model)
         if model_hash and self.model and model_hash != self.model:
-            warnings.warn(
+            warn(
                 f"rule: {self.file} was trained for another model ({self.model}, and this is {model_hash}), "
-                "so that it may commit too much or too little",
-                stacklevel=4,
+                "so that it may commit too much or too little"
             )
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:

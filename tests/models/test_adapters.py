@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from dparallel.likelihood import iter_log_likelihoods, log_likelihoods
+from drafters import MODEL, model_of
 from safetensors.torch import load_file
 from test_wrappers import DREAM, PROMPT, called, compiled, expected, native, tokens
 from torch import Tensor, nn
@@ -283,6 +285,33 @@ def test_dropout_in_training_mode_brings_a_warning(peft: Any) -> None:
         warnings.simplefilter("error")
         tokens(model.eval())
         tokens(native().train())  # ours has none
+
+
+def test_a_warning_names_the_line_that_called() -> None:
+    """However deep it is found, and under torch's decorators; Python shows one for each such line."""
+
+    def random(model: models.Model) -> models.Model:
+        model.add_module("extra", nn.Dropout(0.5))
+        return model.train()
+
+    model, causal = random(native()), random(model_of())
+    prompt, settings = torch.tensor([[5, 6]]), {"gen_length": 4}
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: dx.decode(model, prompt, **settings),
+        lambda: torch.no_grad()(dx.decode)(model, prompt, **settings),
+        lambda: compat.diffusion_generate(model, prompt, max_new_tokens=4, steps=2),
+        lambda: dx.Engine(model, lanes=1, max_length=16).close(),
+        lambda: dx.speculate(causal, prompt, **settings),
+        lambda: dx.speculate(MODEL, prompt, **settings, drafter=causal),
+        lambda: dx.adaptive_decode(model, prompt, **settings, verifier=MODEL),
+        lambda: dx.adaptive_decode(native(), prompt, **settings, verifier=causal),
+        lambda: log_likelihoods(model, [[5]], [[6]]),
+        lambda: [*iter_log_likelihoods(model, [[5]], [[6]])],
+    )
+    for number, call in enumerate(calls):
+        with pytest.warns(UserWarning, match="is in training mode") as said:
+            call()
+        assert {each.filename for each in said} == {__file__}, number
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import socket
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -21,6 +20,7 @@ import uvicorn
 
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, Engine
+from dparallel_ext.arguments import warn
 from dparallel_ext.speculation import drafter_of
 
 from .. import registry
@@ -224,9 +224,7 @@ def make_engine(
     length = int(min(MAX_LENGTH, positions)) if max_length is None else max_length
     if length > positions:
         # Not to the server's log, which is set up when the server begins.
-        warnings.warn(
-            f"max_length: {length}, but {model.name} is made for {positions} positions", stacklevel=3
-        )
+        warn(f"max_length: {length}, but {model.name} is made for {positions} positions")
     try:
         return Engine(
             weights,

@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
@@ -18,7 +17,7 @@ import torch
 
 import dparallel_ext as dx
 from dparallel_ext import backends
-from dparallel_ext.arguments import is_number, whole
+from dparallel_ext.arguments import is_number, warn, whole
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
@@ -246,7 +245,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         raise ValueError(f"answers: {answers} holds no right answer")
     rows.check_tokenizer(recipe.model, tokenizer.load(source))
     if other := mismatch(recipe, rows.settings):
-        warnings.warn(other, stacklevel=3)
+        warn(other)
     collator = trajectories.Collator(0, **recipe.collator)
     total = collator.total_length
     if total is not None and all(prompt >= total for _, prompt, _ in rows.bounds):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import check_fields, is_number, number, one_of, whole
+from dparallel_ext.arguments import check_fields, is_number, number, one_of, warn, whole
 from dparallel_ext.models import Model
 
 from .trajectories import Collator
@@ -339,10 +338,9 @@ class CertaintyForcingTrainer(Trainer):
             nll, active, entropy, gated, correct, sure = self.accelerator.reduce(self.sums, "sum").tolist()
             self.sums.zero_()
             if not active:
-                warnings.warn(
+                warn(
                     "train_dataset: no row of the last steps has a response token to learn, since the "
-                    "prompts leave the collator's length none: the loss is 0",
-                    stacklevel=2,
+                    "prompts leave the collator's length none: the loss is 0"
                 )
             logs["ce"] = nll / max(active, 1)
             logs["entropy"] = entropy / max(gated, 1)
