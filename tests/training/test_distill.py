@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,24 @@ def test_an_empty_section_has_no_settings(tmp_path: Path):
     assert (recipe.training, recipe.trajectories, recipe.collator) == ({"max_steps": 7}, {}, {})
     assert recipe.lora is None
     assert distill.plan(recipe)["steps"] == 7
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_setting_that_transformers_renamed_has_either_name(name: str, monkeypatch: pytest.MonkeyPatch):
+    """With the versions before and after: the dataclass here stands for the former."""
+    recipe = distill.read(RECIPES / "builtin.yaml", training={name: True, f"{name}_kwargs": {"debug": True}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        here = distill.arguments(recipe, "out")
+    assert here.gradient_checkpointing
+    assert here.gradient_checkpointing_kwargs == {"debug": True}
+    known = {"output_dir", "report_to", "use_cpu", "bf16", *recipe.training} - {name, f"{name}_kwargs"}
+    names = [*known, "gradient_checkpointing", "gradient_checkpointing_kwargs"]
+    before = make_dataclass("Before", [(field, Any, None) for field in names])
+    monkeypatch.setattr("dparallel.training.trainer.CertaintyForcingArguments", before)
+    there = distill.arguments(recipe, "out")
+    assert there.gradient_checkpointing
+    assert there.gradient_checkpointing_kwargs == {"debug": True}
 
 
 @pytest.mark.parametrize("epochs", [0.3, 1.5, 2])

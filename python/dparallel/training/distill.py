@@ -105,22 +105,33 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     from .trainer import CertaintyForcingArguments
 
     known = {f.name for f in fields(CertaintyForcingArguments)}
-    unknown = sorted(set(recipe.training) - known)
+    training = {**recipe.training}
+    for names in RENAMED:
+        here = next(name for name in names if name in known)
+        for name in names:
+            if name in training:
+                training.setdefault(here, training.pop(name))
+    unknown = sorted(set(training) - known)
     if unknown:
         raise ValueError(f"training: no setting {unknown} in transformers.TrainingArguments or among ours")
     for name in DECIDED_HERE:
-        if recipe.training.get(name):
+        if training.get(name):
             raise ValueError(f"training: expected no {name}: `distill` writes and resumes in its `out`")
     for f in fields(CertaintyForcingArguments):
-        if f.name in recipe.training:
-            _check_number(f.name, recipe.training[f.name], set(re.findall(r"\w+", str(f.type))))
+        if f.name in training:
+            _check_number(f.name, training[f.name], set(re.findall(r"\w+", str(f.type))))
     defaults = {"report_to": [], "use_cpu": not torch.cuda.is_available()}
-    training = {**defaults, **recipe.training}
+    training = {**defaults, **training}
     if training["use_cpu"] and not backends.fast_bfloat16():
         training["bf16"] = False  # the same training in float32, five times faster or more
     return CertaintyForcingArguments(output_dir=str(out), **training)
 
 
+RENAMED = (
+    ("activation_checkpointing", "gradient_checkpointing"),
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
+"""Names of one setting in versions of transformers, the newest first; a recipe may have any of them."""
 DECIDED_HERE = ("output_dir", "resume_from_checkpoint", "push_to_hub")
 """The settings of `training` that a recipe does not have."""
 
@@ -361,8 +372,8 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     gen = whole("gen_length", trajectories.Settings(**recipe.trajectories).gen_length, 1)
     tokens = collator.total_length or 128 + (collator.response_length or gen)
     rows = 2 * micro * tokens  # both views
-    checkpointed = args.gradient_checkpointing
-    passes = 3 + bool(checkpointed) + (accumulated > 1)  # backward counts as two
+    checkpointed = any(getattr(args, name, False) for name in RENAMED[0])
+    passes = 3 + checkpointed + (accumulated > 1)  # backward counts as two
     sizes = {
         "weights": 2 * total + 4 * trainable if recipe.lora else 4 * total,
         "gradients": 4 * trainable,
