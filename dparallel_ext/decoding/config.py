@@ -405,14 +405,15 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
         if not _non_default(row):
             row = {**row, **row_of(rule)}
     elif callable(rule) and not isinstance(rule, type):
-        if names := _non_default(row):
-            raise ValueError(f"rule: a function decides alone, so give it without {names[0]}")
         rule = FunctionRule(rule)
     elif rule is not None:
         got = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
         raise ValueError(f"rule: expected a Rule, its name or a function, got {got}")
     if rule is not None:
         check_rule(rule)
+    if rule is not None and rule.alone and (names := _non_default(row)):
+        kind = "a function" if isinstance(rule, FunctionRule) else type(rule).__name__
+        raise ValueError(f"rule: {kind} decides without a policy row, so give it without {names[0]}")
     if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:
         raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
     return rule, row

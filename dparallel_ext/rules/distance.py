@@ -29,6 +29,8 @@ class Distance(Rule):
     tau: float = 0.4
     penalty: float = 0.02
 
+    alone = True
+
     def __post_init__(self) -> None:
         check_fields(self, ("tau", "penalty"), number)
 

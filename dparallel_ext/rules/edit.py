@@ -25,6 +25,7 @@ class Edit(Rule):
     edits: int = 16
 
     reads = "block"
+    alone = True
 
     def __post_init__(self) -> None:
         check_fields(self, ("mask", "edit"), number)

@@ -189,6 +189,8 @@ class Rule:
     """Scores that it does not compute; policy rows cannot rank by them."""
     tokens: tuple[int, ...] = ()
     """Ids that it waits for or writes; an id that the model never decodes is an error."""
+    alone: bool = False
+    """Whether it decides without a policy row, so that a row beside it is an error."""
     row: str | None = None
     """The policy row if the caller names none, such as "confidence:0.9". None: the fixed schedule."""
 
@@ -216,9 +218,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class FunctionRule(Rule):
-    """A plain function as a rule: it decides alone, without policy rows."""
+    """A plain function as a rule."""
 
     function: Function
+    alone = True
     recorded = False  # the function may read numbers on the host
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:

@@ -158,7 +158,13 @@ def test_bad_values_are_named(name: str, value: Any, message: str) -> None:
             {"rule": "credit+entropy:0.5", "threshold": 0.5},
             "rule: names a policy row, .* without threshold",
         ),
-        ({"rule": first, "score": "margin"}, "rule: a function decides alone, so give it without score"),
+        (
+            {"rule": first, "score": "margin"},
+            "rule: a function decides without a policy row, .* without score",
+        ),
+        ({"rule": "edit+confidence:0.8"}, "rule: Edit decides without a policy row, so .* without threshold"),
+        ({"rule": rules.Edit(), "steps": 4}, "rule: Edit decides without a policy row, so .* without steps"),
+        ({"rule": "distance+one", "min_commit": 2}, "rule: Distance decides .* without min_commit"),
         ({"rule": "credit", "temperature": 0.5}, "temperature: Credit commits tokens of its own"),
         ({"rule": "credit+margin:0.5"}, "selector: Credit has no margin to rank by"),
         (
@@ -339,7 +345,7 @@ def test_samples_without_a_seed_are_drawn_in_the_call() -> None:
 )
 @pytest.mark.parametrize("row", [{}, {"threshold": 0.3}, {"score": "entropy"}], ids=str)
 def test_rules_in_files(rule: Any, row: dict[str, Any]) -> None:
-    if isinstance(rule, str):
+    if isinstance(rule, str) or (rule is not None and rule.alone):
         row = {}
     config = DecodeConfig(rule=rule, gen_length=8, **row)
     written = json.dumps(config.to_dict(), allow_nan=False)

@@ -46,7 +46,7 @@ def llada() -> models.Model:
         ({"rule": "entropy:0.5", "threshold": 0.5}, "rule: names a policy row, so give it without threshold"),
         ({"rule": "credit", "temperature": 0.5}, "temperature: Credit commits tokens of its own"),
         ({"rule": "credit+margin:0.5"}, "selector: Credit has no margin to rank by"),
-        ({"rule": lambda s, m, n: m, "threshold": 0.5}, "rule: a function decides alone"),
+        ({"rule": lambda s, m, n: m, "threshold": 0.5}, "rule: a function decides without a policy row"),
         ({"rule": "credit", "policy": lambda s, m, n: m}, "policy: give it alone, without rule"),
         ({"rule": lambda s, m, n: m.float()}, "policy: expected a bool Tensor"),
         ({"rule": lambda s, m, n: m.to("meta")}, "policy: expected on cpu, got meta"),
