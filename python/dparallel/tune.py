@@ -44,7 +44,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "active_blocks": (1, 2),
     "cache": ("none",),
 }
-"""Values to try for a diffusion model; a block-causal one has its own block length, and cache "block"."""
+"""Values to try for a diffusion model, see also `own_choices`."""
 CHOSEN = ("drafter", "draft_size", *GRID)
 """Fields of a row that are settings."""
 JUDGED = ("right", "same")
@@ -280,16 +280,14 @@ def _passes(
 def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> tuple[Work, list[Row]]:
     """Measure a row for each combination of the grid's values; grid: values for the names in `GRID`, None for
     the default. A combination that the model refuses is left out; raises ValueError if it refuses all."""
-    _, shape = models.config_of(registry.directory_of(settings.model))
-    of_model = shape.block_length  # of a block-causal model
-    choices = GRID | ({} if of_model is None else {"block_length": (of_model,), "cache": ("block",)})
+    choices = GRID | own_choices(settings.model)
     choices |= {name: values for name, values in grid.items() if values}
     asked = [dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values())]
     for row in asked:
         parse_policy(row["rule"])
         check_row(row)
     work = load(settings)
-    models.check_diffusion(work.model)
+    models.check_diffusion(work.model, decoding=True)
     rows, answers = list[Row](), list[list[str]]()
     refused: ValueError | None = None
     for row in asked:
@@ -306,6 +304,19 @@ def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> t
         raise refused
     judge(rows, answers, work.problems)
     return work, rows
+
+
+def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
+    """The values in place of those of `GRID` for a model that fills masks in one cache mode alone, or by
+    blocks of its own, by its config.json."""
+    config, shape = models.config_of(registry.directory_of(name))
+    family = models.family_of(config)
+    if family is not None and family.window is not None:
+        return {"block_length": (family.window,), "active_blocks": (1,), "cache": ("window",)}
+    if family is not None and family.onward:
+        return {"cache": ("block",)}
+    of_model = shape.block_length  # of a block-causal model
+    return {} if of_model is None else {"block_length": (of_model,), "cache": ("block",)}
 
 
 def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]:

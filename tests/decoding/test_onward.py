@@ -230,5 +230,24 @@ def test_the_command_line_decodes_it_both_ways(tmp_path: Path) -> None:
         assert code == 0, output
         passes = float(output.splitlines()[-1].split()[1])
         assert passes <= float(out.nfe[0])
+    tune = (
+        "tune",
+        str(tmp_path / "tuned.json"),
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--repeats",
+        "1",
+    )
+    for options, settings in (
+        (("--cache", "block", "--policy", "confidence:0.3", "--block-length", "8"), {"cache": "block"}),
+        (("--drafter", "self", "--draft-size", "31"), {"drafter": "self", "draft_size": 31}),
+    ):
+        code, output = run(*tune, *options)
+        assert code == 0, output
+        content = json.loads((tmp_path / "tuned.json").read_text())
+        assert settings.items() <= content.items()
+        assert decode("--config", str(tmp_path / "tuned.json"))[0] == 0
+    code, output = run(*tune, "--policy", "confidence:0.3")
+    assert "is autoregressive, unless with --cache block" in " ".join(output.split())
     with pytest.raises(ValueError, match="NemotronDiffusion is autoregressive"):
         log_likelihoods(ours(), [[3, 4]], [[5]])

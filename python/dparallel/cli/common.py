@@ -104,7 +104,8 @@ def check_kind(model: str, causal: bool, **options: Any) -> None:
         if value is None or of_causal == causal:
             continue
         if causal:
-            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive")
+            hint = "" if registry.is_causal(model, "block") else ", unless with --cache block"
+            raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive{hint}")
         raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
 
 

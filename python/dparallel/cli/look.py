@@ -282,7 +282,7 @@ def tune(
         list[int] | None, typer.Option(help="blocks filled at once; repeatable; default: 1 and 2")
     ] = None,
     cache: Annotated[
-        list[str] | None, typer.Option(help="repeatable; default: none, or block for a block-causal model")
+        list[str] | None, typer.Option(help="repeatable; default: none, or the model's own (block, window)")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="percentage points of right (or same) answers that the choice may lose")
@@ -316,7 +316,7 @@ def tune(
 
     with plain_errors(kept=begins_anew(out)):
         files.writable("out", out)
-        causal = registry.is_causal(model)
+        causal = registry.is_causal(model, "block" if cache and "block" in cache else None)
         options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}
         options |= {"policy": policy, "block_length": block_length, "active_blocks": active_blocks}
         options |= {"cache": cache, "mask_id": mask_id}
