@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
+from .. import policies
 from ..arguments import check_tensor
 from ..types import RowStats
 from .fake import register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C, policies  # noqa: F401  (importing _C registers the ops)
+from .. import policies
 from ..arguments import whole
 from ..types import UnmaskOutput
 from . import streams
