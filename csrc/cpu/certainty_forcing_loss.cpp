@@ -30,15 +30,15 @@ void forward(const LossArgs& args, Parallel parallel) {
     if constexpr (sizeof(R) == 4) {
       loss_kernel_in_use().stats[static_cast<int>(dtype)]({row, begin, end}, inverse32, part);
     } else {
-      const auto* z = static_cast<const double*>(row);
       for (int64_t id = begin; id < end; ++id) {
-        if (z[id] > part.max) {
-          part.rebase(z[id], inverse);
+        const double z = clamped(static_cast<const double*>(row)[id]);
+        if (z > part.max) {
+          part.rebase(z, inverse);
           part.token = static_cast<int32_t>(id);
           continue;
         }
-        const double d = std::max(z[id] - (part.token < 0 ? 0.0 : part.max), inverse.floor());
-        part.sum += z[id] != z[id] ? z[id] : std::exp(d * inverse.ce);
+        const double d = std::max(z - (part.token < 0 ? 0.0 : part.max), inverse.floor());
+        part.sum += z != z ? z : std::exp(d * inverse.ce);
         part.sum_t += std::exp(d * inverse.entropy);
         part.weighted_t += std::exp(d * inverse.entropy) * d;
       }

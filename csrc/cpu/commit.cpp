@@ -11,7 +11,7 @@ namespace dparallel::cpu {
 int64_t first_unwritable(const CommitArgs& args) {
   bool any = false;  // first all at once, without a branch
   for (int64_t row = 0; row < args.count; ++row)
-    any |= args.commit[row] & ((args.token[row] < 0) | (args.token[row] == args.mask_id));
+    any |= (args.commit[row] != 0) & ((args.token[row] < 0) | (args.token[row] == args.mask_id));
   for (int64_t row = 0; any && row < args.count; ++row)
     if (args.commit[row] && (args.token[row] < 0 || args.token[row] == args.mask_id)) return row;
   return -1;
@@ -23,7 +23,7 @@ void commit(const CommitArgs& args, Parallel parallel) {
   size_t count = 0;
   for (int64_t row = 0; row < args.count; ++row) {
     chosen[count] = row;
-    count += args.commit[row];
+    count += args.commit[row] != 0;
   }
   chosen.resize(count);
   std::vector<int64_t> changed;  // positions, ascending

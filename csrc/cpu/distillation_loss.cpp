@@ -18,8 +18,6 @@ PairSpan span_of(const Args& args, int64_t row, int64_t chunk) {
   return {row_pointer(args.student, row), row_pointer(args.teacher, row), begin, end};
 }
 
-double clamped(double z) { return z > kLargest ? double(kLargest) : z; }
-
 void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& part) {
   const auto* z = static_cast<const double*>(span.student);
   const auto* t = static_cast<const double*>(span.teacher);

@@ -13,16 +13,19 @@
 
 namespace dparallel::cpu {
 
-inline std::vector<int64_t> active_rows(const bool* active, int64_t count) {
+inline std::vector<int64_t> active_rows(const Flag* active, int64_t count) {
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < count; ++row)
     if (active[row]) rows.push_back(row);
   return rows;
 }
 
+// clamp_logit of a float64: +inf and what no float32 holds count as the largest of those.
+inline double clamped(double z) { return z > kLargest ? double{kLargest} : z; }
+
 inline double logit_at(const void* row, DType dtype, int64_t id) {
   switch (dtype) {
-    case DType::float64: return static_cast<const double*>(row)[id];
+    case DType::float64: return clamped(static_cast<const double*>(row)[id]);
     case DType::float32: return clamp_logit(static_cast<const float*>(row)[id]);
     case DType::bfloat16: return clamp_logit(bfloat16_value(static_cast<const uint16_t*>(row)[id]));
     default: return clamp_logit(float16_value(static_cast<const uint16_t*>(row)[id]));

@@ -26,10 +26,9 @@ int64_t select_prefix(const Policy& policy, std::vector<Candidate>& candidates) 
 
 int64_t first_unordered(const SelectArgs& args, const float* scores) {
   const int64_t count = args.batch * args.length;
-  // First all at once: bytes and whole numbers, of which the compiler makes vectors.
-  const auto* eligible = reinterpret_cast<const uint8_t*>(args.eligible);
-  int any = 0;
-  for (int64_t i = 0; i < count; ++i) any |= eligible[i] & int{scores[i] != scores[i]};
+  int any = 0;  // first all at once: whole numbers, of which the compiler makes vectors
+  for (int64_t i = 0; i < count; ++i)
+    any |= int{args.eligible[i] != 0} & int{scores[i] != scores[i]};
   for (int64_t i = 0; any && i < count; ++i)
     if (args.eligible[i] && scores[i] != scores[i]) return i;
   return -1;

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
   Tensor saved = torch::stable::new_empty(logits, {count, kLossSaved}, real);
   Tensor error = torch::stable::new_empty(logits, {count}, ScalarType::Long);
   const LossArgs args{all,
-                      data<bool>(active),
+                      data<Flag>(active),
                       data<int64_t>(labels),
                       count,
                       ce_temperature,
@@ -84,7 +84,7 @@ void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temper
   expect(grad_nll, "grad_nll", real, {count}, logits);
   expect(grad_entropy, "grad_entropy", real, {count}, logits);
   const LossBackwardArgs args{all,
-                              data<bool>(active),
+                              data<Flag>(active),
                               data<int64_t>(labels),
                               count,
                               ce_temperature,
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teac
   Tensor saved = torch::stable::new_empty(student, {rows.count, kDistillationSaved}, rows.real);
   Tensor error = torch::stable::new_empty(student, {rows.count}, ScalarType::Long);
   const DistillationArgs args{
-      rows.student, rows.teacher, data<bool>(active),    rows.count,       temperature,
+      rows.student, rows.teacher, data<Flag>(active),    rows.count,       temperature,
       kl_weight,    l1_weight,    divergence.data_ptr(), saved.data_ptr(), data<int64_t>(error)};
   launch(Backend{}, args, student);
   return {divergence, saved, error};
@@ -198,7 +198,7 @@ void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temper
   const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight);
   expect(saved, "saved", rows.real, {rows.count, kDistillationSaved}, student);
   expect(grad_divergence, "grad_divergence", rows.real, {rows.count}, student);
-  const DistillationBackwardArgs args{rows.student, rows.teacher,     data<bool>(active),
+  const DistillationBackwardArgs args{rows.student, rows.teacher,     data<Flag>(active),
                                       rows.count,   temperature,      kl_weight,
                                       l1_weight,    saved.data_ptr(), grad_divergence.data_ptr(),
                                       grad};

@@ -136,6 +136,26 @@ def test_hard_rows(dtype: torch.dtype) -> None:
     assert out.correct.tolist()[0][2:5] == [True, True, True]
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("label", [1, 2])
+def test_infinity_counts_as_the_largest_float32(dtype: torch.dtype, label: int) -> None:
+    """In float64 it was NaN, or an error, and the gradient of a label at infinity was -1."""
+    infinite = [math.inf] if dtype != torch.float64 else [math.inf, 1e300]
+    for largest in infinite:
+        for row in ([0.0, largest, 1.0, -math.inf], [0.0, largest, largest, 1.0]):
+            z = torch.tensor([[0.0] * 5 + row], dtype=dtype, requires_grad=True)
+            ours, theirs = (
+                loss(z * 1, torch.tensor([5 + label]), torch.tensor([True]), gate="all", entropy_weight=0.5)
+                for loss in (dx.certainty_forcing_loss, reference.certainty_forcing_loss)
+            )
+            assert torch.allclose(ours.nll.double(), theirs.nll.double())
+            assert torch.allclose(ours.entropy.double(), theirs.entropy.double(), atol=1e-30)
+            (grad,) = torch.autograd.grad(ours.loss, z)
+            p = z.detach().double().clamp(max=torch.finfo(torch.float32).max).softmax(1)
+            p[0, 5 + label] -= 1
+            assert torch.allclose(grad.double(), p, atol=1e-12)
+
+
 @everywhere
 def test_entropy_near_certainty_does_not_cancel() -> None:
     """Relative, not only absolute, accuracy as the entropy goes to 0."""

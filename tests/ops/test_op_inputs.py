@@ -294,6 +294,23 @@ def test_functions_compile_for_any_size(name: str) -> None:
     assert same(list(call.values()), list(plain.values()))
 
 
+@pytest.mark.parametrize("name", OPS)
+@everywhere
+def test_truth_is_any_byte_but_zero(name: str) -> None:
+    """As in torch: a view of bytes as bools may hold others than 0 and 1."""
+    given = examples(torch.float32)[name]
+    bools = [i for i, a in enumerate(given) if isinstance(a, Tensor) and a.dtype == torch.bool]
+    for byte in (2, 255) if bools else ():
+        plain, call = copied(given), copied(given)
+        for i in bools:
+            call[i] = (plain[i].to(torch.uint8) * byte).view(torch.bool)
+        assert same(flat(op_of(name)(*call)), flat(op_of(name)(*plain)))
+        assert same(
+            [a for i, a in enumerate(call) if i not in bools],
+            [a for i, a in enumerate(plain) if i not in bools],
+        )
+
+
 OUT_OF_BOUNDS = [
     ("row_stats", 1, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
     ("row_stats", 1, [0, -1], r"rows: expected in \[0, 6\), got -1 at 1"),

@@ -10,6 +10,10 @@
 
 namespace dparallel {
 
+// A truth value as the caller stores it: true unless 0. A tensor of bools may hold any bytes, as a
+// view of bytes does; a C++ bool that is neither 0 nor 1 may count as 255 or as none.
+using Flag = uint8_t;
+
 // The temperature that is used for a given one. Below 1e-5 it is 0, which is greedy: only logits
 // within 1e-4 of the largest would have a chance, and 1 / T would overflow in the end. Above 2^100
 // it is 2^100, beside whose noise logits below 1e23 do not differ. dparallel_ext/arguments.py does
@@ -114,7 +118,7 @@ struct SelectArgs {
   const float* confidence;  // [batch, length] each
   const float* margin;
   const float* entropy;
-  const bool* eligible;  // [batch, length]
+  const Flag* eligible;  // [batch, length]
   const float* policy;   // [batch, 5]
   int64_t batch, length;
   bool* commit;  // [batch, length]
@@ -163,7 +167,7 @@ struct UnmaskArgs {
 struct CommitArgs {
   TokenGrid tokens;          // changed in place
   const int64_t* positions;  // [count] b * length + l of each row, or null: row r is position r
-  const bool* commit;        // [count] whether the row is written
+  const Flag* commit;        // [count] whether the row is written
   const int64_t* token;      // [count]
   int64_t count;
   int64_t mask_id;
@@ -218,7 +222,7 @@ struct AcceptArgs {
 // every output, and their logits and labels are not read.
 struct LossArgs {
   Logits logits;          // [count] rows
-  const bool* active;     // [count]
+  const Flag* active;     // [count]
   const int64_t* labels;  // [count]
   int64_t count;
   double ce_temperature, temperature;
@@ -231,7 +235,7 @@ struct LossArgs {
 
 struct LossBackwardArgs {
   Logits logits;
-  const bool* active;
+  const Flag* active;
   const int64_t* labels;
   int64_t count;
   double ce_temperature, temperature;
@@ -245,7 +249,7 @@ struct LossBackwardArgs {
 // R as above. Rows that are not active are zero in every output, and no logit of them is read.
 struct DistillationArgs {
   Logits student, teacher;  // [count] rows each, of the same vocabulary and dtype
-  const bool* active;       // [count]
+  const Flag* active;       // [count]
   int64_t count;
   double temperature, kl_weight, l1_weight;
   void* divergence;  // R [count]
@@ -255,7 +259,7 @@ struct DistillationArgs {
 
 struct DistillationBackwardArgs {
   Logits student, teacher;
-  const bool* active;
+  const Flag* active;
   int64_t count;
   double temperature, kl_weight, l1_weight;
   const void* saved;            // of the forward pass

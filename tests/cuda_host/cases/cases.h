@@ -27,6 +27,7 @@ inline int64_t below(int64_t n) {
   return static_cast<int64_t>(engine() % static_cast<uint64_t>(n));
 }
 inline bool chance(double p) { return std::uniform_real_distribution<>()(engine) < p; }
+inline Flag flag(double p) { return chance(p) ? static_cast<Flag>(1 + below(255)) : Flag{0}; }
 inline double uniform(double a, double b) { return std::uniform_real_distribution<>(a, b)(engine); }
 template <class T>
 T one_of(std::initializer_list<T> values) {

@@ -133,14 +133,14 @@ void select_case() {
     for (auto& x : s)  // with ties
       x = chance(0.02) ? one_of({NAN, kInfinity}) : static_cast<float>(below(40)) / 40.0f;
   }
-  std::unique_ptr<bool[]> eligible(new bool[size + 1]), a(new bool[size + 1]),
-      b(new bool[size + 1]);
-  for (size_t i = 0; i < size; ++i) eligible[i] = chance(0.6);
+  std::vector<Flag> eligible(size + 1);
+  std::unique_ptr<bool[]> a(new bool[size + 1]), b(new bool[size + 1]);
+  for (size_t i = 0; i < size; ++i) eligible[i] = flag(0.6);
   const std::vector<float> policy = random_policy(batch);
   SelectArgs args{statistics[0].data(),
                   statistics[1].data(),
                   statistics[2].data(),
-                  eligible.get(),
+                  eligible.data(),
                   policy.data(),
                   batch,
                   length,
@@ -305,7 +305,8 @@ void unmask_case() {
   std::vector<float> field[3];
   for (auto& f : field) f.assign(size, 0.0f);
   std::vector<int64_t> choice(size, -1);
-  std::unique_ptr<bool[]> eligible(new bool[size + 1]()), commit(new bool[size + 1]());
+  std::vector<Flag> eligible(size + 1);
+  std::unique_ptr<bool[]> commit(new bool[size + 1]());
   for (int64_t i = 0; i < count; ++i) {
     const int64_t p = indexed ? positions[i] : i;
     bool read = false;
@@ -320,7 +321,7 @@ void unmask_case() {
     REQUIRE(read == (on_cuda.tokens[i] >= 0), "row %lld: token %lld", (long long)i,
             (long long)on_cuda.tokens[i]);
   }
-  cpu::select({field[0].data(), field[1].data(), field[2].data(), eligible.get(), policy.data(),
+  cpu::select({field[0].data(), field[1].data(), field[2].data(), eligible.data(), policy.data(),
                windows, length, commit.get()},
               serial);
   bool all_done = true;
@@ -366,11 +367,11 @@ void commit_case() {
   int64_t count = indexed ? static_cast<int64_t>(positions.size()) : batch * length;
   if (chance(0.2)) count = 0;
   const double often = chance(0.1) ? 0.0 : uniform(0.0, 1.0);
-  std::unique_ptr<bool[]> commit(new bool[count + 1]);
+  std::vector<Flag> commit(count + 1);
   for (int64_t i = 0; i < count; ++i) {
     token.push_back(below(7) - 1);
     const bool fits = token.back() >= 0 && token.back() != mask_id;
-    commit[i] = chance(often) && fits;
+    commit[i] = fits ? flag(often) : 0;
   }
   struct Output {
     std::vector<int64_t> tokens, remaining, first, changed;
@@ -381,7 +382,7 @@ void commit_case() {
   const auto args_of = [&](Output& o) {
     return CommitArgs{{o.tokens.data(), batch, length, stride_b, stride_l},
                       indexed ? positions.data() : nullptr,
-                      commit.get(),
+                      commit.data(),
                       token.data(),
                       count,
                       mask_id,

@@ -6,7 +6,7 @@ namespace cases {
 namespace {
 
 template <class R>
-void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const bool* active,
+void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const Flag* active,
                   double ce_temperature, double temperature) {
   const int64_t count = rows.rows, vocab = rows.vocab;
   struct Outputs {
@@ -94,20 +94,20 @@ void loss_case() {
   if (count > 0 && chance(0.2))  // as large as an infinite one is taken to be
     rows.put(below(count) * rows.stride + below(vocab), kLargest);
   std::vector<int64_t> labels(count);
-  std::unique_ptr<bool[]> active(new bool[count + 1]);
+  std::vector<Flag> active(count + 1);
   for (int64_t i = 0; i < count; ++i) {
-    active[i] = chance(0.7);
+    active[i] = flag(0.7);
     labels[i] = chance(0.1) ? -100 : below(vocab);
   }
   const double ce = one_of({1.0, 1.0, 0.7, 2.0}), t = one_of({0.5 * ce, ce, 0.3, 2.5});
-  if (rows.dtype == DType::float64) loss_case_of<double>(rows, labels, active.get(), ce, t);
-  else loss_case_of<float>(rows, labels, active.get(), ce, t);
+  if (rows.dtype == DType::float64) loss_case_of<double>(rows, labels, active.data(), ce, t);
+  else loss_case_of<float>(rows, labels, active.data(), ce, t);
 }
 
 namespace {
 
 template <class R>
-void distillation_case_of(const Rows& student, const Rows& teacher, const bool* active,
+void distillation_case_of(const Rows& student, const Rows& teacher, const Flag* active,
                           double temperature, double kl_weight, double l1_weight) {
   const int64_t count = student.rows, vocab = student.vocab;
   struct Outputs {
@@ -208,9 +208,9 @@ void distillation_case() {
   Rows teacher(count, vocab, chance(0.3), 0.0, student.dtype);
   if (chance(0.1)) student.exaggerate();
   if (chance(0.1)) teacher.exaggerate();
-  std::unique_ptr<bool[]> active(new bool[count + 1]);
+  std::vector<Flag> active(count + 1);
   for (int64_t row = 0; row < count; ++row) {
-    active[row] = chance(0.7);
+    active[row] = flag(0.7);
     const bool equal = chance(0.2), holes = chance(0.3), apart = chance(0.1);
     const float hole = one_of({-kInfinity, -kLargest});
     for (int64_t v = 0; v < vocab; ++v) {
@@ -226,8 +226,8 @@ void distillation_case() {
   const double t = one_of({1.0, 1.0, 0.3, 2.5});
   const double kl = one_of({1.0, 0.5, 0.0}), l1 = one_of({0.0, 1.0, 0.5});
   if (student.dtype == DType::float64)
-    distillation_case_of<double>(student, teacher, active.get(), t, kl, l1);
-  else distillation_case_of<float>(student, teacher, active.get(), t, kl, l1);
+    distillation_case_of<double>(student, teacher, active.data(), t, kl, l1);
+  else distillation_case_of<float>(student, teacher, active.data(), t, kl, l1);
 }
 
 }  // namespace cases
