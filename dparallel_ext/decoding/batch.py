@@ -177,7 +177,10 @@ class Batch:
         padding."""
         row = self.rows[b]
         if not row.done:
-            self.tokens[b, row.ahead : row.columns[-1] + 1].fill_(self.pad_id)
+            start, end = row.ahead, row.columns[-1] + 1
+            self.tokens[b, start:end].fill_(self.pad_id)
+            if row.settings.record:  # passes may have committed some of them, in blocks behind the front one
+                self.runner.trajectory.clear(b, start, end)
             row.block_index, row.open = len(row.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:

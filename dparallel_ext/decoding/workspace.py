@@ -38,11 +38,11 @@ class Trajectory:
         none = torch.full(tokens.shape, math.nan, device=tokens.device)
         return cls(torch.zeros_like(tokens, dtype=torch.int64), none, none.clone())
 
-    def clear(self, b: int) -> None:
-        """Empty the row of sequence b."""
-        self.step[b].fill_(0)
-        self.confidence[b].fill_(math.nan)
-        self.logprob[b].fill_(math.nan)
+    def clear(self, b: int, start: int = 0, end: int | None = None) -> None:
+        """Empty columns [start, end) of sequence b, by default all."""
+        self.step[b, start:end].fill_(0)
+        self.confidence[b, start:end].fill_(math.nan)
+        self.logprob[b, start:end].fill_(math.nan)
 
     def responses(self, masked: Tensor) -> Trajectory:
         """The trajectory at the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.

@@ -131,10 +131,42 @@ def test_an_end_behind_the_front_block(at: int) -> None:
         return SimpleNamespace(logits=logits)
 
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "active_blocks": 3, "open_at": 0.0}
-    out = dx.decode(model, [[1, 2]], mask_id=9, eos_id=6, selector="confidence", threshold=0.9, **settings)
+    settings |= {"mask_id": 9, "selector": "confidence", "threshold": 0.9, "record": True, "logprobs": True}
+    out = dx.decode(model, [[1, 2]], eos_id=6, **settings)
     assert out.responses[0].tolist() == [5] * at + [6] * (16 - at)
     assert (int(out.kept), int(out.generated)) == (at, at + 1)
     assert int(out.nfe) == (1 if at < 12 else 2)  # the fourth block opens after the first pass
+    check_records(out)
+
+
+def check_records(out: dx.DecodeOutput) -> None:
+    """The tokens that were decoded have records, and the padding behind an end has none."""
+    assert out.trajectory is not None
+    assert out.logprobs is not None
+    recorded = out.trajectory.step > 0
+    assert torch.equal(recorded.sum(1), out.generated)
+    assert torch.equal(~out.trajectory.confidence.isnan(), recorded)
+    assert torch.equal(~out.logprobs.isnan(), recorded)
+
+
+BLOCKS_AT_ONCE: list[dict[str, Any]] = [
+    {"active_blocks": 4, "open_at": 0.0, "activate_at": 0.0},
+    {"rule": dx.rules.Prophet(0, width=1, bars=(0.0, 0.0, 0.0))},  # fills all masks in its first pass
+]
+
+
+@pytest.mark.parametrize("way", BLOCKS_AT_ONCE, ids=["active", "response"])
+@pytest.mark.parametrize("end", ["eos_id", "stop"])
+def test_tokens_behind_an_end_leave_no_record(llada: models.Model, way: dict[str, Any], end: str) -> None:
+    """Passes have committed tokens of blocks behind the one that holds the end, and padding replaces them."""
+    settings: dict[str, Any] = {"gen_length": 48, "block_length": 8, "threshold": 1.0, "record": True, **way}
+    free = dx.decode(llada, PROMPTS[0], **settings)
+    token = int(free.responses[0][4])
+    ends = {"eos_id": token} if end == "eos_id" else {"stop": [[token]]}
+    out = dx.decode(llada, PROMPTS[0], logprobs=True, **settings, **ends)
+    behind = int(out.kept) // 8 * 8 + 8
+    assert bool((free.trajectory.step[0, behind:] <= out.nfe).any())  # type: ignore[union-attr]
+    check_records(out)
 
 
 def test_a_stream_and_an_end(llada: models.Model) -> None:
