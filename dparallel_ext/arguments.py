@@ -134,17 +134,12 @@ def temperature_in_force(value: Any) -> float:
 
 
 def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
-    """`count` whole numbers, from one number for all or from `count` in a list, an array or a tensor."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        values = list(value)
-    elif getattr(value, "ndim", 0) == 1:
-        values = list(value.tolist())
-    else:
-        return [whole(name, value, least)] * count
-    numbers = [whole(name, each, least) for each in values]
-    if len(numbers) != count:
-        raise ValueError(f"{name}: expected a number or one for each of {count}, got {len(numbers)}")
-    return numbers
+    """`count` whole numbers, from one number for all or from `count` in a tuple, as a `DecodeConfig` has
+    them."""
+    values = list(value) if isinstance(value, tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name}: expected a number or one for each of {count}, got {len(values)}")
+    return [whole(name, each, least) for each in values]
 
 
 def on_host(value: Any) -> Tensor:

@@ -359,8 +359,10 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
                 f"{names[0]}: belongs to a threshold, and without one each pass commits the share of a fixed "
                 f"schedule, got {ignored[names[0]]!r}"
             )
-        by_default = "entropy" if cache in ("prefix", "dual") else "confidence"
-        rows = policies.make("quota", 1, score=row["score"] or by_default, batch=size)
+        score = row["score"]
+        if score is None:
+            score = "entropy" if cache in ("prefix", "dual") else "confidence"
+        rows = policies.make("quota", 1, score=score, batch=size)
     for sequence, numbers in enumerate(rows.tolist()):
         least, score = numbers[2], policies.score_of(numbers)
         if least < 1:  # a window beside others need not move, but a sequence's only window must

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ..rules import Rule
 
 
 def plain(value: Any) -> Any:
-    """`value` in Python's own numbers, with lists, arrays and tensors as tuples."""
+    """`value` in Python's own numbers, with lists, arrays and tensors as tuples. A set stays a set: it has no
+    order."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set)):
         return tuple(plain(each) for each in value)
     return value
 
@@ -48,8 +49,9 @@ def _share(name: str, value: Any) -> float:
 
 
 def _counts(name: str, value: Any) -> int | tuple[int, ...]:
-    several = getattr(value, "ndim", 0) == 1 or (isinstance(value, Sequence) and not isinstance(value, str))
-    return tuple(arguments.numbers(name, value, len(value), 0)) if several else whole(name, value, 0)
+    value = plain(value)
+    several = isinstance(value, tuple)
+    return tuple(whole(name, each, 0) for each in value) if several else whole(name, value, 0)
 
 
 def _real(name: str, value: Any) -> Any:

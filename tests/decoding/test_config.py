@@ -68,6 +68,7 @@ def test_the_repr_says_what_differs_and_makes_the_same() -> None:
 
 BAD: list[tuple[str, Any, str]] = [
     ("automaton", "[0-9]+", "automaton: expected Automaton, got str"),
+    ("gen_length", b"ab", "gen_length: expected a whole number >= 0, got b'ab'"),
     ("gen_length", -1, "gen_length: expected a whole number >= 0, got -1"),
     ("gen_length", 1.5, "gen_length: expected a whole number >= 0, got 1.5"),
     ("gen_length", [3, True], "gen_length: expected a whole number >= 0, got True"),
@@ -94,9 +95,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("rule", "credit:x", "rule: expected credit"),
     ("rule", "entropy", "rule: expected entropy:TAU, got 'entropy' .*threshold: expected a number, got ''"),
     ("rule", 5, "rule: expected a Rule, its name or a function, got int"),
+    ("threshold", {0.5, 0.6}, "threshold: expected a number or 1 of them, got {"),
     ("min_commit", 2, "min_commit: belongs to a threshold, .* got 2"),
     ("max_commit", 2, "max_commit: belongs to a threshold, .* got 2"),
     ("score", "best", "score: expected one of"),
+    ("score", "", "score: expected one of .*, got ''"),
+    ("score", False, "score: expected one of .*, got False"),
     ("cache", "all", r"cache: expected one of \['none', 'prefix', 'dual', 'block', 'window'\], got 'all'"),
     ("cache", np.array(["none", "dual"]), r"cache: expected one of .*, got array"),
     ("cache", 5, "cache: expected one of .*, got 5"),
