@@ -233,6 +233,22 @@ def test_own_problems_are_measured_as_the_built_in_ones(kind: str, own: Path):
     assert (found["data"], found["checker"], built_in["seed"]) == (str(own), "hashes", 0)
     assert "data" not in built_in
     assert "seed" not in found
+    if kind == "verifier":  # an end counts as a token of its pass, but not as one of the text
+        ends = (found["padded_tokens_per_forward"] - found["tokens_per_forward"]) * found["nfe_mean"]
+        assert 0.5 < ends <= 1 + 1e-6
+    elif kind == "drafter":
+        assert found["accepted_per_draft"] == sum(found["accepted"]) / found["drafted"][0]
+        assert found["layers"] == pytest.approx(1 / found["tokens_per_forward"])
+        assert sum(found["drafted"]) > found["drafted"][0]
+
+
+def test_intervals_are_wilsons():
+    assert results.wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-6)
+    assert results.wilson(0, 10) == pytest.approx([0.0, 0.277533], abs=1e-6)
+    assert results.wilson(0, 0) == [0.0, 1.0]
+    for right in range(8):
+        low, high = results.wilson(right, 7)
+        assert 0 <= low <= right / 7 <= high <= 1
 
 
 def test_a_response_is_judged_to_its_end(own: Path):
@@ -245,13 +261,13 @@ def test_a_response_is_judged_to_its_end(own: Path):
 
     model, tokenizer = registry.load("builtin:student")
     asked = replace(
-        problems.from_file(str(own), prompt_field="question", count=3, gen_length=64), checker=right
+        problems.from_file(str(own), prompt_field="question", count=5, gen_length=64), checker=right
     )
     answers: list[evaluate.Answer] = []
     row = evaluate.evaluate("x", "entropy:0.5", problems=asked, loaded=(model, tokenizer), answers=answers)
     texts = [tokenizer.decode(each.tokens[: each.tokens.index(model.eos_id)]) for each in answers]
     assert sorted(seen) == sorted(texts)
-    assert (row["problems"], len(answers)) == (3, 3)
+    assert (row["problems"], len(answers)) == (5, 5)
     seen.clear()
     stop = [[answers[0].tokens[4]]]
     evaluate.evaluate(
@@ -267,8 +283,8 @@ def test_a_response_is_judged_to_its_end(own: Path):
     pairs = zip(out.responses, ends, strict=True)
     assert sorted(seen) == sorted(tokenizer.decode(response[:end].tolist()) for response, end in pairs)
     lengths = [len(each.prompt) for each in answers]
-    stream = itertools.islice(tasks.problems("held_out"), 3)
-    assert lengths == [len(tokenizer.encode(p.prompt).ids) for p in stream]
+    stream = itertools.islice(tasks.problems("held_out"), 5)
+    assert lengths == [len(tokenizer.encode(p.prompt).ids) for p in stream] != sorted(lengths)
 
 
 def test_a_checker_that_fails_is_named(own: Path):
@@ -401,3 +417,5 @@ def test_passes_to_the_end_of_a_block_causal_model(tmp_path: Path, loaded: tuple
     first = max(out.trajectory.step[0, : 24 - 11].tolist())
     assert row["nfe_to_eos"] == pytest.approx((first + int(out.nfe[1:].sum())) / 3)
     assert row["nfe_to_eos"] < row["nfe_mean"]
+    # The third answer fills its last block beyond the tokens that were asked for.
+    assert row["tokens_per_forward"] == pytest.approx((11 + 21 + 21) / int(out.nfe.sum()))

@@ -203,6 +203,7 @@ def test_a_stream_and_an_end(llada: models.Model) -> None:
         ({"activate_at": -0.1}, "activate_at: expected a finite number >= 0, got -0.1"),
         ({"threshold": None}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "steps": 40}, "active_blocks: several need a threshold or a rule"),
+        ({"threshold": None, "rule": "credit+steps:40"}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "rule": "edit:0.9,0.9"}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "rule": "sched:7,2+entropy:1"}, "active_blocks: several need a threshold"),
         ({"sub_block_length": 4}, "active_blocks: .* several need blocks that are filled as a whole"),

@@ -297,6 +297,14 @@ def test_an_end_cuts_no_given_text(eos: int | None, stop: Any) -> None:
     assert out.responses[0].tolist() == [1, 17, 1, 17, *[pad] * 4]
     plain = dx.decode(model, x, infill=True, **settings)
     assert (int(plain.nfe), int(plain.kept)) == (4, 8)
+    slow = dx.decode(model, x, infill=True, eos_id=eos, stop=stop, **{**settings, "threshold": None})
+    assert slow.sequences[0, :6].tolist() == [3, 3, 1, 17, 3, 3]  # though a mask is behind EOS at first
+    over = dx.decode(model, x, infill=True, stop=[[21, 3]], **settings)  # its end would be a given token
+    assert int(over.kept) == 8
+    one = torch.tensor([3, 3, 0, 0, 3, 0, 0])  # one given token lies between the gaps
+    apart = dx.decode(position_model(7, p2=1, p3=17), one, infill=True, eos_id=eos, stop=stop, **settings)
+    assert apart.sequences[0].tolist() == [3, 3, 1, 17, 3, 15, 16]
+    assert int(apart.kept) == 4
 
 
 def test_an_engine_stops_in_the_gap_too() -> None:

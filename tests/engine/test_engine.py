@@ -185,6 +185,18 @@ def test_stop_sequences_are_never_streamed() -> None:
     assert handle.result().nfe < 32  # the last block was never computed
 
 
+def test_an_end_behind_the_tokens_asked_for_is_none() -> None:
+    """A block-causal model fills its last block beyond them."""
+    out = dx.decode(SDAR, prompts := some_prompts(3, 8), gen_length=1, block_length=BLOCK)
+    ends = [[token for token in response.tolist()[1:] if token != response[0]] for response in out.responses]
+    assert sum(map(bool, ends)) > 2
+    with dx.Engine(SDAR, block_length=BLOCK, lanes=1, max_length=64) as engine:
+        for prompt, response, behind in zip(prompts, out.responses, ends, strict=True):
+            handle = engine.submit(prompt, gen_length=1, eos_id=behind[0] if behind else None)
+            assert handle.result(60).tokens == response[:1].tolist()
+            assert handle.result().finish_reason == "length"
+
+
 @pytest.mark.slow
 def test_thousands_of_requests_leave_no_memory_behind() -> None:
     def resident() -> int:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError
 from typing import Any
@@ -29,6 +30,8 @@ def test_cancelled_requests_leave_at_the_next_pass(monkeypatch: pytest.MonkeyPat
         assert len(next(blocks)) == 8
         waiting.cancel()
         running.cancel()
+        for _ in range(2):  # before the engine hears of it: one end each
+            waiting.cancel()
         gate.passes.release(100)
         with pytest.raises(CancelledError, match="request 1 was cancelled"):
             waiting.result(60)
@@ -141,10 +144,11 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
         assert error in (type(failed.value), type(failed.value.__cause__))
     until(lambda: len(told) == 2)
     assert told == [failed.value] * 2
-    with pytest.raises(RuntimeError, match=f"the engine is closed: its thread ended with {error.__name__}$"):
-        engine.submit([1], gen_length=4)
-    handles[0].cancel()
-    engine.close()
+    for _ in range(2):  # the second time after `close`
+        with pytest.raises(RuntimeError, match=f"engine is closed: its thread ended with {error.__name__}$"):
+            engine.submit([1], gen_length=4)
+        handles[0].cancel()
+        engine.close()
     assert not engine.thread.is_alive()
     stats = engine.stats
     assert (stats.failed, stats.completed, stats.waiting, stats.active, stats.pages_used) == (3, 0, 0, 0, 0)
@@ -235,6 +239,31 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert handle.events.waiters == []
         gate.passes.release(10)
         assert handle.result(math.inf).seconds >= handle.result(1e300).seconds_waiting >= 0
+
+
+def test_seconds_are_counted_from_the_submit_and_from_the_lane() -> None:
+    goes_on, began, ends = threading.Event(), list[float](), list[Any]()
+
+    def hold(_: dx.Draft) -> None:
+        began.append(time.monotonic())
+        assert goes_on.wait(60)
+
+    with dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        running = engine.submit([1], gen_length=8, on_draft=hold)
+        until(lambda: bool(began))
+        waiting, leaving = (engine.submit([1], gen_length=8) for _ in range(2))
+        leaving.subscribe(ends.append)
+        leaving.cancel()
+        asked = time.monotonic()
+        time.sleep(0.01)
+        released = time.monotonic()
+        goes_on.set()
+        first, second = running.result(60), waiting.result(60)
+        until(lambda: bool(ends))
+    assert first.seconds - first.seconds_waiting >= released - began[0]
+    assert second.seconds >= second.seconds_waiting >= released - asked
+    assert ends[0].finish_reason == "cancelled"
+    assert ends[0].seconds == ends[0].seconds_waiting >= released - asked  # it never had a lane
 
 
 def test_subscribers_get_every_event_in_order() -> None:

@@ -228,9 +228,26 @@ def test_greedy_is_what_decoding_gives(name: str) -> None:
     assert all(one.greedy is None for one in log_likelihoods(model, prompts, wrong, greedy=False, **options))
 
 
+@pytest.mark.parametrize("family", [models.SDAR, models.FastDLLM, models.Dream])
+def test_the_mask_is_no_greedy_choice(family: type[Model]) -> None:
+    """Where the mask has the largest logit, the best other token is decoded."""
+    model, prompt = small(family), [1, 2, 3, 4, 5]
+    ids = prompt + [model.mask_id] * (1 if model.block_length is None else 3)
+    with torch.no_grad():
+        model.lm_head.weight[model.mask_id] = 9 * model.hidden(torch.tensor([ids]))[0, 5 - model.shift]
+    found = logprobs(model, ids, 5)
+    assert int(found.argmax()) == model.mask_id
+    best = int(found[: model.mask_id].argmax())
+    assert dx.decode(model, [prompt], gen_length=1).responses[0][0] == best
+    for token in range(model.mask_id):
+        (one,) = log_likelihoods(model, [prompt], [[token]], method="left_to_right")
+        assert one.greedy == (token == best)
+
+
 def test_one_pass_for_one_token_however_many_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four one-token answers to one prompt are one masked sequence; and the head sees one row."""
-    for model in (BIDIRECTIONAL["llada"], BLOCK_CAUSAL["sdar"], BLOCK_CAUSAL["fast_dllm"]):
+    both, sdar, fast_dllm = BIDIRECTIONAL["llada"], BLOCK_CAUSAL["sdar"], BLOCK_CAUSAL["fast_dllm"]
+    for model, batch in ((both, 16), (both, 1), (sdar, 16), (fast_dllm, 16)):
         tokens, rows = [], []
         step, head = model.step, model.head
         monkeypatch.setattr(
@@ -239,7 +256,7 @@ def test_one_pass_for_one_token_however_many_choices(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(model, "head", lambda x, h=head, r=rows: (r.append(len(x)), h(x))[1])
         size = model.block_length
         prompt = [1] * (6 if size is None else size + 2)
-        log_likelihoods(model, [prompt] * 4, [[7], [8], [9], [10]], greedy=False)
+        log_likelihoods(model, [prompt] * 4, [[7], [8], [9], [10]], greedy=False, batch_size=batch)
         assert tokens == ([7] if size is None else [size, size])
         assert rows == [1]
 
@@ -301,6 +318,7 @@ def test_teacher_prefers_right_answers() -> None:
         ({"mask_id": 1.5}, r"mask_id: expected a whole number >= 0, got 1\.5"),
         ({"prompts": [[1], [2]]}, "answers: expected one for each of 2 prompts, got 1"),
         ({"answers": [[512]]}, r"answers\[0\]: expected ids in \[0, 512\), got 512 to 512"),
+        ({"answers": [[3, -1]]}, r"answers\[0\]: expected ids in \[0, 512\), got -1 to 3"),
         ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of ids"),
         ({"answers": [[0.5]]}, r"answers\[0\]: expected a list of ids"),
     ],

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from dparallel import evaluate, registry
 from dparallel.toy import tasks, train
+from dparallel.training import loop
 from safetensors.torch import load_file
 
 import dparallel_ext as dx
@@ -63,6 +65,21 @@ def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     other = run(tmp_path / "other", replace(TINY, seed=1))
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_rates_rise_stay_and_fall():
+    rates = [loop.learning_rate(step, steps=20, warmup=4, decay=0.25) for step in range(20)]
+    assert rates == [0.25, 0.5, 0.75, *[1.0] * 13, 0.8, 0.6, 0.4, 0.2]
+    assert loop.learning_rate(19, steps=20, warmup=1, decay=0.0) == 1.0
+
+
+def test_the_seconds_of_all_saves_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that ticks whenever it is read: at the beginning, and at the saves of steps 2, 4 and 6."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    run(tmp_path, save_every=2)
+    assert json.loads((tmp_path / "training.json").read_text())["seconds"] == 3
+    run(tmp_path, replace(TINY, steps=10), save_every=2)
+    assert json.loads((tmp_path / "training.json").read_text())["seconds"] == 5
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -303,6 +303,29 @@ def test_gradient_checkpointing_and_bf16_train_the_same_thing(big: Any, tmp_path
     assert log == pytest.approx([entry["loss"] for entry in big[1]], rel=0.05)
 
 
+def test_what_is_logged_is_of_the_steps_since_the_last_log(tmp_path: Path):
+    """Means over the active tokens of the ce, over the gated of the entropy, over the right of the certainty."""
+    model = run_trainer.model().train()
+    model.lm_head.weight.data[6:] = 0  # so that some of the rows' three words are predicted
+    trainer = trainer_of(model, tmp_path, block_length=4, gate="all")
+    for step in (3, 4):
+        logs: dict[str, float] = {"loss": 0.0}
+        views = trainer.views(Collator(1)(run_trainer.rows(6)), step)
+        with torch.no_grad():
+            nll, entropy, gated, right = trainer.rows(model, views)
+        trainer.compute_loss(model, views)
+        trainer.log(logs)
+        assert 0 < int(right.sum()) < int(gated.sum()) == int(views["active"].sum())
+        assert logs["ce"] == pytest.approx(float(nll[gated].mean()))
+        assert logs["entropy"] == pytest.approx(float(entropy[gated].mean()))
+        assert logs["correct"] == pytest.approx(float(right.sum() / gated.sum()))
+        assert logs["certainty"] == pytest.approx(float((-nll[right]).exp().mean()))
+    trainer.args.gate = "correct"
+    trainer.compute_loss(model, views)
+    trainer.log(logs)
+    assert logs["entropy"] == pytest.approx(float(entropy[right].mean()))
+
+
 def test_training_makes_right_tokens_certain(tmp_path: Path):
     """On a task that can be learned, ce and entropy fall, correct and certainty rise."""
     given = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 60, "logging_steps": 10}
@@ -325,8 +348,11 @@ def test_views_depend_on_seed_step_and_row_alone(tmp_path: Path):
             assert torch.equal(alone[key][1], batch[key][6 + i, :length])
         assert batch["attention_mask"][i].tolist() == [j < length for j in range(batch["labels"].shape[1])]
     assert not torch.equal(trainer.views(Collator(1)(rows), 6)["active"], batch["active"])
+    seed = trainer.args.seed
     trainer.args.seed += 1
     assert not torch.equal(trainer.views(Collator(1)(rows), 5)["active"], batch["active"])
+    trainer.args.data_seed = seed  # which comes first
+    assert torch.equal(trainer.views(Collator(1)(rows), 5)["active"], batch["active"])
 
 
 def test_every_pass_over_a_micro_batch_has_the_same_dropout(tmp_path: Path):
@@ -348,8 +374,9 @@ def test_every_pass_over_a_micro_batch_has_the_same_dropout(tmp_path: Path):
 
 def test_evaluation_uses_the_same_masks_every_time(tmp_path: Path):
     trainer = trainer_of(run_trainer.model(), tmp_path, block_length=4)
-    losses = [trainer.evaluate(run_trainer.rows(6))["eval_loss"] for _ in range(2)]
-    assert losses[0] == losses[1] > 0
+    losses = [trainer.evaluate(run_trainer.rows(count))["eval_loss"] for count in (6, 3, 6)]
+    assert losses[0] == losses[2] > 0
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"ce_weight": 0.0}, {"gate": "all"}], ids=str)
