@@ -242,15 +242,6 @@ def test_own_problems_are_measured_as_the_built_in_ones(kind: str, own: Path):
         assert sum(found["drafted"]) > found["drafted"][0]
 
 
-def test_intervals_are_wilsons():
-    assert results.wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-6)
-    assert results.wilson(0, 10) == pytest.approx([0.0, 0.277533], abs=1e-6)
-    assert results.wilson(0, 0) == [0.0, 1.0]
-    for right in range(8):
-        low, high = results.wilson(right, 7)
-        assert 0 <= low <= right / 7 <= high <= 1
-
-
 def test_a_response_is_judged_to_its_end(own: Path):
     """What follows the end token is no text; `count` takes the first problems."""
     seen: list[str] = []

@@ -94,6 +94,13 @@ def test_a_result_with_another_mask_token_or_on_another_device_is_another():
     assert sweep([older], device="cpu") is not older
 
 
+def test_a_mask_token_is_of_no_autoregressive_model():
+    how: dict[str, Any] = {"problems": 1, "drafters": ["plain"], "loading": registry.Loading(mask_id=5)}
+    (row,) = sweeping.sweep(["builtin:causal"], [], **how)
+    assert row["mask_id"] is None
+    assert [*sweeping.sweep(["builtin:causal"], [], [row], **how)] == [row]
+
+
 def test_a_dtype_and_weights_in_8_bits():
     """The dtype is then that of all other weights, and of the arithmetic."""
     loading = registry.Loading(dtype=torch.float16, fp8=True)

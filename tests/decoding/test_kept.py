@@ -94,6 +94,17 @@ def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.Monkey
     assert taped[-1].replays > 0
 
 
+def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "BYTES", 10)
+    model = golden.model("llada_tiny_a")
+    for value in (1, 2):
+        kept.give(model, "same", value, 3)
+    assert [kept.take(model, "same") for _ in range(3)] == [2, 1, None]
+    for value in (1, 2, 3):
+        kept.give(model, value, value, 4)
+    assert [kept.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
+
+
 @pytest.mark.parametrize("how", ["deleted", "moved", "trained", "replaced"])
 def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], how: str) -> None:
     model = golden.model("llada_tiny_a")

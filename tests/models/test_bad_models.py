@@ -198,9 +198,9 @@ def test_bad_input_ids(given: Any, error: type[Exception], message: str) -> None
 def test_bad_positions() -> None:
     model = golden.model("llada_tiny_a")
     cache = model.new_cache(2, 8)
-    for start, end in ((-1, 4), (5, 9), (9, 10)):
+    for start, end, visible in ((-1, 4, 8), (5, 9, 8), (9, 10, 8), (4, 8, 9)):
         with pytest.raises(ValueError, match="exceed the cache of 8"):
-            cache.metadata([Span(0, start, end, 8)])
+            cache.metadata([Span(0, start, end, visible)])
     with pytest.raises(ValueError, match="sequence 2, but the cache is for 2"):
         cache.metadata([Span(2, 0, 4, 8)])
     metadata = cache.metadata([Span(0, 0, 4, 8), Span(1, 2, 3, 8)])

@@ -97,8 +97,9 @@ def test_passes_at_an_accuracy():
 def test_aup_is_that_of_d3llm():
     """rho1 y1 + sum of (rho_i - rho_{i-1}) (y_i W_i + y_{i-1} W_{i-1}) / 2, W = exp(-3 (1 - y / y_max))."""
     rows = [row("entropy:0.1", 64, 0.80), row("entropy:0.5", 16, 0.78), row("entropy:0.9", 8, 0.70)]
-    weight = [torch.exp(torch.tensor(-3 * (1 - y / 80))) for y in (80.0, 78.0)]
-    expected = 1 * 80 + (4 - 1) * (80 * weight[0] + 78 * weight[1]) / 2  # the third is 10 points below
+    rows += [row("entropy:0.3", 32, 0.75)]  # 5 points below the slowest; the third is 10 below
+    a, b, c = (y * torch.exp(torch.tensor(-3 * (1 - y / 80))) for y in (80.0, 75.0, 78.0))
+    expected = 1 * 80 + (2 - 1) * (a + b) / 2 + (4 - 2) * (b + c) / 2
     assert results.aup(rows, 0.80) == pytest.approx(float(expected), rel=1e-5)
     assert results.aup([], 0.8) == 0
 

@@ -304,7 +304,7 @@ def test_gradient_checkpointing_and_bf16_train_the_same_thing(big: Any, tmp_path
 
 
 def test_what_is_logged_is_of_the_steps_since_the_last_log(tmp_path: Path):
-    """Means over the active tokens of the ce, over the gated of the entropy, over the right of the certainty."""
+    """ce is a mean over active tokens, entropy over gated and certainty over right ones."""
     model = run_trainer.model().train()
     model.lm_head.weight.data[6:] = 0  # so that some of the rows' three words are predicted
     trainer = trainer_of(model, tmp_path, block_length=4, gate="all")

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import golden
 from dparallel import checkers, files, registry
 from dparallel.problems import Prompt, read_prompts
 from dparallel.text import prompt_encoder
@@ -192,6 +193,35 @@ def test_a_run_of_other_settings_or_prompts_is_refused(whole: Path, prompts: lis
         trajectories.generate(whole, prompts, replace(SMALL, policy="one"), loaded=loaded)
     with pytest.raises(ValueError, match="prompts"):
         trajectories.generate(whole, prompts[:-1], SMALL, loaded=loaded)
+
+
+def test_a_run_of_an_older_version_goes_on(
+    whole: Path, prompts: list[Prompt], loaded: Any, tmp_path: Path
+) -> None:
+    """Which had no chat template, mask token or dtype to choose; here no shard is missing."""
+    settings = json.loads((whole / "settings.json").read_text())
+    for name in ("chat", "mask_id", "dtype"):
+        del settings[name]
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded, progress=False)
+    with pytest.raises(ValueError, match=r"other settings: \{'mask_id': None\}"):
+        trajectories.generate(tmp_path, prompts, replace(SMALL, mask_id=3), loaded=loaded)
+
+
+def test_answers_of_several_lengths(loaded: Any, tmp_path: Path) -> None:
+    """A block-causal model fills its last block: how far depends on the prompt."""
+    model, tokenizer = golden.model("sdar_tiny_a"), loaded[1]
+    asked = [Prompt("cups " * count, "") for count in (3, 6, 5)]
+    settings = Settings(policy="quota:4", gen_length=8, checker="none")
+    trajectories.generate(tmp_path, asked, settings, loaded=(model, tokenizer), progress=False)
+    rows = rows_of(tmp_path)
+    assert [len(row["response_ids"]) for row in rows] == [13, 10, 11]
+    for row in rows:
+        assert len(row["step"]) == len(row["confidence"]) == len(row["response_ids"])
+        assert min(row["step"]) == 1
+        assert max(row["step"]) == row["nfe"]
+    assert [len(row["step"]) for row in Trajectories(tmp_path)] == [13, 10, 11]
 
 
 @pytest.mark.slow
