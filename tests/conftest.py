@@ -51,6 +51,9 @@ LEVELS = ["portable", "avx2", "avx512"]
 LEVELS = ["cpu"] if EMULATED else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
 """The CPU's instruction sets that this machine runs, see `every_level`."""
 
+OF_AN_OP: type[Exception] = ValueError if torch.__version__ < "2.15" else RuntimeError
+"""What torch makes of an op's error about an argument where no function of ours is around it."""
+
 MAKERS = {
     getattr(torch, name)
     for name in (

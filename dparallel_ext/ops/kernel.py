@@ -18,7 +18,7 @@ def kernel(name: str) -> Callable[..., Any]:
     """The op torch.ops.dparallel.`name`, whose error about an argument is a ValueError with every torch.
 
     The library throws std::invalid_argument. Until torch 2.14 that is a ValueError in Python, from 2.15 on a
-    RuntimeError; and so it is there in a direct call of the op, and in compiled code.
+    RuntimeError, which a direct call of the op and compiled code raise there too.
     """
     op = getattr(torch.ops.dparallel, name)
 
