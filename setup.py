@@ -46,10 +46,10 @@ class Ninja:
         if deps:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def compile(self, rule: str, source: Path, flags: str = "", suffix: str = "") -> None:
+    def compile(self, rule: str, source: Path, flags: str = "", suffix: str = "", last: str = "") -> None:
         out = str(source.relative_to(ROOT)).replace("/", "_") + suffix + ".o"
         path = self.relative(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-        self.lines += [f"build {out}: {rule} {path}", f"  flags = {flags}"]
+        self.lines += [f"build {out}: {rule} {path}", f"  flags = {flags}", f"  last = {last}"]
         self.objects.append(out)
 
     def relative(self, path: Path) -> str:
@@ -84,7 +84,8 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     ninja = Ninja(directory)
     # Products are rounded before they are added, as torch's are, but in kernels: on Arm, too.
     common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-psabi"
-    own = f"$flags {os.environ.get('CXXFLAGS', '')}".rstrip()
+    # An -march in CXXFLAGS, as conda's compilers have it, is not that of a kernel for one instruction set.
+    own = f"$flags {os.environ.get('CXXFLAGS', '')} $last"
     ninja.rule(
         "cxx",
         f"{cxx} -MMD -MF $out.d {common} {ninja.include('include', 'cpu')} {own} -c $in -o $out",
@@ -104,8 +105,8 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
             ninja.compile("cxx", source)
             continue
         for level, march in SIMD_LEVELS.items():
-            flags = f"-ffp-contract=fast -DDPARALLEL_SIMD={level}" + (f" -march={march}" if march else "")
-            ninja.compile("cxx", source, flags, f".{level}")
+            flags = f"-ffp-contract=fast -DDPARALLEL_SIMD={level}"
+            ninja.compile("cxx", source, flags, f".{level}", f"-march={march}" if march else "")
 
     if cuda.nvcc:
         ninja.rule(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -197,6 +198,21 @@ def test_setuptools_that_will_not_do_is_named_with_all_that_is_missing(monkeypat
     named = f"setuptools 77 or later (found {found})" if found else "setuptools"
     with pytest.raises(SystemExit, match=f"this build needs {re.escape(named)}, ninja, pybind11. Run"):
         runpy.run_path(str(ROOT / "tools" / "build_backend.py"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
+def test_kernels_are_for_their_instruction_set_whatever_cxxflags_say(monkeypatch, tmp_path):
+    """conda's compilers set CXXFLAGS with an -march, which made all kernels those of the oldest CPU."""
+    monkeypatch.setenv("CXXFLAGS", "-march=nocona -O2")
+    monkeypatch.setenv("DPARALLEL_CUDA", "0")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    (tmp_path / "build.ninja").write_text(
+        runpy.run_path(str(ROOT / "setup.py"))["plan"](tmp_path, "_C.so")[0]
+    )
+    listed = [sys.executable, "-m", "ninja", "-C", str(tmp_path), "-t", "commands", "_C.so"]
+    said = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^.*-DDPARALLEL_SIMD=(\w+).*-march=(\S+)", said, re.MULTILINE)  # the last holds
+    assert set(found) == {("portable", "x86-64"), ("avx2", "x86-64-v3"), ("avx512", "x86-64-v4")}
 
 
 @pytest.mark.parametrize("build", [build_backend.build_wheel, build_backend.build_editable])
