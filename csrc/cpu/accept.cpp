@@ -2,7 +2,6 @@
 #include "dparallel/accept.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "row_stats.h"
@@ -51,27 +50,16 @@ void accept(const AcceptArgs& args, Parallel parallel) {
     const AcceptArgs::Rows own = args.rows_of(lane);
     for (int64_t row = own.first; row < own.first + own.count; ++row) {
       rows.push_back(row);
-      if (!args.sampling.samples()) continue;
-      const int64_t* k = args.sampling.keys + 4 * row;
-      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
-                      static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])});
+      if (args.sampling.samples()) keys.push_back(sample_key(args.sampling.keys + 4 * row));
     }
   }
   const RowJob job{args.logits,     rows.data(),   static_cast<int64_t>(rows.size()),
                    args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
 
-  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
-  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
-            std::numeric_limits<float>::quiet_NaN());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const RowAnswer& answer = answers[i];
-    if (answer.error == kRowNan) continue;
-    args.output.tokens[rows[i]] = answer.result.token;
-    args.output.tokens[args.count + rows[i]] = answer.result.sample;
-    for (int f = 0; f < kRowFields; ++f)
-      args.output.fields[f * args.count + rows[i]] = answer.result.field[f];
-  }
+  clear(args.output, args.count);
+  for (size_t i = 0; i < rows.size(); ++i)
+    if (answers[i].error != kRowNan) put(args.output, args.count, rows[i], answers[i].result);
   const RowAnswer* answer = answers.data();
   for (int64_t lane = 0; lane < args.lanes; ++lane) {
     const AcceptArgs::Rows own = args.rows_of(lane);

@@ -271,18 +271,12 @@ void attend(const BlockAttentionArgs& args, const AttentionTile& tile, float* sc
     auto* to = static_cast<Storage*>(args.out) +
                ((tile.first + r / tile.group) * args.q_heads + head) * dim;
     const float sum = softmax.sum[r], inverse = sum != 0.0f ? 1.0f / sum : 0.0f;  // 0: sees nothing
-    for (int64_t d = 0; d < dim; ++d) {
-      const float value = out.row(r)[d] * inverse;
-      if constexpr (std::is_same_v<T, Float32>) to[d] = value;
-      else if constexpr (std::is_same_v<T, BFloat16>) to[d] = bfloat16_bits(value);
-      else to[d] = float16_bits(value);
-    }
+    for (int64_t d = 0; d < dim; ++d) to[d] = T::narrowed(out.row(r)[d] * inverse);
   }
 }
 
 }  // namespace
 
-extern const AttentionKernel attention_kernel;
 const AttentionKernel attention_kernel{{attend<Float32>, attend<BFloat16>, attend<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

@@ -1,7 +1,6 @@
 // block_attention on the CPU: tiles of query rows, one key head each, in parallel.
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "attention_kernel.h"
@@ -9,7 +8,6 @@
 #include "row_stats.h"
 
 namespace dparallel::cpu {
-
 namespace {
 
 constexpr int64_t kLine = 16;  // floats of a cache line, and of the widest vector
@@ -28,8 +26,8 @@ int64_t scratch_lines(int64_t head_dim) {
 
 void block_attention(const BlockAttentionArgs& args, Parallel parallel) {
   const int64_t heads = args.k_layout.heads, group = args.q_heads / heads;
-  const int64_t size = args.dtype == DType::float32 ? 4 : 2;
-  std::memset(args.out, 0, args.count * args.q_heads * args.k_layout.head_dim * size);
+  std::memset(args.out, 0,
+              args.count * args.q_heads * args.k_layout.head_dim * element_size(args.dtype));
   const int64_t step = std::max<int64_t>(1, kTileRows / group);  // query rows of a tile
   // A segment's tiles begin at its own first row, so that its result depends on no other segment.
   std::vector<AttentionTile> tiles;

@@ -1,9 +1,9 @@
 // class_stats on the CPU: the logits of a row, ordered by class, then the row kernel on each class.
-#include <algorithm>
-#include <limits>
+#include <vector>
 
 #include "row_kernel.h"
 #include "row_stats.h"
+#include "stored.h"
 
 namespace dparallel::cpu {
 namespace {
@@ -11,22 +11,17 @@ namespace {
 // Below this many ids a class is read by RowPart::add: a tile's two reads are worth more ids.
 constexpr int64_t kFew = 8;
 
-template <class Storage>
-void order(const void* row, const ClassStatsArgs& args, Storage minus_infinity, Storage* to) {
-  const auto* logits = static_cast<const Storage*>(row);
-  for (int64_t i = 0; i < args.listed; ++i) {
-    const int32_t id = args.ids[i];
-    to[i] = id >= 0 && id < args.logits.vocab ? logits[id] : minus_infinity;
-  }
-}
-
-void order(const void* row, const ClassStatsArgs& args, char* to) {
-  switch (args.logits.dtype) {
-    case DType::float32: return order(row, args, -kInfinity, reinterpret_cast<float*>(to));
-    case DType::bfloat16:
-      return order<uint16_t>(row, args, 0xff80u, reinterpret_cast<uint16_t*>(to));
-    default: return order<uint16_t>(row, args, 0xfc00u, reinterpret_cast<uint16_t*>(to));
-  }
+// The logits of the listed ids, in the dtype of the logits; -inf for ids outside the vocabulary.
+void order(const void* row, const ClassStatsArgs& args, void* to) {
+  with_stored(args.logits.dtype, [&](auto stored) {
+    using T = decltype(stored);
+    const auto* logits = static_cast<const typename T::Storage*>(row);
+    for (int64_t i = 0; i < args.listed; ++i) {
+      const int32_t id = args.ids[i];
+      static_cast<typename T::Storage*>(to)[i] =
+          id >= 0 && id < args.logits.vocab ? logits[id] : T::kMinusInfinity;
+    }
+  });
 }
 
 RowPart read_class(const void* ordered, DType dtype, int64_t begin, int64_t end) {
@@ -44,23 +39,14 @@ RowPart read_class(const void* ordered, DType dtype, int64_t begin, int64_t end)
 void class_stats(const ClassStatsArgs& args, Parallel parallel) {
   const DType dtype = args.logits.dtype;
   const int64_t results = args.count * args.classes;
+  clear(args.output, results);
   run_parallel(parallel, args.count, [&](int64_t i) {
     std::vector<char> ordered(args.listed * element_size(dtype));
     order(row_pointer(args.logits, i), args, ordered.data());
     for (int64_t k = 0; k < args.classes; ++k) {
       RowPart part = read_class(ordered.data(), dtype, args.offsets[k], args.offsets[k + 1]);
       if (part.token >= 0) part.token = args.ids[part.token];
-      RowResult result;
-      if (part.error() == kRowNan) {
-        result.token = result.sample = -1;
-        std::fill(result.field, result.field + kRowFields, std::numeric_limits<float>::quiet_NaN());
-      } else {
-        result = finish(part);
-      }
-      const int64_t at = i * args.classes + k;
-      args.output.tokens[at] = result.token;
-      args.output.tokens[results + at] = result.sample;
-      for (int f = 0; f < kRowFields; ++f) args.output.fields[f * results + at] = result.field[f];
+      if (part.error() != kRowNan) put(args.output, results, i * args.classes + k, finish(part));
     }
   });
 }

@@ -36,12 +36,11 @@ void widened(const Fp8WidenArgs& args, int64_t begin, int64_t end) {
   auto* out = static_cast<typename T::Storage*>(args.out);
   for (int64_t row = begin; row < end; ++row)
     for (int64_t i = row * args.in; i < (row + 1) * args.in; ++i)
-      out[i] = narrowed(T{}, args.scale[row] * e4m3_value(args.weight[i]));
+      out[i] = T::narrowed(args.scale[row] * e4m3_value(args.weight[i]));
 }
 
 }  // namespace
 
-extern const Fp8LinearKernel fp8_linear_kernel;
 const Fp8LinearKernel fp8_linear_kernel{{widened_width,
                                          {widen<Float32>, widen<BFloat16>, widen<Float16>},
                                          {rows<Float32>, rows<BFloat16>, rows<Float16>}},

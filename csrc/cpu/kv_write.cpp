@@ -4,28 +4,12 @@
 #include <vector>
 
 #include "dparallel/launch.h"
-#include "dparallel/numeric.h"
 #include "rms_norm_kernel.h"
 #include "row_stats.h"
+#include "stored.h"
 
 namespace dparallel::cpu {
 namespace {
-
-struct Float32 {
-  using Storage = float;
-  static float value(float x) { return x; }
-  static float narrow(float x) { return x; }
-};
-struct BFloat16 {
-  using Storage = uint16_t;
-  static float value(uint16_t x) { return bfloat16_value(x); }
-  static uint16_t narrow(float x) { return bfloat16_bits(x); }
-};
-struct Float16 {
-  using Storage = uint16_t;
-  static float value(uint16_t x) { return float16_value(x); }
-  static uint16_t narrow(float x) { return float16_bits(x); }
-};
 
 // Rotates the first `width` numbers of one head; `in` may be `out`.
 template <class T>
@@ -34,8 +18,8 @@ void rotate(const typename T::Storage* in, typename T::Storage* out, int64_t wid
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = T::value(in[i]), b = T::value(in[i + half]);
-    out[i] = T::narrow(a * cos[i] - b * sin[i]);
-    out[i + half] = T::narrow(b * cos[i] + a * sin[i]);
+    out[i] = T::narrowed(a * cos[i] - b * sin[i]);
+    out[i + half] = T::narrowed(b * cos[i] + a * sin[i]);
   }
 }
 
@@ -84,11 +68,7 @@ void write(const KvWriteArgs& args, Parallel parallel) {
 
 void kv_write(const KvWriteArgs& args, Parallel parallel) {
   if (args.k_layout.head_dim == 0) return;  // an empty tensor has no address
-  switch (args.dtype) {
-    case DType::float32: return write<Float32>(args, parallel);
-    case DType::bfloat16: return write<BFloat16>(args, parallel);
-    default: return write<Float16>(args, parallel);
-  }
+  with_stored(args.dtype, [&](auto stored) { write<decltype(stored)>(args, parallel); });
 }
 
 }  // namespace dparallel::cpu

@@ -27,7 +27,6 @@ void rows(const LinearArgs& args, const float* x, int64_t first, int64_t count, 
 
 }  // namespace
 
-extern const ProductKernel linear_kernel;
 const ProductKernel linear_kernel{widened_width,
                                   {widen<Float32>, widen<BFloat16>, widen<Float16>},
                                   {rows<Float32>, rows<BFloat16>, rows<Float16>}};

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "dparallel/launch.h"
-#include "dparallel/numeric.h"
 #include "row_stats.h"
 
 namespace dparallel::cpu {
@@ -24,23 +23,19 @@ inline std::vector<int64_t> active_rows(const Flag* active, int64_t count) {
 inline double clamped(double z) { return z > kLargest ? double{kLargest} : z; }
 
 inline double logit_at(const void* row, DType dtype, int64_t id) {
-  switch (dtype) {
-    case DType::float64: return clamped(static_cast<const double*>(row)[id]);
-    case DType::float32: return clamp_logit(static_cast<const float*>(row)[id]);
-    case DType::bfloat16: return clamp_logit(bfloat16_value(static_cast<const uint16_t*>(row)[id]));
-    default: return clamp_logit(float16_value(static_cast<const uint16_t*>(row)[id]));
-  }
+  if (dtype == DType::float64) return clamped(static_cast<const double*>(row)[id]);
+  return clamp_logit(load_logit(row, dtype, id));
 }
 
 inline void store(void* row, DType dtype, int64_t id, double value) {
-  switch (dtype) {
-    case DType::float64: static_cast<double*>(row)[id] = value; break;
-    case DType::float32: static_cast<float*>(row)[id] = static_cast<float>(value); break;
-    case DType::bfloat16:
-      static_cast<uint16_t*>(row)[id] = bfloat16_bits(static_cast<float>(value));
-      break;
-    default: static_cast<uint16_t*>(row)[id] = float16_bits(static_cast<float>(value));
+  if (dtype == DType::float64) {
+    static_cast<double*>(row)[id] = value;
+    return;
   }
+  with_stored(dtype, [&](auto stored) {
+    using T = decltype(stored);
+    static_cast<typename T::Storage*>(row)[id] = T::narrowed(static_cast<float>(value));
+  });
 }
 
 // Asks for pages of 2 MB. A gradient is tens of megabytes of untouched memory: in pages of 4 KB,

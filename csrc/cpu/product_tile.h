@@ -53,10 +53,6 @@ void tile_of(int64_t count, const float* x,
   tile<T, N>(x, weights, in, sums);
 }
 
-inline float narrowed(Float32, float v) { return v; }
-inline uint16_t narrowed(BFloat16, float v) { return bfloat16_bits(v); }
-inline uint16_t narrowed(Float16, float v) { return float16_bits(v); }
-
 // Products of `count` widened rows of x, of which the first is row `first`, with rows [begin, end)
 // of the weights, of type W; x, bias and out are of type T. find(row, r) points to row `row`, which
 // is in the tile's place r, and a sum of its products is finish(row, sum) before the bias is added.
@@ -78,7 +74,7 @@ void product_rows(const LinearArgs& args, const float* x, int64_t first, int64_t
         for (int64_t r = 0; r < width; ++r) {
           const float added = bias == nullptr ? 0.0f : T::value(bias[row + r]);
           out[(n + i) * args.out_width + row + r] =
-              narrowed(T{}, finish(row + r, sums[i][r]) + added);
+              T::narrowed(finish(row + r, sums[i][r]) + added);
         }
     }
   }

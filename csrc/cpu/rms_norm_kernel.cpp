@@ -49,7 +49,6 @@ void rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const RmsNormKernel rms_norm_kernel;
 const RmsNormKernel rms_norm_kernel{{rows<Float32>, rows<BFloat16>, rows<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

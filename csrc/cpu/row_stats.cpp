@@ -2,8 +2,6 @@
 #include "row_stats.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 
 #include "row_kernel.h"
 
@@ -13,18 +11,14 @@ namespace {
 // Calls visit(z, id) for every admissible id whose logit is above -inf.
 template <class Visit>
 void each_logit(const void* row, const RowJob& job, Visit visit) {
-  const auto read = [&](auto value) {
+  with_stored(job.logits.dtype, [&](auto stored) {
+    using T = decltype(stored);
+    const auto* logits = static_cast<const typename T::Storage*>(row);
     each_admissible(0, job.logits.vocab, job.exclusions, [&](int64_t from, int64_t to) {
       for (int64_t id = from; id < to; ++id)
-        if (const float z = clamp_logit(value(id)); z > -kInfinity) visit(z, id);
+        if (const float z = clamp_logit(T::value(logits[id])); z > -kInfinity) visit(z, id);
     });
-  };
-  const auto* bits = static_cast<const uint16_t*>(row);
-  switch (job.logits.dtype) {
-    case DType::bfloat16: return read([&](int64_t id) { return bfloat16_value(bits[id]); });
-    case DType::float16: return read([&](int64_t id) { return float16_value(bits[id]); });
-    default: return read([&](int64_t id) { return static_cast<const float*>(row)[id]; });
-  }
+  });
 }
 
 // The nucleus of a row whose largest admissible logit, clamped, is `top`. It takes two reads of the
@@ -129,25 +123,14 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
 void row_stats(const RowStatsArgs& args, Parallel parallel) {
   std::vector<SampleKey> keys;
   if (args.sampling.samples())
-    for (int64_t i = 0; i < args.count; ++i) {
-      const int64_t* k = args.sampling.keys + 4 * i;
-      keys.push_back({static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
-                      static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])});
-    }
+    for (int64_t i = 0; i < args.count; ++i) keys.push_back(sample_key(args.sampling.keys + 4 * i));
   const RowJob job{args.logits, args.rows, args.count, args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
-  // The values of a bad row, for callers that do not read its error.
-  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
-  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
-            std::numeric_limits<float>::quiet_NaN());
+  clear(args.output, args.count);
   for (int64_t i = 0; i < args.count; ++i) {
     const RowAnswer& answer = answers[i];
     args.output.error[i] = answer.error == kRowOk ? kNoError : encode_error(i, answer.error);
-    if (answer.error == kRowNan) continue;
-    args.output.tokens[i] = answer.result.token;
-    args.output.tokens[args.count + i] = answer.result.sample;
-    for (int f = 0; f < kRowFields; ++f)
-      args.output.fields[f * args.count + i] = answer.result.field[f];
+    if (answer.error != kRowNan) put(args.output, args.count, i, answer.result);
   }
   const Gather& gather = args.gather;
   for (int64_t i = 0; i < args.count; ++i)

@@ -2,11 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "dparallel/launch.h"
-#include "dparallel/numeric.h"
 #include "dparallel/philox.h"
+#include "stored.h"
 
 namespace dparallel::cpu {
 
@@ -28,6 +29,25 @@ struct RowAnswer {
 };
 
 std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel);
+
+// key [4]
+inline SampleKey sample_key(const int64_t* key) {
+  return {static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[1]),
+          static_cast<uint32_t>(key[2]), static_cast<uint32_t>(key[3])};
+}
+
+// Gives all `count` rows of an output the values of rows that are not read.
+inline void clear(const RowOutput& output, int64_t count) {
+  std::fill_n(output.tokens, 2 * count, -1);
+  std::fill_n(output.fields, kRowFields * count, std::numeric_limits<float>::quiet_NaN());
+}
+
+// Writes the result of row `row` of `count`.
+inline void put(const RowOutput& output, int64_t count, int64_t row, const RowResult& result) {
+  output.tokens[row] = result.token;
+  output.tokens[count + row] = result.sample;
+  for (int f = 0; f < kRowFields; ++f) output.fields[f * count + row] = result.field[f];
+}
 
 constexpr int64_t kChunk = 16384;  // ids per unit of work
 
@@ -58,9 +78,10 @@ inline bool counts_mask(const Logits& logits, const Exclusions& ex) {
 }
 
 inline float load_logit(const void* row, DType dtype, int64_t id) {
-  if (dtype == DType::float32) return static_cast<const float*>(row)[id];
-  const uint16_t bits = static_cast<const uint16_t*>(row)[id];
-  return dtype == DType::bfloat16 ? bfloat16_value(bits) : float16_value(bits);
+  return with_stored(dtype, [&](auto stored) {
+    using T = decltype(stored);
+    return T::value(static_cast<const typename T::Storage*>(row)[id]);
+  });
 }
 
 template <class F>

@@ -5,8 +5,8 @@
 
 #include <cstring>
 
-#include "dparallel/numeric.h"
 #include "dparallel/row_stats.h"
+#include "stored.h"
 
 namespace dparallel::cpu::DPARALLEL_SIMD {
 
@@ -23,11 +23,6 @@ typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t W __attribute__((vector_size(8 * kLanes)));
 
 inline F splat(float x) { return x - F{}; }
-inline I lane_numbers() {
-  I v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
 inline F maximum(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 inline F minimum(F a, F b) { return a < b ? a : b; }  // b where a is NaN
 
@@ -45,10 +40,7 @@ struct Pair {
 // 2 kLanes stored logits as two vectors of float32, exactly. The 16-bit types are split into even
 // and odd elements, which takes a shift and a mask where keeping their order would take shuffles;
 // sums and maxima do not care.
-struct Float32 {
-  using Storage = float;
-  static constexpr Storage kMinusInfinity = -kInfinity;
-  static float value(Storage z) { return z; }
+struct Float32 : StoredFloat32 {
   static Pair widen(const Storage* p) { return {load<F>(p), load<F>(p + kLanes)}; }
   static F round(F v) { return v; }
   static void narrow(Pair v, Storage* p) {
@@ -57,10 +49,7 @@ struct Float32 {
   }
 };
 
-struct BFloat16 {
-  using Storage = uint16_t;
-  static constexpr Storage kMinusInfinity = 0xff80;
-  static float value(Storage z) { return bfloat16_value(z); }
+struct BFloat16 : StoredBFloat16 {
   static Pair widen(const Storage* p) {
     const U pairs = load<U>(p);
     return {(F)(pairs << 16), (F)(pairs & 0xffff0000u)};
@@ -76,10 +65,7 @@ struct BFloat16 {
   }
 };
 
-struct Float16 {
-  using Storage = uint16_t;
-  static constexpr Storage kMinusInfinity = 0xfc00;
-  static float value(Storage z) { return float16_value(z); }
+struct Float16 : StoredFloat16 {
   static F convert(U h) {
     const U magnitude = (h & 0x7fffu) << 13;
     F value = (F)magnitude * 0x1p112f;  // corrects the exponent's bias; of subnormals too

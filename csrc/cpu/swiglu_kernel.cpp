@@ -32,7 +32,6 @@ void rows(const SwigluArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const SwigluKernel swiglu_kernel;
 const SwigluKernel swiglu_kernel{{rows<Float32>, rows<BFloat16>, rows<Float16>}};
 
 }  // namespace dparallel::cpu::DPARALLEL_SIMD

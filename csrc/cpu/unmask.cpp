@@ -1,7 +1,6 @@
 // unmask on the CPU: find the needed rows, read them, select per window, commit. A bad row anywhere
 // leaves every token as it was.
 #include <algorithm>
-#include <limits>
 
 #include "row_stats.h"
 #include "select.h"
@@ -50,9 +49,7 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
                    args.exclusions, args.sampling, keys.data()};
   const std::vector<RowAnswer> answers = read_rows(job, parallel);
 
-  std::fill(args.output.tokens, args.output.tokens + 2 * args.count, -1);
-  std::fill(args.output.fields, args.output.fields + kRowFields * args.count,
-            std::numeric_limits<float>::quiet_NaN());
+  clear(args.output, args.count);
   std::fill(args.output.error, args.output.error + args.windows.count, kNoError);
   bool sound = true;
   const auto report = [&](int64_t window, int64_t position, RowError code) {
@@ -62,15 +59,8 @@ void unmask(const UnmaskArgs& args, Parallel parallel) {
   };
   for (size_t i = 0; i < needed.size(); ++i) {
     const RowAnswer& answer = answers[i];
-    if (answer.error != kRowOk) {
-      report(needed[i].window, needed[i].position, answer.error);
-      continue;
-    }
-    const int64_t row = needed[i].row;
-    args.output.tokens[row] = answer.result.token;
-    args.output.tokens[args.count + row] = answer.result.sample;
-    for (int f = 0; f < kRowFields; ++f)
-      args.output.fields[f * args.count + row] = answer.result.field[f];
+    if (answer.error == kRowOk) put(args.output, args.count, needed[i].row, answer.result);
+    else report(needed[i].window, needed[i].position, answer.error);
   }
   if (args.positions) {  // every masked position of a window must be among them
     size_t next = 0;
