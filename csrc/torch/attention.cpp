@@ -14,9 +14,7 @@ namespace {
 // [count, heads, head_dim]; rows become contiguous.
 void expect_heads(Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
                   const Tensor& like) {
-  DP_CHECK(t.dim() == 3 && t.size(0) == count && t.size(1) == heads && t.size(2) == dim, name,
-           ": expected (", count, ", ", heads, ", ", dim, ")");
-  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of q");
+  check_form(t, name, like.scalar_type(), {count, heads, dim});
   check_device(t, name, like, "q");
   if ((t.stride(2) != 1 && dim != 1) || (t.stride(1) != dim && heads != 1))
     t = torch::stable::contiguous(t);
@@ -24,22 +22,17 @@ void expect_heads(Tensor& t, const char* name, int64_t count, int64_t heads, int
 
 // (pages, heads, page_size, head_dim); the last becomes contiguous.
 CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
-  DP_CHECK(cache.dim() == 4, name, ": expected (pages, heads, page_size, head_dim), got ",
-           cache.dim(), " dimensions");
-  DP_CHECK(cache.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
-  check_device(cache, name, q, "q");
   DP_CHECK(q.dim() == 3, "q: expected 3 dimensions, got ", q.dim());
-  DP_CHECK(cache.size(3) == q.size(2) && cache.size(1) > 0 && q.size(1) % cache.size(1) == 0 &&
+  DP_CHECK(cache.scalar_type() == q.scalar_type() && cache.dim() == 4 &&
+               cache.size(3) == q.size(2) && cache.size(1) > 0 && q.size(1) % cache.size(1) == 0 &&
                q.size(1) <= 64 * cache.size(1) && cache.size(2) > 0,
-           name, ": its heads do not fit those of q");
+           name, ": expected ", name_of(q.scalar_type()), " (pages, heads, page_size, ", q.size(2),
+           "), of whose heads each serves as many, up to 64, of q's ", q.size(1), ", got ",
+           form(cache));
+  check_device(cache, name, q, "q");
   make_rows(cache);
   return {cache.size(0),   cache.size(2),   cache.size(1),  cache.size(3),
           cache.stride(0), cache.stride(1), cache.stride(2)};
-}
-
-void check_same(const CacheLayout& k, const CacheLayout& v) {
-  DP_CHECK(k.pages == v.pages && k.page_size == v.page_size && k.heads == v.heads,
-           "v_cache: expected the shape of k_cache");
 }
 
 // The caches and tables of a pass, as kv_write and linear_kv_write take them; q (N, H, D) is given
@@ -54,8 +47,8 @@ struct Written {
       : k_cache(k_cache), v_cache(v_cache), k_rows(k_cache), v_rows(v_cache), args{} {
     args.dtype = dtype_of(q, "q");
     args.k_layout = layout_of(k_rows, "k_cache", q);
+    check_form(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
     args.v_layout = layout_of(v_rows, "v_cache", q);
-    check_same(args.k_layout, args.v_layout);
     own_memory(k_cache, "k_cache");
     own_memory(v_cache, "v_cache");
     DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
@@ -86,29 +79,11 @@ struct Written {
   }
 };
 
-void check_indices(const KvWriteArgs& args) {
+void check_contents(const KvWriteArgs& args) {
   within("positions", args.positions, args.count, 0, args.table);
   within("slot_mapping", args.slot_mapping, args.count, std::numeric_limits<int64_t>::min(),
          args.k_layout.pages * args.k_layout.page_size);
 }
-
-void launch(Cpu, const KvWriteArgs& args, const Tensor&) {
-  check_indices(args);
-  cpu::kv_write(args, parallel);
-}
-void launch(Cpu, const LinearKvWriteArgs& args, const Tensor&) {
-  check_indices(args.write);
-  cpu::linear_kv_write(args, parallel);
-}
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const KvWriteArgs& args, const Tensor& like) {
-  Cuda::launch("kv_write", args, like, cuda::kv_write);
-}
-void launch(Cuda, const LinearKvWriteArgs& args, const Tensor& like) {
-  Cuda::launch("linear_kv_write", args, like, cuda::linear_kv_write, cuda::linear_kv_write_scratch);
-}
-#endif
 
 template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
@@ -139,7 +114,8 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
     args.k_norm = k_norm->data_ptr();
     args.eps = static_cast<float>(eps);
   }
-  launch(Backend{}, args, q);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::kv_write, cuda::kv_write>("kv_write", args, q);
   write_back(q, q_rows);
   written.write_back();
 }
@@ -165,7 +141,10 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
   Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  launch(Backend{}, LinearKvWriteArgs{product, written.args}, x);
+  if constexpr (Backend::kHostReads) check_contents(written.args);
+  Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
+                           cuda::linear_kv_write_scratch>(
+      "linear_kv_write", LinearKvWriteArgs{product, written.args}, x);
   written.write_back();
   return q;
 }
@@ -195,26 +174,20 @@ void check_apart(const KvMoveArgs& args) {
   }
 }
 
-void launch(Cpu, const KvMoveArgs& args, const Tensor&) {
+void check_contents(const KvMoveArgs& args) {
   const int64_t slots = args.layout.pages * args.layout.page_size;
   constexpr int64_t low = std::numeric_limits<int64_t>::min();
   within("source", args.source, args.lanes * args.count, low, slots);
   within("target", args.target, args.lanes * args.count, low, slots);
   check_apart(args);
-  cpu::kv_move(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const KvMoveArgs& args, const Tensor& like) {
-  Cuda::launch("kv_move", args, like, cuda::kv_move);
-}
-#endif
 
 template <class Backend>
 void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
   const DType dtype = dtype_of(kv_cache, "kv_cache", true);
   DP_CHECK(kv_cache.dim() == 6 && kv_cache.size(1) == 2 && kv_cache.size(4) > 0,
-           "kv_cache: expected (layers, 2, pages, heads, page_size, head_dim)");
+           "kv_cache: expected (layers, 2, pages, heads, page_size, head_dim), got ",
+           form(kv_cache));
   own_memory(kv_cache, "kv_cache");
   DP_CHECK(source.dim() == 2, "source: expected 2 dimensions, got ", source.dim());
   const int64_t lanes = source.size(0), count = source.size(1);
@@ -225,9 +198,7 @@ void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
   Tensor rows = kv_cache;
   make_rows(rows);
   const KvMoveArgs args{rows.data_ptr(),
-                        dtype == DType::float64   ? 8
-                        : dtype == DType::float32 ? 4
-                                                  : 2,
+                        element_size(dtype),
                         rows.size(0),
                         rows.stride(0),
                         rows.stride(1),
@@ -237,20 +208,18 @@ void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
                         count,
                         data<int64_t>(source),
                         data<int64_t>(target)};
-  launch(Backend{}, args, kv_cache);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::kv_move, cuda::kv_move>("kv_move", args, kv_cache);
   write_back(kv_cache, rows);
 }
 
 DPARALLEL_OP(kv_move, "kv_move(Tensor(a!) kv_cache, Tensor source, Tensor target) -> ()")
 
-void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
+void check_contents(const BlockAttentionArgs& args) {
   const int64_t size = args.k_layout.page_size, capacity = args.table_width * size;
-  within("q_start", args.q_start, args.segments, 0, args.count + 1);
-  within("q_end", args.q_end, args.segments, 0, args.count + 1);
+  runs_apart("segment", args.q_start, args.q_end, args.segments, args.count);
   within("kv_lens", args.kv_lens, args.segments, 0, capacity + 1);
   for (int64_t s = 0; s < args.segments; ++s) {
-    DP_CHECK(args.q_start[s] <= args.q_end[s], "q_start: expected no larger than q_end, got ",
-             args.q_start[s], " above ", args.q_end[s], " at ", s);
     if (args.restricted()) {
       const int64_t rows = args.q_end[s] - args.q_start[s];
       DP_CHECK(rows <= args.kv_lens[s], "kv_lens: expected a slot for each of the segment's ", rows,
@@ -262,14 +231,7 @@ void launch(Cpu, const BlockAttentionArgs& args, const Tensor&) {
     within("block_table", args.block_table + s * args.table_width,
            (args.kv_lens[s] + size - 1) / size, 0, args.k_layout.pages);
   }
-  cpu::block_attention(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const BlockAttentionArgs& args, const Tensor& like) {
-  Cuda::launch("block_attention", args, like, cuda::block_attention, cuda::block_attention_scratch);
-}
-#endif
 
 template <class Backend>
 Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start, Tensor q_end,
@@ -277,8 +239,8 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
                        double scale, bool causal, std::optional<Tensor> ancestors) {
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
+  check_form(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
-  check_same(keys, values);
   const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
   const int64_t segments = length_of(q_start, "q_start");
   expect_heads(q, "q", count, heads, dim, q);
@@ -320,7 +282,10 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
                                 causal,
                                 ancestors.has_value() ? listed(*ancestors) : nullptr,
                                 words};
-  if (out.numel() > 0) launch(Backend{}, args, q);
+  if (out.numel() == 0) return out;
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::block_attention, cuda::block_attention,
+                           cuda::block_attention_scratch>("block_attention", args, q);
   return out;
 }
 

@@ -14,17 +14,6 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t runs, int64
   DP_CHECK(std::is_sorted(offsets, offsets + runs + 1), name, ": expected ascending numbers");
 }
 
-void launch(Cpu, const ClassStatsArgs& args, const Tensor&) {
-  check_offsets("offsets", args.offsets, args.classes, args.listed);
-  cpu::class_stats(args, parallel);
-}
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const ClassStatsArgs& args, const Tensor& like) {
-  Cuda::launch("class_stats", args, like, cuda::class_stats);
-}
-#endif
-
 template <class Backend>
 std::tuple<Tensor, Tensor> class_stats(Tensor logits, Tensor ids, Tensor offsets) {
   const Logits all = logits_of(logits);
@@ -44,7 +33,8 @@ std::tuple<Tensor, Tensor> class_stats(Tensor logits, Tensor ids, Tensor offsets
                             data<int64_t>(offsets),
                             classes,
                             {data<int64_t>(tokens), data<float>(fields), nullptr}};
-  launch(Backend{}, args, logits);
+  if constexpr (Backend::kHostReads) check_offsets("offsets", args.offsets, classes, listed);
+  Backend::template launch<cpu::class_stats, cuda::class_stats>("class_stats", args, logits);
   return {tokens, fields};
 }
 
@@ -52,7 +42,7 @@ DPARALLEL_OP(class_stats,
              "class_stats(Tensor logits, Tensor ids, Tensor offsets) -> (Tensor tokens, Tensor "
              "fields)")
 
-void launch(Cpu, const BestPathArgs& args, const Tensor&) {
+void check_contents(const BestPathArgs& args) {
   const Transitions& automaton = args.transitions;
   within("origin", automaton.origin, automaton.edges, 0, automaton.states);
   within("edge_class", automaton.token_class, automaton.edges, 0, automaton.classes);
@@ -60,14 +50,7 @@ void launch(Cpu, const BestPathArgs& args, const Tensor&) {
   within("begin", args.begin, args.windows, 0, args.cells + 1);
   within("end", args.end, args.windows, 0, args.cells + 1);
   within("enter", args.enter, args.windows, 0, automaton.states);
-  cpu::best_path(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const BestPathArgs& args, const Tensor& like) {
-  Cuda::launch("best_path", args, like, cuda::best_path, cuda::best_path_scratch);
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor> best_path(Tensor scores, Tensor begin, Tensor end, Tensor enter,
@@ -106,7 +89,9 @@ std::tuple<Tensor, Tensor> best_path(Tensor scores, Tensor begin, Tensor end, Te
                           transitions,
                           data<int64_t>(state),
                           data<int64_t>(chosen)};
-  launch(Backend{}, args, scores);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::best_path, cuda::best_path, cuda::best_path_scratch>("best_path",
+                                                                                     args, scores);
   return {state, chosen};
 }
 

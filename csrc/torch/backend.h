@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "checks.h"
 #include "dparallel/launch.h"
@@ -31,19 +32,31 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace dparallel {
 
-// Ops are templates over the backend, and call launch(Backend{}, arguments, ...), which stands once
-// for each backend in front of them. On the CPU it looks at indices, which costs nothing there; on
-// a GPU no index is looked at, which would wait for it: the kernels pass over those that are out of
-// bounds, or report them.
-struct Cpu {};
-
 inline void parallel(int64_t n, cpu::Body body, const void* context) {
   torch::stable::parallel_for(0, n, 1,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+// Ops are templates over the backend. Each calls
+//   Backend::launch<cpu::op, cuda::op, cuda::op_scratch, cuda::op_counters>(name, arguments, like)
+// without the last two, or with nullptr, where the CUDA kernels need no such memory. Before that
+// it looks at the indices and other contents of tensors where kHostReads says that this costs
+// nothing: on the CPU. On a GPU the host would have to wait for them; there the kernels pass over
+// indices that are out of bounds, or report them.
+struct Cpu {
+  static constexpr bool kHostReads = true;
+
+  template <auto kOnCpu, auto..., class Args>
+  static void launch(const char*, const Args& args, const Tensor&,
+                     const std::optional<Tensor>& = std::nullopt) {
+    kOnCpu(args, parallel);
+  }
+};
+
 #ifdef DPARALLEL_HAS_CUDA
 struct Cuda {
+  static constexpr bool kHostReads = false;
+
   static void check(int code, const char* op) {
     constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
     STD_TORCH_CHECK(
@@ -66,19 +79,24 @@ struct Cuda {
              "counters: expected at least ", needed, " contiguous int32 zeros on the device");
     return data<int32_t>(*t);
   }
-  template <class Args>
+  template <auto, auto kOnCuda, auto kScratch = nullptr, auto kCounters = nullptr, class Args>
   static void launch(const char* op, const Args& args, const Tensor& like,
-                     int (*launcher)(const Args&, void*)) {
+                     const std::optional<Tensor>& counters_given = std::nullopt) {
+    constexpr bool scratches = !std::is_null_pointer_v<decltype(kScratch)>;
+    constexpr bool counts = !std::is_null_pointer_v<decltype(kCounters)>;
     const DeviceGuard guard(like.get_device());
-    check(launcher(args, stream(like)), op);
-  }
-  template <class Args>
-  static void launch(const char* op, const Args& args, const Tensor& like,
-                     int (*launcher)(const Args&, const cuda::Workspace&, void*),
-                     int64_t (*scratch_bytes)(const Args&), int32_t* counters = nullptr) {
-    const DeviceGuard guard(like.get_device());
-    const Tensor scratch = torch::stable::new_empty(like, {scratch_bytes(args)}, ScalarType::Byte);
-    check(launcher(args, {scratch.data_ptr(), counters}, stream(like)), op);
+    if constexpr (!scratches && !counts) {
+      check(kOnCuda(args, stream(like)), op);
+    } else {
+      cuda::Workspace workspace{nullptr, nullptr};
+      std::optional<Tensor> scratch;
+      if constexpr (counts) workspace.counters = counters(counters_given, kCounters(args), like);
+      if constexpr (scratches) {
+        scratch = torch::stable::new_empty(like, {kScratch(args)}, ScalarType::Byte);
+        workspace.scratch = scratch->data_ptr();
+      }
+      check(kOnCuda(args, workspace, stream(like)), op);
+    }
   }
 };
 #endif

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,42 @@ template <class... Parts>
     if (!(condition)) bad_argument(__VA_ARGS__); \
   } while (false)
 
+// As Python names it.
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return sizes;
+}
+
+// A dtype and a shape in words: "int64 (2, 3)".
+inline std::string form(ScalarType dtype, const std::vector<int64_t>& sizes) {
+  std::string text = std::string(name_of(dtype)) + " (";
+  for (const int64_t size : sizes) text += (text.back() == '(' ? "" : ", ") + std::to_string(size);
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+inline std::string form(const Tensor& t) { return form(t.scalar_type(), sizes_of(t)); }
+
+inline void check_form(const Tensor& t, const char* name, ScalarType dtype,
+                       const std::vector<int64_t>& sizes) {
+  bool fits = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; fits && d < sizes.size(); ++d) fits = t.size(d) == sizes[d];
+  DP_CHECK(fits, name, ": expected ", form(dtype, sizes), ", got ", form(t));
+}
+
 inline DType dtype_of(const Tensor& t, const char* name, bool wide = false) {  // wide: float64 too
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::float32;
@@ -42,7 +79,8 @@ inline DType dtype_of(const Tensor& t, const char* name, bool wide = false) {  /
       if (wide) return DType::float64;
       [[fallthrough]];
     default:
-      bad_argument(name, ": expected float32, bfloat16 or float16", wide ? " or float64" : "");
+      bad_argument(name, ": expected float32, bfloat16 or float16", wide ? " or float64" : "",
+                   ", got ", name_of(t.scalar_type()));
   }
 }
 
@@ -54,13 +92,8 @@ inline void check_device(const Tensor& t, const char* name, const Tensor& like, 
 // Checks a tensor that is read, and makes it contiguous.
 inline void expect(Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes,
                    const Tensor& like) {
-  DP_CHECK(t.scalar_type() == dtype, name, ": wrong dtype");
+  check_form(t, name, dtype, sizes);
   check_device(t, name, like, "the others");
-  DP_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
-           " dimensions, got ", t.dim());
-  for (size_t i = 0; i < sizes.size(); ++i)
-    DP_CHECK(t.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i,
-             ", got ", t.size(i));
   if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }
 
@@ -100,6 +133,29 @@ void within(const char* name, const Index* index, int64_t count, int64_t low, in
              ", ", high, "), got ", index[i], " at ", i);
 }
 
+// Runs [q_start, q_end) of `rows` rows, on the CPU, of which none are in two: `what` names a run.
+// Returns the runs that have rows, by ascending rows.
+inline std::vector<int64_t> runs_apart(const char* what, const int64_t* q_start,
+                                       const int64_t* q_end, int64_t runs, int64_t rows) {
+  within("q_start", q_start, runs, 0, rows + 1);
+  within("q_end", q_end, runs, 0, rows + 1);
+  std::vector<int64_t> order;
+  for (int64_t r = 0; r < runs; ++r) {
+    DP_CHECK(q_start[r] <= q_end[r], "q_start: expected no larger than q_end, got ", q_start[r],
+             " above ", q_end[r], " at ", r);
+    if (q_start[r] < q_end[r]) order.push_back(r);
+  }
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return q_start[a] < q_start[b]; });
+  for (size_t i = 1; i < order.size(); ++i) {
+    const int64_t a = std::min(order[i - 1], order[i]), b = std::max(order[i - 1], order[i]);
+    DP_CHECK(q_end[order[i - 1]] <= q_start[order[i]], "q_start: expected ", what,
+             "s that do not overlap, got [", q_start[a], ", ", q_end[a], ") and [", q_start[b],
+             ", ", q_end[b], "), ", what, "s ", a, " and ", b);
+  }
+  return order;
+}
+
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -126,12 +182,6 @@ inline Logits logits_of(Tensor& t, bool wide = false, const char* name = "logits
   const int64_t inner = t.size(last - 1);
   return {t.data_ptr(),      dtype, vocab, inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0,
           t.stride(last - 1)};
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return sizes;
 }
 
 inline int64_t row_count(const Tensor& logits) {

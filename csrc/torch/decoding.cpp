@@ -71,21 +71,13 @@ void check_suppress(const Exclusions& ex, int64_t vocab) {
            "suppress: expected ascending ids");
 }
 
-void launch(Cpu, const RowStatsArgs& args, const Tensor& logits, const std::optional<Tensor>&) {
-  if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
+void check_contents(const RowStatsArgs& args, int64_t rows) {
+  if (args.rows) within("rows", args.rows, args.count, 0, rows);
   check_suppress(args.exclusions, args.logits.vocab);
   const Gather& gather = args.gather;
   within("ids", gather.ids, gather.count * (gather.stride > 0 ? args.count : 1), 0,
          args.logits.vocab);
-  cpu::row_stats(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const RowStatsArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
-  Cuda::launch("row_stats", args, like, cuda::row_stats, cuda::row_stats_scratch,
-               Cuda::counters(c, cuda::row_stats_counters(args), like));
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(
@@ -120,7 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(
                           sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
                           gather,
                           out.output()};
-  launch(Backend{}, args, logits, counters);
+  if constexpr (Backend::kHostReads) check_contents(args, row_count(logits));
+  Backend::template launch<cpu::row_stats, cuda::row_stats, cuda::row_stats_scratch,
+                           cuda::row_stats_counters>("row_stats", args, logits, counters);
   return {out.tokens, out.fields, out.error, gathered};
 }
 
@@ -130,18 +124,10 @@ DPARALLEL_OP(
     "temperature, float top_p, int top_k, Tensor? keys, Tensor(a!)? counters) -> (Tensor tokens, "
     "Tensor fields, Tensor error, Tensor gathered)")
 
-void launch(Cpu, const RowTopkArgs& args, const Tensor& logits, const std::optional<Tensor>&) {
-  if (args.rows) within("rows", args.rows, args.count, 0, row_count(logits));
+void check_contents(const RowTopkArgs& args, int64_t rows) {
+  if (args.rows) within("rows", args.rows, args.count, 0, rows);
   check_suppress(args.exclusions, args.logits.vocab);
-  cpu::row_topk(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const RowTopkArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
-  Cuda::launch("row_topk", args, like, cuda::row_topk, cuda::row_topk_scratch,
-               Cuda::counters(c, cuda::row_topk_counters(args), like));
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> row_topk(Tensor logits, int64_t k, std::optional<Tensor> rows,
@@ -165,7 +151,9 @@ std::tuple<Tensor, Tensor, Tensor> row_topk(Tensor logits, int64_t k, std::optio
                          data<int64_t>(tokens),
                          data<float>(logprobs),
                          data<int64_t>(error)};
-  launch(Backend{}, args, logits, counters);
+  if constexpr (Backend::kHostReads) check_contents(args, row_count(logits));
+  Backend::template launch<cpu::row_topk, cuda::row_topk, cuda::row_topk_scratch,
+                           cuda::row_topk_counters>("row_topk", args, logits, counters);
   return {tokens, logprobs, error};
 }
 
@@ -174,7 +162,7 @@ DPARALLEL_OP(
     "row_topk(Tensor logits, int k, Tensor? rows, int mask_id, Tensor? suppress, Tensor(a!)? "
     "counters) -> (Tensor tokens, Tensor logprobs, Tensor error)")
 
-void launch(Cpu, const SelectArgs& args, const Tensor&) {
+void check_contents(const SelectArgs& args) {
   check_policy(args.policy, args.batch);
   for (const auto& [scores, name] : {std::pair{args.confidence, "confidence"},
                                      {args.margin, "margin"},
@@ -183,14 +171,7 @@ void launch(Cpu, const SelectArgs& args, const Tensor&) {
     DP_CHECK(i < 0, name, ": NaN at eligible position ", i % args.length, " of sequence ",
              i / args.length);
   }
-  cpu::select(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const SelectArgs& args, const Tensor& like) {
-  Cuda::launch("select", args, like, cuda::select, cuda::select_scratch);
-}
-#endif
 
 template <class Backend>
 Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible, Tensor policy) {
@@ -210,7 +191,9 @@ Tensor select(Tensor confidence, Tensor margin, Tensor entropy, Tensor eligible,
                         batch,
                         length,
                         data<bool>(commit)};
-  launch(Backend{}, args, confidence);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::select, cuda::select, cuda::select_scratch>("select", args,
+                                                                            confidence);
   return commit;
 }
 
@@ -221,7 +204,7 @@ DPARALLEL_OP(
 
 TokenGrid tokens_of(const Tensor& tokens) {
   DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
-           "tokens: expected int64 (B, L)");
+           "tokens: expected int64 (B, L), got ", form(tokens));
   own_memory(tokens, "tokens");
   return {data<int64_t>(tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
           tokens.stride(1)};
@@ -249,7 +232,7 @@ void check_lanes(const Windows& windows, const TokenGrid& tokens) {
   if (windows.lane != nullptr) within("lane", windows.lane, windows.count, 0, tokens.batch);
 }
 
-void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tensor>&) {
+void check_contents(const CommitArgs& args) {
   check_positions(args.positions, args.count, args.tokens);
   check_lanes(args.windows, args.tokens);
   if (const int64_t row = cpu::first_unwritable(args); row >= 0) {
@@ -258,16 +241,7 @@ void launch(Cpu, const CommitArgs& args, const Tensor&, const std::optional<Tens
                  args.token[row], " for sequence ", position / args.tokens.length, " at position ",
                  position % args.tokens.length);
   }
-  cpu::commit(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const CommitArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
-  const DeviceGuard guard(like.get_device());
-  int32_t* counters = Cuda::counters(c, cuda::commit_counters(args), like);
-  Cuda::check(cuda::commit(args, {nullptr, counters}, Cuda::stream(like)), "commit_");
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<Tensor> positions,
@@ -301,7 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<
                         data<int64_t>(first),
                         data<int64_t>(changed),
                         data<int64_t>(error)};
-  launch(Backend{}, args, tokens, counters);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::commit, cuda::commit, nullptr, cuda::commit_counters>(
+      "commit_", args, tokens, counters);
   return {remaining, first, changed, error};
 }
 
@@ -324,21 +300,13 @@ void check_disjoint(const Windows& windows, const TokenGrid& tokens) {
   }
 }
 
-void launch(Cpu, const UnmaskArgs& args, const Tensor&, const std::optional<Tensor>&) {
+void check_contents(const UnmaskArgs& args) {
   check_policy(args.policy, args.windows.count);
   check_positions(args.positions, args.count, args.tokens);
   check_lanes(args.windows, args.tokens);
   check_disjoint(args.windows, args.tokens);
   check_suppress(args.exclusions, args.logits.vocab);
-  cpu::unmask(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const UnmaskArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
-  Cuda::launch("unmask_", args, like, cuda::unmask, cuda::unmask_scratch,
-               Cuda::counters(c, cuda::unmask_counters(args), like));
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
@@ -351,11 +319,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   const Logits all = logits_of(logits);
   const int64_t count = row_count(logits);
   if (positions.has_value()) {
-    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions");
+    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions, got ", form(logits));
     expect(*positions, "positions", ScalarType::Long, {count}, logits);
   } else {
     DP_CHECK(logits.dim() == 3 && logits.size(0) == grid.batch && logits.size(1) == grid.length,
-             "logits: expected (B, L, V) matching tokens");
+             "logits: expected (", grid.batch, ", ", grid.length, ", V) matching tokens, got ",
+             form(logits));
   }
   const Windows windows = windows_of(lane, start, end, grid.batch, logits);
   expect(policy, "policy", ScalarType::Float, {windows.count, kPolicyFields}, logits);
@@ -376,7 +345,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
       data<int64_t>(remaining),
       data<bool>(done),
       out.output()};
-  launch(Backend{}, args, logits, counters);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::unmask, cuda::unmask, cuda::unmask_scratch, cuda::unmask_counters>(
+      "unmask_", args, logits, counters);
   return {committed, remaining, done, out.tokens, out.fields, out.error};
 }
 
@@ -389,27 +360,13 @@ DPARALLEL_OP(
 
 // Lanes within bounds, that share no row and fit, and trees: a parent before its children.
 void check_lanes(const AcceptArgs& args) {
-  within("q_start", args.q_start, args.lanes, 0, args.count + 1);
-  within("q_end", args.q_end, args.lanes, 0, args.count + 1);
-  std::vector<int64_t> order;  // of the lanes that have rows
+  const auto order = runs_apart("lane", args.q_start, args.q_end, args.lanes, args.count);
   for (int64_t b = 0; b < args.lanes; ++b) {
-    const int64_t start = args.q_start[b], end = args.q_end[b];
-    DP_CHECK(start <= end, "q_start: expected no larger than q_end, got ", start, " above ", end,
-             " at ", b);
-    DP_CHECK(end - start <= args.max_q_len, "max_q_len: expected at least ", end - start,
-             ", the rows of lane ", b, ", got ", args.max_q_len);
+    const int64_t rows = args.q_end[b] - args.q_start[b];
+    DP_CHECK(rows <= args.max_q_len, "max_q_len: expected at least ", rows, ", the rows of lane ",
+             b, ", got ", args.max_q_len);
     DP_CHECK(args.room == nullptr || args.room[b] >= 0, "room: expected >= 0, got ", args.room[b],
              " at ", b);
-    if (start < end) order.push_back(b);
-  }
-  std::sort(order.begin(), order.end(),
-            [&](int64_t a, int64_t b) { return args.q_start[a] < args.q_start[b]; });
-  for (size_t i = 1; i < order.size(); ++i) {
-    const int64_t a = std::min(order[i - 1], order[i]), b = std::max(order[i - 1], order[i]);
-    DP_CHECK(args.q_end[order[i - 1]] <= args.q_start[order[i]],
-             "q_start: expected lanes that do not overlap, got [", args.q_start[a], ", ",
-             args.q_end[a], ") and [", args.q_start[b], ", ", args.q_end[b], "), lanes ", a,
-             " and ", b);
   }
   for (const int64_t b : order) {
     const int64_t start = args.q_start[b];
@@ -421,18 +378,10 @@ void check_lanes(const AcceptArgs& args) {
   }
 }
 
-void launch(Cpu, const AcceptArgs& args, const Tensor&, const std::optional<Tensor>&) {
+void check_contents(const AcceptArgs& args) {
   check_lanes(args);
   check_suppress(args.exclusions, args.logits.vocab);
-  cpu::accept(args, parallel);
 }
-
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const AcceptArgs& args, const Tensor& like, const std::optional<Tensor>& c) {
-  Cuda::launch("accept", args, like, cuda::accept, cuda::accept_scratch,
-               Cuda::counters(c, cuda::accept_counters(args), like));
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> accept(
@@ -481,7 +430,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> accept(
                         data<int64_t>(tokens),
                         data<bool>(ended),
                         out.output()};
-  launch(Backend{}, args, logits, counters);
+  if constexpr (Backend::kHostReads) check_contents(args);
+  Backend::template launch<cpu::accept, cuda::accept, cuda::accept_scratch, cuda::accept_counters>(
+      "accept", args, logits, counters);
   return {emitted, path, tokens, ended, out.tokens, out.fields, out.error};
 }
 

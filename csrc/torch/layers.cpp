@@ -12,26 +12,15 @@ namespace {
 
 // (R, width) or (B, L, width) like `like`; rows become contiguous.
 RowStrides rows_of(Tensor& t, const char* name, const Tensor& like) {
-  DP_CHECK(t.dim() == like.dim() && (t.dim() == 2 || t.dim() == 3), name,
-           ": expected 2 or 3 dimensions, got ", t.dim());
+  check_form(t, name, like.scalar_type(), sizes_of(like));
   const int64_t last = t.dim() - 1;
-  for (int64_t d = 0; d <= last; ++d)
-    DP_CHECK(t.size(d) == like.size(d), name, ": expected size ", like.size(d), " in dimension ", d,
-             ", got ", t.size(d));
-  DP_CHECK(t.size(last) >= 1, name, ": expected rows of at least 1 number");
-  DP_CHECK(t.scalar_type() == like.scalar_type(), name, ": wrong dtype");
+  DP_CHECK((last == 1 || last == 2) && t.size(last) >= 1, name,
+           ": expected 2 or 3 dimensions, and rows of at least 1 number, got ", form(t));
   check_device(t, name, like, "the others");
   make_rows(t);
   const int64_t inner = t.size(last - 1);
   return {inner > 0 ? inner : 1, t.dim() == 3 ? t.stride(0) : 0, t.stride(last - 1)};
 }
-
-void launch(Cpu, const RmsNormArgs& args, const Tensor&) { cpu::rms_norm(args, parallel); }
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const RmsNormArgs& args, const Tensor& like) {
-  Cuda::launch("rms_norm", args, like, cuda::rms_norm);
-}
-#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tensor weight,
@@ -58,7 +47,7 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tenso
                          static_cast<float>(eps),
                          sum.data_ptr(),
                          out.data_ptr()};
-  launch(Backend{}, args, x);
+  Backend::template launch<cpu::rms_norm, cuda::rms_norm>("rms_norm", args, x);
   return {out, sum};
 }
 
@@ -66,13 +55,6 @@ DPARALLEL_OP(
     rms_norm,
     "rms_norm(Tensor x, Tensor? delta, Tensor weight, Tensor? bias, float eps) -> (Tensor out, "
     "Tensor sum)")
-
-void launch(Cpu, const SwigluArgs& args, const Tensor&) { cpu::swiglu(args, parallel); }
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const SwigluArgs& args, const Tensor& like) {
-  Cuda::launch("swiglu", args, like, cuda::swiglu);
-}
-#endif
 
 template <class Backend>
 Tensor swiglu(Tensor gate, Tensor up) {
@@ -82,30 +64,11 @@ Tensor swiglu(Tensor gate, Tensor up) {
   const SwigluArgs args{
       dtype,           gate.data_ptr(),           up.data_ptr(), gate_rows, up_rows,
       row_count(gate), gate.size(gate.dim() - 1), out.data_ptr()};
-  launch(Backend{}, args, gate);
+  Backend::template launch<cpu::swiglu, cuda::swiglu>("swiglu", args, gate);
   return out;
 }
 
 DPARALLEL_OP(swiglu, "swiglu(Tensor gate, Tensor up) -> Tensor")
-
-void launch_linear(Cpu, const LinearArgs& args, const Tensor&) { cpu::linear(args, parallel); }
-void launch_fp8_linear(Cpu, const LinearArgs& args, const Tensor&) {
-  cpu::fp8_linear(args, parallel);
-}
-void launch_linear_swiglu(Cpu, const LinearArgs& args, const Tensor&) {
-  cpu::linear_swiglu(args, parallel);
-}
-#ifdef DPARALLEL_HAS_CUDA
-void launch_linear(Cuda, const LinearArgs& args, const Tensor& like) {
-  Cuda::launch("linear", args, like, cuda::linear);
-}
-void launch_fp8_linear(Cuda, const LinearArgs& args, const Tensor& like) {
-  Cuda::launch("fp8_linear", args, like, cuda::fp8_linear);
-}
-void launch_linear_swiglu(Cuda, const LinearArgs& args, const Tensor& like) {
-  Cuda::launch("linear_swiglu", args, like, cuda::linear_swiglu, cuda::linear_swiglu_scratch);
-}
-#endif
 
 template <class Backend>
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool constant) {
@@ -113,7 +76,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, bool constant
   LinearArgs args = linear_args(x, weight, scale, bias, constant);
   Tensor out = torch::stable::new_empty(x, {args.count, args.out_width});
   args.out = out.data_ptr();
-  launch_linear(Backend{}, args, x);
+  Backend::template launch<cpu::linear, cuda::linear>("linear", args, x);
   return out;
 }
 
@@ -126,7 +89,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> b
   LinearArgs args = linear_args(x, weight, scales, bias, constant);
   Tensor out = torch::stable::new_empty(x, {args.count, args.out_width});
   args.out = out.data_ptr();
-  launch_fp8_linear(Backend{}, args, x);
+  Backend::template launch<cpu::fp8_linear, cuda::fp8_linear>("fp8_linear", args, x);
   return out;
 }
 
@@ -142,7 +105,8 @@ Tensor linear_swiglu(Tensor x, Tensor weight, std::optional<Tensor> scale,
            "weight: expected gates and as many ups, got ", args.out_width, " rows");
   Tensor out = torch::stable::new_empty(x, {args.count, args.out_width / 2});
   args.out = out.data_ptr();
-  launch_linear_swiglu(Backend{}, args, x);
+  Backend::template launch<cpu::linear_swiglu, cuda::linear_swiglu, cuda::linear_swiglu_scratch>(
+      "linear_swiglu", args, x);
   return out;
 }
 
@@ -150,18 +114,11 @@ DPARALLEL_OP(linear_swiglu,
              "linear_swiglu(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, "
              "bool constant=False) -> Tensor")
 
-void launch(Cpu, const Fp8WidenArgs& args, const Tensor&) { cpu::fp8_widen(args, parallel); }
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const Fp8WidenArgs& args, const Tensor& like) {
-  Cuda::launch("fp8_widen", args, like, cuda::fp8_widen);
-}
-#endif
-
 // Of the dtype of `like`.
 template <class Backend>
 Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
   const DType dtype = dtype_of(like, "like");
-  DP_CHECK(weight.dim() == 2, "weight: expected (out, in)");
+  DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", form(weight));
   const int64_t out_width = weight.size(0), in = weight.size(1);
   expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
   expect(scale, "scale", ScalarType::Float, {out_width}, like);
@@ -172,7 +129,7 @@ Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
                           static_cast<const uint8_t*>(weight.data_ptr()),
                           data<float>(scale),
                           out.data_ptr()};
-  launch(Backend{}, args, like);
+  Backend::template launch<cpu::fp8_widen, cuda::fp8_widen>("fp8_widen", args, like);
   return out;
 }
 

@@ -8,15 +8,31 @@
 namespace dparallel {
 namespace {
 
-void launch(Cpu, const LossArgs& args, const Tensor&) {
-  cpu::certainty_forcing_loss(args, parallel);
+void check_temperature(const char* name, double temperature) {
+  DP_CHECK(temperature >= 1e-5 && temperature <= 1e5, name,
+           ": expected a number from 1e-5 to 1e5, got ", temperature);
 }
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const LossArgs& args, const Tensor& like) {
-  Cuda::launch("certainty_forcing_loss", args, like, cuda::certainty_forcing_loss,
-               cuda::certainty_forcing_loss_scratch);
+
+void check_weight(const char* name, double weight) {
+  DP_CHECK(weight >= 0 && weight <= kLargest, name, ": expected a finite number >= 0, got ",
+           weight);
 }
-#endif
+
+// Of what is computed for each row.
+ScalarType real_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Checks what both passes are given.
+Logits check_loss(Tensor& logits, Tensor& labels, Tensor& active, double temperature,
+                  double ce_temperature) {
+  const Logits all = logits_of(logits, true);
+  expect(labels, "labels", ScalarType::Long, {row_count(logits)}, logits);
+  expect(active, "active", ScalarType::Bool, {row_count(logits)}, logits);
+  check_temperature("temperature", temperature);
+  check_temperature("ce_temperature", ce_temperature);
+  return all;
+}
 
 // `inplace` chooses among the gradients below.
 template <class Backend>
@@ -24,14 +40,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
     Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature,
     bool inplace) {
   if (inplace) own_memory(logits, "logits");
-  const Logits all = logits_of(logits, true);
+  const Logits all = check_loss(logits, labels, active, temperature, ce_temperature);
   const int64_t count = row_count(logits);
-  expect(labels, "labels", ScalarType::Long, {count}, logits);
-  expect(active, "active", ScalarType::Bool, {count}, logits);
-  for (const double t : {temperature, ce_temperature})
-    DP_CHECK(t >= 1e-5 && t <= 1e5, "temperature: expected a number from 1e-5 to 1e5, got ", t);
-  const bool wide = logits.scalar_type() == ScalarType::Double;
-  const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType real = real_of(logits);
   Tensor nll = torch::stable::new_empty(logits, {count}, real);
   Tensor entropy = torch::stable::new_empty(logits, {count}, real);
   Tensor correct = torch::stable::new_empty(logits, {count}, ScalarType::Bool);
@@ -48,7 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
                       data<bool>(correct),
                       saved.data_ptr(),
                       data<int64_t>(error)};
-  launch(Backend{}, args, logits);
+  Backend::template launch<cpu::certainty_forcing_loss, cuda::certainty_forcing_loss,
+                           cuda::certainty_forcing_loss_scratch>("certainty_forcing_loss", args,
+                                                                 logits);
   return {nll, entropy, correct, saved, error};
 }
 
@@ -58,28 +71,14 @@ DPARALLEL_OP(
     "ce_temperature, bool inplace=False) -> (Tensor nll, Tensor entropy, Tensor correct, Tensor "
     "saved, Tensor error)")
 
-void launch(Cpu, const LossBackwardArgs& args, const Tensor&) {
-  cpu::certainty_forcing_loss_backward(args, parallel);
-}
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const LossBackwardArgs& args, const Tensor& like) {
-  Cuda::launch("certainty_forcing_loss_backward", args, like,
-               cuda::certainty_forcing_loss_backward);
-}
-#endif
-
 // `grad`: where it goes; null: over the logits.
 template <class Backend>
 void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temperature,
                    double ce_temperature, Tensor& saved, Tensor& grad_nll, Tensor& grad_entropy,
                    void* grad) {
-  const Logits all = logits_of(logits, true);
+  const Logits all = check_loss(logits, labels, active, temperature, ce_temperature);
   const int64_t count = row_count(logits);
-  expect(labels, "labels", ScalarType::Long, {count}, logits);
-  expect(active, "active", ScalarType::Bool, {count}, logits);
-  DP_CHECK(temperature > 0 && ce_temperature > 0, "temperature: expected > 0");
-  const bool wide = logits.scalar_type() == ScalarType::Double;
-  const ScalarType real = wide ? ScalarType::Double : ScalarType::Float;
+  const ScalarType real = real_of(logits);
   expect(saved, "saved", real, {count, kLossSaved}, logits);
   expect(grad_nll, "grad_nll", real, {count}, logits);
   expect(grad_entropy, "grad_entropy", real, {count}, logits);
@@ -93,7 +92,9 @@ void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temper
                               grad_nll.data_ptr(),
                               grad_entropy.data_ptr(),
                               grad};
-  launch(Backend{}, args, logits);
+  Backend::template launch<cpu::certainty_forcing_loss_backward,
+                           cuda::certainty_forcing_loss_backward>("certainty_forcing_loss_backward",
+                                                                  args, logits);
 }
 
 template <class Backend>
@@ -128,22 +129,6 @@ DPARALLEL_OP(
     "certainty_forcing_loss_backward_(Tensor(a!) logits, Tensor labels, Tensor active, float "
     "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> ()")
 
-void launch(Cpu, const DistillationArgs& args, const Tensor&) {
-  cpu::distillation_loss(args, parallel);
-}
-void launch(Cpu, const DistillationBackwardArgs& args, const Tensor&) {
-  cpu::distillation_loss_backward(args, parallel);
-}
-#ifdef DPARALLEL_HAS_CUDA
-void launch(Cuda, const DistillationArgs& args, const Tensor& like) {
-  Cuda::launch("distillation_loss", args, like, cuda::distillation_loss,
-               cuda::distillation_loss_scratch);
-}
-void launch(Cuda, const DistillationBackwardArgs& args, const Tensor& like) {
-  Cuda::launch("distillation_loss_backward", args, like, cuda::distillation_loss_backward);
-}
-#endif
-
 // What both passes are given.
 struct Rows {
   Logits student, teacher;
@@ -154,19 +139,15 @@ struct Rows {
 Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature, double kl_weight,
              double l1_weight) {
   const Logits own = logits_of(student, true, "student");
-  DP_CHECK(teacher.scalar_type() == student.scalar_type() && sizes_of(teacher) == sizes_of(student),
-           "teacher: expected the dtype and the shape of student");
+  check_form(teacher, "teacher", student.scalar_type(), sizes_of(student));
   check_device(teacher, "teacher", student, "student");
   const Logits other = logits_of(teacher, true, "teacher");
   const int64_t count = row_count(student);
   expect(active, "active", ScalarType::Bool, {count}, student);
-  DP_CHECK(temperature >= 1e-5 && temperature <= 1e5,
-           "temperature: expected a number from 1e-5 to 1e5, got ", temperature);
-  for (const double weight : {kl_weight, l1_weight})
-    DP_CHECK(weight >= 0 && weight <= kLargest,
-             "kl_weight, l1_weight: expected finite numbers >= 0, got ", weight);
-  const bool wide = student.scalar_type() == ScalarType::Double;
-  return {own, other, count, wide ? ScalarType::Double : ScalarType::Float};
+  check_temperature("temperature", temperature);
+  check_weight("kl_weight", kl_weight);
+  check_weight("l1_weight", l1_weight);
+  return {own, other, count, real_of(student)};
 }
 
 template <class Backend>
@@ -181,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teac
   const DistillationArgs args{
       rows.student, rows.teacher, data<Flag>(active),    rows.count,       temperature,
       kl_weight,    l1_weight,    divergence.data_ptr(), saved.data_ptr(), data<int64_t>(error)};
-  launch(Backend{}, args, student);
+  Backend::template launch<cpu::distillation_loss, cuda::distillation_loss,
+                           cuda::distillation_loss_scratch>("distillation_loss", args, student);
   return {divergence, saved, error};
 }
 
@@ -202,7 +184,8 @@ void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temper
                                       rows.count,   temperature,      kl_weight,
                                       l1_weight,    saved.data_ptr(), grad_divergence.data_ptr(),
                                       grad};
-  launch(Backend{}, args, student);
+  Backend::template launch<cpu::distillation_loss_backward, cuda::distillation_loss_backward>(
+      "distillation_loss_backward", args, student);
 }
 
 template <class Backend>

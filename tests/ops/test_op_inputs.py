@@ -311,6 +311,25 @@ def test_truth_is_any_byte_but_zero(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_dtypes_and_shapes_are_checked(name: str) -> None:
+    """An error names the argument, what came and what was expected, whoever calls."""
+    given = examples(torch.float32)[name]
+    for argument, place in zip(op_of(name).default._schema.arguments, range(len(given)), strict=False):
+        if not isinstance(given[place], Tensor) or argument.name == "counters":
+            continue
+        call = copied(given)
+        other = torch.int64 if given[place].is_floating_point() else torch.float64
+        call[place] = given[place].to(other)
+        with pytest.raises(ValueError, match=rf"^{argument.name}: expected .*, got {str(other)[6:]}"):
+            op_of(name)(*call)
+        if argument.name == "like":  # of any shape
+            continue
+        call[place] = given[place][(None,) * 4]
+        with pytest.raises(ValueError, match=r"^\w+: expected .*, got "):
+            op_of(name)(*call)
+
+
 OUT_OF_BOUNDS = [
     ("row_stats", 1, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
     ("row_stats", 1, [0, -1], r"rows: expected in \[0, 6\), got -1 at 1"),
@@ -358,6 +377,20 @@ OUT_OF_BOUNDS = [
     ("kv_move", 2, [[0, 1], [1, 4]], "target: .* share no slot, got slot 1 in lanes 0 and 1"),
     ("block_attention", 3, [-1, 3], r"q_start: expected in \[0, 7\), got -1 at 0"),
     ("block_attention", 3, [3, 3], "q_start: expected no larger than q_end, got 3 above 2 at 0"),
+    (
+        "block_attention",
+        3,
+        [0, 1],
+        r"segments that do not overlap, got \[0, 2\) and \[1, 6\), segments 0 and 1",
+    ),
+    ("certainty_forcing_loss", 4, 0.0, "ce_temperature: expected a number from 1e-5 to 1e5, got 0"),
+    (
+        "certainty_forcing_loss_backward_",
+        3,
+        math.inf,
+        "temperature: expected a number from 1e-5 to 1e5, got inf",
+    ),
+    ("distillation_loss_backward", 5, math.nan, "l1_weight: expected a finite number >= 0, got nan"),
     ("block_attention", 4, [2, 7], r"q_end: expected in \[0, 7\), got 7 at 1"),
     ("block_attention", 5, [5, 9], r"kv_lens: expected in \[0, 9\), got 9 at 1"),
     ("block_attention", 5, [-1, 0], "kv_lens: expected in"),
@@ -379,6 +412,7 @@ def test_indices_are_checked(name: str, place: int, value: Any, said: str) -> No
 def test_indices_are_checked_under_compile(name: str, place: int, value: Any, said: str) -> None:
     call = copied(examples(torch.float32)[name])
     call[place] = torch.tensor(value, dtype=call[place].dtype) if isinstance(value, list) else value
+    torch._dynamo.reset()
     run = torch.compile(lambda *a: op_of(name)(*a), fullgraph=True, backend="aot_eager")
     with pytest.raises(OF_AN_OP, match=said):
         run(*call)

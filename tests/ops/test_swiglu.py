@@ -112,7 +112,7 @@ def test_bad_arguments_are_named(gate, up, message) -> None:
 
 def test_a_direct_call_out_of_bounds_is_refused() -> None:
     """torch.ops keeps memory safe whoever calls."""
-    with pytest.raises(OF_AN_OP, match="up: expected size 9"):
+    with pytest.raises(OF_AN_OP, match=r"up: expected float32 \(9, 16\), got float32 \(8, 16\)"):
         torch.ops.dparallel.swiglu(torch.zeros(9, 16), torch.zeros(8, 16))
     with pytest.raises(OF_AN_OP, match="gate: expected float32, bfloat16 or float16"):
         torch.ops.dparallel.swiglu(torch.zeros(9, 16).double(), torch.zeros(9, 16).double())
