@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,38 @@ def test_policies_are_checked_before_anything_is_decoded():
         next(iter(sweeping.sweep(["builtin:teacher"], [rule])))
     with pytest.raises(ValueError, match=r"policy: expected a text.*Credit.*rules\.KINDS"):
         evaluate.evaluate("builtin:teacher", rule)
+
+
+@pytest.mark.parametrize(
+    ("policies", "settings", "said"),
+    [
+        (["one"], {"drafters": ["plain", "nowhere"]}, "drafter: expected a Drafter, a name"),
+        (["one"], {"drafters": ["plain", "builtin:teacher/"]}, "drafter: no directory builtin:teacher/"),
+        (["one"], {"drafters": ["plain", "jump_forward"]}, "drafter: jump_forward drafts along the form"),
+        (["one"], {"drafters": ["plain", "self"]}, "drafter: "),
+        (["one", {"rule": "one", "cache": "block"}], {}, 'cache: expected "none", "prefix" or "dual"'),
+        (["one", {"rule": "entropy:0.5", "draft_size": 3}], {}, "draft_size: needs a fixed number of tokens"),
+        (["one", "edit+confidence:0.9"], {}, "rule: Edit decides without a policy row"),
+        (
+            ["one", {"rule": "one", "active_blocks": 2}],
+            {},
+            "active_blocks: several need a threshold or a rule",
+        ),
+        (["one", {"verifier": "nowhere"}], {}, "verifier: 'nowhere' is neither one of"),
+        (["one"], {"chat": True}, "chat: the checkpoint 'builtin:teacher' has no chat template"),
+    ],
+)
+def test_what_does_not_fit_a_model_is_named_before_anything_is_measured(
+    policies: list[Any], settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Of every model: the last may be hours behind the first."""
+    measured = list[str]()
+    for name in ("evaluate", "evaluate_drafter", "evaluate_adaptive"):
+        monkeypatch.setattr(sweeping, name, lambda model, *_, **__: measured.append(model))
+    models = ["builtin:teacher", "builtin:causal"]
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
+        list(sweeping.sweep(models, policies, problems=1, **settings))
+    assert not measured
 
 
 def test_results_of_an_earlier_run_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):

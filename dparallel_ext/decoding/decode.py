@@ -20,7 +20,7 @@ from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
 from .sequence import whole_length
-from .settings import check_model, check_settings, make_settings, vocabulary
+from .settings import OfModel, Settings, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -188,21 +188,11 @@ def start(
     Raises ValueError naming the argument that does not fit.
     """
     model = for_decoding(model)
-    of_model = check_model(config, model, "none")
-    settings = make_settings(config, model, of_model.cache, len(prompts))
     check_call(model)
+    of_model, settings, guesses = checked(model, config, len(prompts), draft_size)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
     mask_id, block_length = of_model.mask_id, of_model.schedule.block_length
-    check_settings(model, settings, of_model)
-    if config.active_blocks > 1 and any(setting.one_block for setting in settings):
-        raise ValueError(
-            "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
-            f"response, got {config.active_blocks}"
-        )
-    kind: Any = Batch
-    if guesses := states_to_guess(draft_size, of_model.schedule):
-        check_draft(settings, of_model.schedule)
-        kind = functools.partial(SelfSpeculation, draft_size=guesses)
+    kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:
@@ -228,6 +218,28 @@ def start(
     for lane, (prompt, count, setting, columns) in enumerate(each):
         batch.admit(lane, prompt, count, setting, masked=columns)
     return batch
+
+
+def checked(
+    model: Any, config: DecodeConfig, size: int, draft_size: int | None = None
+) -> tuple[OfModel, list[Settings], int]:
+    """The cache mode and the like of a model under a config, the settings of `size` sequences, and the number
+    of states that self-speculation guesses.
+
+    The model may be one of `models.as_stored`. Raises ValueError naming the argument that does not fit.
+    """
+    of_model = check_model(config, model, "none")
+    settings = make_settings(config, model, of_model.cache, size)
+    check_settings(model, settings, of_model)
+    if config.active_blocks > 1 and any(setting.one_block for setting in settings):
+        raise ValueError(
+            "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
+            f"response, got {config.active_blocks}"
+        )
+    guesses = states_to_guess(draft_size, of_model.schedule)
+    if guesses:
+        check_draft(settings, of_model.schedule)
+    return of_model, settings, guesses
 
 
 def masks(prompt: Tensor, mask_id: int) -> list[int]:

@@ -227,20 +227,22 @@ class Loading:
     def dtype_for(self, name: str) -> torch.dtype:
         """The dtype that a model has once it is loaded, by the headers of its files. Raises as `load`."""
         dtype = _dtype_at(name, models.device_of(self.device), self.dtype)
-        return dtype or self._stored(name).dtype
+        return dtype or self.stored(name).dtype
 
     def weights(self, name: str) -> dict[str, Any]:
         """`weights_of` a model once it is loaded. Raises as `load`."""
         return {"dtype": _dtype_name(self.dtype_for(name)), "fp8": self.fp8}
 
-    def conditions(self, name: str) -> dict[str, Any]:
-        """`conditions_of` a model once it is loaded. Raises as `load`."""
-        device, mask_id = models.device_of(self.device).type, self._stored(name).mask_id
-        return {"device": device, "mask_id": mask_id, **self.weights(name)}
-
-    def _stored(self, name: str) -> models.Model:
+    def stored(self, name: str) -> models.Model:
+        """`models.as_stored` of a model, by which options can be checked before it is loaded. Raises as
+        `load`."""
         with naming("model", "path"):
             return models.as_stored(directory_of(name), mask_id=self.mask_id)
+
+    def conditions(self, name: str) -> dict[str, Any]:
+        """`conditions_of` a model once it is loaded. Raises as `load`."""
+        device, mask_id = models.device_of(self.device).type, self.stored(name).mask_id
+        return {"device": device, "mask_id": mask_id, **self.weights(name)}
 
 
 def weights_of(model: models.Model) -> dict[str, Any]:
@@ -259,12 +261,33 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_verifier(name: str) -> None:
-    """Raise FileNotFoundError or ValueError unless `name` is an autoregressive model, by its config alone."""
+def check_verifier(name: str, model: str | None = None) -> None:
+    """Raise FileNotFoundError or ValueError unless `name` is an autoregressive model, by its config alone;
+    and, where a model is named, if an id that both have is another token in each."""
     with naming("verifier", "model"):
         causal = is_causal(name)
     if not causal:
         raise ValueError(f"verifier: expected an autoregressive model, got {name}, a diffusion model")
+    if model is not None:
+        directories = directory_of(name), directory_of(model)
+        sizes = (models.config_of(directory)[1].embedding_size for directory in directories)
+        with naming("model", "path"):
+            tokenizers = map(tokenizer.load, directories)
+            check_tokens(name, min(sizes), *tokenizers)
+
+
+def check_tokens(name: str, shared: int, of_verifier: Any, of_model: Any) -> None:
+    """Raise ValueError if an id below `shared` is another token in the verifier's tokenizer than in the
+    model's. name: the verifier's."""
+    theirs, ours = (
+        {id: token for token, id in each.get_vocab().items() if id < shared}
+        for each in (of_verifier, of_model)
+    )
+    for id in sorted(theirs.keys() & ours.keys()):
+        if theirs[id] != ours[id]:
+            raise ValueError(
+                f"verifier: token {id} of {name} is {theirs[id]!r}, and the model's is {ours[id]!r}"
+            )
 
 
 def load_drafter(name: str | None, device: torch.device, dtype: torch.dtype) -> speculation.Drafter | None:
@@ -290,13 +313,5 @@ def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
     with naming("verifier", "model"):
         verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
-    theirs, ours = (
-        {id: token for token, id in each.get_vocab().items() if id < shared}
-        for each in (verifier_tokenizer, known)
-    )
-    for id in sorted(theirs.keys() & ours.keys()):
-        if theirs[id] != ours[id]:
-            raise ValueError(
-                f"verifier: token {id} of {name} is {theirs[id]!r}, and the model's is {ours[id]!r}"
-            )
+    check_tokens(name, shared, verifier_tokenizer, known)
     return verifier

@@ -14,6 +14,8 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.arguments import temperature_in_force
 from dparallel_ext.decoding.config import DEFAULTS
+from dparallel_ext.decoding.decode import checked
+from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.rules import ONE
 from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
 
@@ -82,6 +84,15 @@ def sweep(
         without: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
         causal_config = config.replace(**without)
     of_policies = None if any(causal for _, causal in models) else draft_size
+    drafters = list(drafters)
+    for name, causal in models:  # before the first measurement, which may take hours
+        of_name = replace(loading, mask_id=None) if causal else loading
+        if causal:
+            _check_drafters(name, drafters, causal_config, of_name)
+        else:
+            _check_policies(name, entries, config, of_policies, of_name)
+        asked.length(name)
+        registry.template_of(name, chat)
     for name, causal in models:
         of_name = replace(loading, mask_id=None) if causal else loading
         conditions = of_name.conditions(name)
@@ -96,6 +107,42 @@ def sweep(
             yield from _drafted(name, drafters, *fixed, results, of_name, conditions, shared)
         else:
             yield from _by_policy(name, entries, config, of_policies, results, of_name, conditions, shared)
+
+
+def _check_policies(
+    name: str,
+    entries: Iterable[Fields],
+    config: dx.DecodeConfig,
+    draft_size: int | None,
+    loading: registry.Loading,
+) -> None:
+    """Raise ValueError or FileNotFoundError for an entry that does not fit the model, which is not loaded."""
+    stored = loading.stored(name)
+    for entry in entries:
+        if "verifier" in entry:
+            registry.check_verifier(str(entry["verifier"]), name)
+        else:
+            size: Any = entry.get("draft_size", draft_size)
+            checked(stored, _with_entry(config, entry), 1, size)
+
+
+def _check_drafters(
+    name: str, drafters: Iterable[str], config: dx.DecodeConfig, loading: registry.Loading
+) -> None:
+    """The same for the drafters of an autoregressive model."""
+    stored = loading.stored(name)
+    make_settings(config, stored, "none", 1)
+    for drafter in drafters:
+        check_named(drafter)
+        if drafter != PLAIN:
+            loaded = registry.load_drafter(drafter, stored.device, loading.dtype_for(name))
+            if loaded is not None:
+                loaded.check(stored)
+
+
+def _with_entry(config: dx.DecodeConfig, entry: Fields) -> dx.DecodeConfig:
+    """The config of a row: `config` with the fields of the entry."""
+    return config.with_rule(str(entry["rule"])).replace(**without(entry, "draft_size"))
 
 
 def _by_policy(
@@ -128,7 +175,7 @@ def _by_policy(
             continue
         text = str(entry["rule"])
         size: Any = entry.get("draft_size", draft_size)
-        of_row = config.with_rule(text).replace(**without(entry, "draft_size"))
+        of_row = _with_entry(config, entry)
         changed = changed_fields(of_row)
         asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
         row = known.get(_key(asked))
