@@ -509,6 +509,18 @@ def test_no_run_writes_over_the_checkpoint_that_it_reads(adapter: Path, answers:
     assert before == {file: file.read_bytes() for file in (*base.iterdir(), *causal.iterdir())}
 
 
+def test_no_checkpoint_is_merged_into_an_adapter_s_directory(adapter: Path, tmp_path: Path):
+    """Which would be an adapter to some readers, and a checkpoint to others."""
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").touch()
+    for out in (own, tmp_path / "other"):
+        before = sorted(out.iterdir())
+        with pytest.raises(ValueError, match="out: expected a directory without an adapter's files, got"):
+            adapters.merge(own, out)
+        assert sorted(out.iterdir()) == before
+
+
 def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in [^ ]*$"):
         adapters.merge(tmp_path, tmp_path / "out")

@@ -57,6 +57,10 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
     return adapted
 
 
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""An adapter's files, by which a directory is taken for one."""
+
+
 def merge(
     adapter: str | Path, out: str | Path, *, model: str | None = None, mask_id: int | None = None
 ) -> Path:
@@ -66,12 +70,14 @@ def merge(
     Modules and biases that it holds whole (`modules_to_save`, `bias`) replace the base's. `model`: the base;
     default: the one that the adapter names. `mask_id`: replaces the base's.
 
-    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, or
-    another run is writing to `out`; OSError if the disk is full.
+    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, `out`
+    holds an adapter, or another run is writing there; OSError if the disk is full.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
     directory, adapter = files.possible("out", out), Path(adapter)
+    if any((directory / file).exists() for file in FILES):
+        raise ValueError(f"out: expected a directory without an adapter's files, got {directory}")
     config, tensors = _read(adapter)
     name = model or config.base_model_name_or_path
     if not name:
@@ -114,7 +120,7 @@ def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in FILES:
         if not (adapter / file).is_file():
             complete = (adapter / "config.json").is_file()
             hint = " (a whole checkpoint, with nothing to merge)" if complete else ""
