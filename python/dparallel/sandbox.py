@@ -291,8 +291,11 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
             if (size := len(made.get("text", answer))) > asked["characters"]:
                 raise ValueError(f"it made {size:,} characters, more than {asked['characters']:,}")
         except ImportError as error:
-            needed = "jinja2 3.1.6 or later" if "source" in asked else "outlines_core"
-            answer = json.dumps({"error": f"{needed} must be installed ({error})"})
+            needed, extra = (
+                ("jinja2 3.1.6 or later", "cli") if "source" in asked else ("outlines_core", "structured")
+            )
+            command = f'pip install "dparallel-ext[{extra}]"'
+            answer = json.dumps({"error": f"{needed} must be installed; {command} does it ({error})"})
         except MemoryError:
             answer = json.dumps({"error": TOO_MUCH_MEMORY})
         except Exception as error:  # whatever the template does

@@ -361,9 +361,22 @@ def test_without_jinja2_a_template_says_so(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "jinja2.py").write_text("__version__ = '3.1.5'\nnodes = None\n")
     monkeypatch.setattr(sandbox, "shared", sandbox.Sandbox())
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(ValueError, match=r"jinja2 3\.1\.6 or later must be installed"):
+    with pytest.raises(ValueError, match=r'jinja2 3\.1\.6 or later must be .*dparallel-ext\[cli\]" does'):
         sandbox.shared.compile("x")
     sandbox.shared.close()
+
+
+def test_without_outlines_core_a_form_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outlines_core.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    process, said = (
+        sandbox.Sandbox(),
+        r'outlines_core must be .* pip install "dparallel-ext\[structured\]" does',
+    )
+    for ask in (process.pattern_of, process.automaton_of):
+        with pytest.raises(ValueError, match=said):
+            ask("{}")
+    process.close()
 
 
 def test_a_sandbox_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
