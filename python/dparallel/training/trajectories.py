@@ -26,11 +26,11 @@ from dparallel_ext.arguments import check_fields, token_ids, whole
 from dparallel_ext.decoding.decode import progress_bar
 
 from .. import files, registry
-from ..checkers import Checker, checker_of
+from ..checkers import checker_of
 from ..configs import POLICY, parse_policy
 from ..evaluate import kept_of
 from ..problems import Prompt, digest_of
-from ..text import Encoder, Template
+from ..text import Encoder
 from ..toy import tasks
 
 SETTINGS = "settings.json"
@@ -120,7 +120,7 @@ def generate(
         importlib.import_module("pyarrow.parquet")  # a missing package fails before anything is decoded
     parse_policy(settings.policy)
     registry.dtype_of(settings.dtype)
-    checker = checker_of(settings.checker)
+    checker_of(settings.checker)
     if settings.block_length is None:
         of_model = (
             dx.models.traits(loaded[0]).block_length or 32
@@ -131,10 +131,10 @@ def generate(
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
-    config = settings.config
+    _ = settings.config  # which names a setting that does not fit
     directory = files.directory("out", out)
     with files.locked("out", directory):
-        _generate(directory, prompts, settings, config, checker, template, batch, device, loaded, progress)
+        _generate(directory, prompts, settings, batch, device, loaded, progress)
     return directory
 
 
@@ -142,9 +142,6 @@ def _generate(
     directory: Path,
     prompts: list[Prompt],
     settings: Settings,
-    config: dx.DecodeConfig,
-    checker: Checker,
-    template: Template | None,
     batch: int,
     device: str | None,
     loaded: tuple[Any, Any] | None,
@@ -168,7 +165,9 @@ def _generate(
     model, tokenizer = loaded or loading.load(settings.model)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
+    template = registry.template_of(settings.model, True) if settings.chat else None
     encode = registry.encoder_of(settings.model, model, tokenizer, template, settings.gen_length)
+    config, checker = settings.config, checker_of(settings.checker)
     total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
     name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
     bar = progress_bar(progress, total, name, "prompt", initial=total - left, position=rank)
