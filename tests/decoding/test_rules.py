@@ -566,22 +566,29 @@ def test_what_a_rule_remembers_begins_anew_with_each_sequence(llada: models.Mode
             assert done.nfe == 16
 
 
-def test_a_pass_that_fails_leaves_what_a_rule_remembers(llada: models.Model) -> None:
-    """One request's NaN makes the engine run the pass again by itself; no credit is counted twice."""
-    rule = Credit()
-    alone = dx.decode(llada, PROMPTS[0], gen_length=24, cache="dual", block_length=8, rule=rule)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_pass_that_fails_leaves_everything_as_it_was(llada: models.Model, batch_invariant: bool) -> None:
+    """One request's error makes the engine run the pass again for each by itself: nothing is remembered,
+    committed or counted twice, though the others' part of the pass was done."""
 
     def bad(stats: dx.RowStats, masked: Tensor, step: Tensor) -> Tensor:
         if int(step.max()) > 3:
             raise RuntimeError("on purpose")
         return torch.zeros_like(masked)
 
-    with dx.Engine(llada, cache="dual", block_length=8, lanes=2) as engine:
-        first = engine.submit(PROMPTS[0], gen_length=24, rule=rule)
-        second = engine.submit(PROMPTS[1], gen_length=24, rule=bad)
-        assert first.result(30).tokens == alone.responses[0].tolist()
+    settings: dict[str, Any] = {"cache": "dual", "block_length": 8, "batch_invariant": batch_invariant}
+    ways: list[dict[str, Any]] = [{"rule": Counts()}, {"rule": Credit()}, {}]
+    with dx.Engine(llada, lanes=4, **settings) as engine:
+        handles = [engine.submit(PROMPTS[0], gen_length=24, **way) for way in ways]
+        failing = engine.submit(PROMPTS[1], gen_length=24, rule=bad)
+        for way, handle in zip(ways, handles, strict=True):
+            alone = dx.decode(llada, PROMPTS[0], gen_length=24, **settings, **way)
+            assert handle.result(30).tokens == alone.responses[0].tolist()
+            assert handle.result().nfe == int(alone.nfe)
         with pytest.raises(RuntimeError, match="on purpose"):
-            second.result(30)
+            failing.result(30)
+    if batch_invariant:
+        assert engine.stats.forwards == sum(handle.result().nfe for handle in handles) + 3
 
 
 def test_a_block_that_another_begins_cannot_be_edited() -> None:
