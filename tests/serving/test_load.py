@@ -9,6 +9,8 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -16,6 +18,7 @@ import pytest
 import torch
 from asking import BLOCK, EOS, MODEL, PAGE, PROMPTS, VOCABULARY, chat, exchange, head, talk, until
 from dparallel import text
+from dparallel.serving.metrics import Metrics
 from openai import AsyncOpenAI, OpenAI
 
 import dparallel_ext as dx
@@ -183,6 +186,26 @@ def decoded_together(model: Any, tokenizer: Any) -> list[str]:
     ids = [torch.tensor(tokenizer.encode(prompt).ids) for prompt in PROMPTS]
     out = dx.decode(model, ids, gen_length=64, block_length=BLOCK, cache="dual", threshold=0.5, eos_id=EOS)
     return [tokenizer.decode(response.tolist()) for response in out.responses]
+
+
+def test_metrics_of_requests_and_the_wait_that_follows() -> None:
+    """Of each request the mean counts the seconds in its lane, by a sixteenth."""
+    stats = dict.fromkeys((each.name for each in fields(dx.EngineStats)), 0)
+    shared = Metrics()
+    engines = {
+        name: SimpleNamespace(stats=dx.EngineStats(**stats | {"waiting": waiting, "active": active}))
+        for name, waiting, active in (("a", 3, 2), ("b", 0, 0), ("c", 1000, 1))
+    }
+    a, b, c = (shared.add(name, engine) for name, engine in engines.items())  # type: ignore[arg-type]
+    done = dx.Completion(
+        [1] * 6, "length", 4, 4, prompt_length=1, reused=0, seconds_waiting=16.0, seconds=33.0
+    )
+    a.finished(done, 6)
+    assert a.mean == 2.0
+    assert (a.wait(), b.wait(), c.wait(), shared.wait()) == (4, 1, 60, 60)
+    for name, value in (("request_seconds", 33), ("waiting_seconds", 16), ("tokens_per_pass", 1.5)):
+        assert shared.registry.get_sample_value(f"dparallel_{name}_sum", {"model": "a"}) == value
+    assert shared.registry.get_sample_value("dparallel_waiting", {"model": "c"}) == 1000
 
 
 def test_metrics(served: Served, client: OpenAI) -> None:

@@ -165,6 +165,40 @@ def test_a_setting_that_transformers_renamed_has_either_name(name: str, monkeypa
     assert there.gradient_checkpointing_kwargs == {"debug": True}
 
 
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path):
+    contents = {"9": '{"global_step": 9}', "10": '{"global_step": 10}', "11": '{"global_', "x": "{}"}
+    contents["12"] = contents["10"]  # a copy, which is none of step 12
+    for number, content in contents.items():
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(content)
+    (tmp_path / "checkpoint-13").mkdir()
+    assert distill.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert distill.kept(tmp_path) == "checkpoint-10"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_cpu_trains_in_16_bits_where_that_is_fast(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(distill.backends, "fast_bfloat16", lambda *_: fast)
+    recipe = distill.Recipe("builtin:teacher", {"bf16": True, "use_cpu": True})
+    assert distill.arguments(recipe, tmp_path).bf16 == fast
+
+
+def test_a_dry_run_counts_the_rows_and_passes_of_a_micro_batch():
+    training = {"per_device_train_batch_size": 4, "use_cpu": True, "max_steps": 1}
+    recipe = distill.Recipe("builtin:teacher", training, collator={"total_length": 100})
+    plan = distill.plan(recipe)
+    shape = registry.load("builtin:teacher")[0].shape
+    rows = 2 * 4 * 100  # both views
+    expected = rows * (2 * 2 * shape.embedding_size + 2 * shape.width)
+    assert (plan["tokens per sequence"], plan["bytes per process"]["loss"]) == (100, expected)
+    assert plan["forward equivalents per micro-batch"] == 3
+    for more, passes in (({"gradient_accumulation_steps": 2}, 4), ({"gradient_checkpointing": True}, 4)):
+        plan = distill.plan(replace(recipe, training=training | more))
+        assert plan["forward equivalents per micro-batch"] == passes
+
+
 @pytest.mark.parametrize("epochs", [0.3, 1.5, 2])
 def test_a_dry_run_counts_the_trainer_s_steps(epochs: float, tmp_path: Path):
     training = {"num_train_epochs": epochs, "per_device_train_batch_size": 8, "use_cpu": True}
