@@ -324,6 +324,27 @@ def test_collator_pads_with_eos_as_published_or_out_of_sight():
 
 
 @pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([5, 5, 6, 7, 1, 8, 9, 6, 6], [5, 5, 6, 7, 1, 1, 1, 1]),  # the end is the first token of a block
+        ([5, 5, 6, 2, 7, 8, 9, 6], [5, 5, 6, 2]),
+        ([5, 1, 2, 8, 9], [5, 1, 2, 1]),  # an end in the prompt is none
+        ([5, 5, 6, 7, 8], [5, 5, 6, 7, 8]),
+        ([5, 5], [5, 5]),
+    ],
+)
+def test_what_a_block_causal_model_wrote_behind_its_end_is_not_learned(ids: list[int], kept: list[int]):
+    row = {"input_ids": ids, "prompt_length": 2, "index": 0}
+    of_blocks = Collator(1, ends=(1, 2), block_length=4)
+    batch = of_blocks([row])
+    assert batch["input_ids"].tolist() == [kept]
+    assert batch["lengths"].tolist() == [len(kept)]
+    padded = replace(of_blocks, total_length=10)([row])["input_ids"][0].tolist()
+    assert padded == kept + [1] * (10 - len(kept))
+    assert Collator(1, ends=(1, 2))([row])["input_ids"].tolist() == [ids]  # sees all of its response
+
+
+@pytest.mark.parametrize(
     ("checker", "answer", "response", "right"),
     [
         ("hashes", "7", "so 3 + 4 = 7 #### 7", True),

@@ -55,7 +55,7 @@ class Recipe:
 SECTIONS: dict[str, set[str] | None] = {
     "training": None,  # `arguments` checks them
     "trajectories": {f.name for f in fields(trajectories.Settings)},
-    "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id"},
+    "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id", "ends", "block_length"},
     "lora": None,
     "architecture": None,
 }
@@ -271,6 +271,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     eos = model.eos_id
     if eos is None:
         raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
+    collator = replace(collator, eos_id=eos, ends=tuple(model.eos_ids), block_length=model.block_length)
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
         model = adapters.with_lora(model, recipe.lora, str(source))
@@ -279,7 +280,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=replace(collator, eos_id=eos),
+            data_collator=collator,
             processing_class=files.Companions(source),
         )
     except RuntimeError as error:

@@ -405,12 +405,19 @@ class Collator:
     the prompt (LLaDA: 384) or to `response_length` without it (Dream: 256). Rows that still are shorter than
     others get padding that no position sees.
 
+    ends, block_length: of a block-causal model, which is decoded block by block and stops. A row ends with
+    the block (from column 0 on) that holds its response's first token of `ends`, and in that block EOS
+    follows: what such a model wrote behind its end is no text to learn. A bidirectional model sees its whole
+    response, fills it with EOS itself, and has no `block_length` here.
+
     Raises ValueError for both lengths, or one below 1; called, for a row without these fields.
     """
 
     eos_id: int
     total_length: int | None = None
     response_length: int | None = None
+    ends: tuple[int, ...] = ()
+    block_length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("total_length", "response_length"):
@@ -431,6 +438,8 @@ class Collator:
             ids = token_ids("input_ids", row["input_ids"])
             target = len(ids)
             prompt = whole("prompt_length", row["prompt_length"], 0, target)
+            ids = self._ended(ids, prompt)
+            target = len(ids)
             if self.total_length is not None:
                 target = self.total_length
             elif self.response_length is not None:
@@ -445,3 +454,11 @@ class Collator:
             "lengths": torch.tensor([len(ids) for ids in sequences]),
             "index": torch.tensor(index),
         }
+
+    def _ended(self, ids: Tensor, prompt: int) -> Tensor:
+        """The ids (T,) of a row, without what follows the block of its end."""
+        if self.block_length is None:
+            return ids
+        kept = prompt + kept_of(ids[prompt:].tolist(), self.ends) + 1  # with the end
+        whole_blocks = -(-kept // self.block_length) * self.block_length
+        return ids[:whole_blocks].masked_fill(torch.arange(len(ids[:whole_blocks])) >= kept, self.eos_id)
