@@ -110,6 +110,14 @@ def test_the_schedule_shares_steps_out(llada) -> None:
     assert many.forwards == 20  # never a pass that commits nothing
 
 
+def test_the_fewest_commits_count_above_a_quota(llada) -> None:
+    """And no pass is issued that they make needless."""
+    settings = {"gen_length": 16, "block_length": 8, "selector": "quota", "min_commit": 3}
+    out = dx.decode(llada, PROMPTS, threshold=1, **settings)
+    assert out.nfe.tolist() == [6, 6, 6]
+    assert torch.equal(out.sequences, dx.decode(llada, PROMPTS, threshold=3, **settings).sequences)
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_lengths_that_do_not_divide(llada, dream, cache: str) -> None:
     for model in (llada, dream):

@@ -274,6 +274,67 @@ class Backtrack(Rule):
         return Decision(where.masked & (stats.confidence >= self.likely), remask=p < self.back)
 
 
+@dataclass(frozen=True)
+class Doubtful(Backtrack):
+    """Takes back one token a pass; `also`: and asks to replace that very token."""
+
+    also: bool = False
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        commit, _, _, back, _ = super().decide(stats, where, state)
+        assert commit is not None
+        assert back is not None
+        back = back & where.decoded & (commit.sum(1, keepdim=True) > 1)
+        one = back & (back.cumsum(1) == 1)
+        return Decision(commit, remask=one, edit=one if self.also else None)
+
+
+def test_a_token_that_is_taken_back_is_not_replaced(llada: models.Model) -> None:
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "record": True}
+
+    def decode(back: float, also: bool = False) -> dx.DecodeOutput:
+        return dx.decode(llada, PROMPTS, rule=Doubtful(likely=0.8, back=back, also=also), **settings)
+
+    out, both, never = decode(0.9), decode(0.9, also=True), decode(0.0)
+    assert not torch.equal(out.trajectory.step, never.trajectory.step)
+    assert torch.equal(both.sequences, out.sequences)
+    assert torch.equal(both.trajectory.step, out.trajectory.step)
+
+
+def test_edits_thresholds_are_strict() -> None:
+    """As published: what is exactly as probable as a threshold is neither committed nor edited."""
+
+    def model(ids: Tensor) -> SimpleNamespace:
+        logits = torch.full((*ids.shape, 10), -math.inf)
+        low = 3 if bool((ids == 9).any()) else 6
+        logits[..., low : low + 2] = 0.0  # each has the probability 0.5
+        return SimpleNamespace(logits=logits)
+
+    for bar, passes, token in ((0.5, 5, 3), (0.49, 3, 6)):
+        out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, rule=Edit(bar, bar))
+        assert (out.responses[0].tolist(), int(out.nfe)) == ([token] * 4, passes)
+
+
+@dataclass(frozen=True)
+class Writes(Rule):
+    """Writes one token into every mask and over every decoded token."""
+
+    written: int
+
+    reads, edits = "block", 2
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        return Decision(where.masked, torch.full_like(stats.token, self.written), where.decoded)
+
+
+@pytest.mark.parametrize("written", [MASK, -1, 600, 5])
+def test_an_edit_to_an_impossible_token_leaves_what_is_there(llada: models.Model, written: int) -> None:
+    """And of the masks the most confident is committed, as without a rule."""
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "suppress": [5]}
+    out = dx.decode(llada, PROMPTS, rule=Writes(written), **settings)
+    assert torch.equal(out.sequences, dx.decode(llada, PROMPTS, **settings).sequences)
+
+
 @pytest.mark.parametrize("edits", [1, 4])
 @pytest.mark.parametrize("by", [0.6, 1.0])
 def test_remasking_is_its_loop(llada: models.Model, by: float, edits: int) -> None:

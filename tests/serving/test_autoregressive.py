@@ -103,6 +103,8 @@ def test_answers_are_what_speculate_says(client: OpenAI, loaded: tuple[Any, Any]
     for _ in range(2):
         again = ask(client, " ".join(PROMPTS[:3]), max_tokens=1)
     assert again.usage.prompt_tokens_details.cached_tokens >= 8
+    thrice = ask(client, " ".join(PROMPTS[:3]), max_tokens=1, n=3)  # a prompt counts once
+    assert thrice.usage.prompt_tokens_details == again.usage.prompt_tokens_details
     chat = client.chat.completions.create(
         model="causal", messages=[{"role": "user", "content": PROMPTS[0]}], max_tokens=24
     )

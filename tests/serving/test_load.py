@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import fields
 from types import SimpleNamespace
@@ -210,12 +212,18 @@ def test_metrics_of_requests_and_the_wait_that_follows() -> None:
 
 def test_metrics(served: Served, client: OpenAI) -> None:
     before, usage = served.metrics(), chat(client).usage
+    for path in ("nowhere", "v1/models/none"):  # counted together, so that no client makes up labels
+        with pytest.raises(urllib.error.HTTPError, match=r"40[14]"):
+            urllib.request.urlopen(f"{served.url}/{path}")
     after = served.metrics()
 
     def more(name: str) -> float:
         return after[name] - before.get(name, 0)
 
     assert more("dparallel_http_requests_total{/v1/chat/completions,200}") == 1
+    refused = [name for name in after if name.startswith("dparallel_http_requests_total{other,40")]
+    assert sum(map(more, refused)) == 2
+    assert not any("nowhere" in name for name in after)
     assert more("dparallel_completed_total") == 1
     assert more("dparallel_tokens_total") == usage.completion_tokens
     assert more("dparallel_prompt_tokens_total") == usage.prompt_tokens

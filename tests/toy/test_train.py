@@ -67,6 +67,22 @@ def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
 
+def test_the_autoregressive_objective_is_the_cross_entropy_up_to_the_first_eos(monkeypatch: Any):
+    """With it, and without the EOS that fills the rows up; in float32 on every machine."""
+    monkeypatch.setattr(train.backends, "fast_bfloat16", lambda *_: False)
+    torch.manual_seed(0)
+    model = dx.models.Qwen3(train.causal_config(TINY))
+    train.initialise(model)
+    ids, prompt = train.batch_of(TINY, 0)
+    eos = tasks.vocabulary().index(tasks.EOS)
+    with torch.no_grad():
+        logp = model(ids).logits.log_softmax(-1)
+        ends = [row.tolist().index(eos) for row in ids]
+        each = [-logp[b, at - 1, ids[b, at]] for b, end in enumerate(ends) for at in range(prompt, end + 1)]
+        loss = train.next_token_loss(model, ids, prompt, eos)
+    assert float(loss) == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
+
+
 def test_rates_rise_stay_and_fall():
     rates = [loop.learning_rate(step, steps=20, warmup=4, decay=0.25) for step in range(20)]
     assert rates == [0.25, 0.5, 0.75, *[1.0] * 13, 0.8, 0.6, 0.4, 0.2]

@@ -352,10 +352,14 @@ def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):
 
 def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_path: Path):
     recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 1})
+    shortest = min(prompt for _, prompt, _ in trajectories.Trajectories(answers).bounds)
     for changes, said in (
         ({"collator": {"total_length": -3}}, "total_length: expected a whole number >= 1, got -3"),
         ({"collator": {"total_length": "40"}}, "total_length: expected a whole number"),
-        ({"collator": {"total_length": 2}}, "total_length: expected more tokens than the shortest prompt"),
+        (
+            {"collator": {"total_length": shortest}},
+            "total_length: expected more tokens than the shortest prompt",
+        ),
         ({"collator": {"response_length": 0}}, "response_length: expected a whole number >= 1, got 0"),
         ({"collator": {"total_length": 90, "response_length": 9}}, "expected one of them, got 90 and 9"),
         ({"lora": {**LORA, "alpha": 8}}, r"lora: no setting \['alpha'\] in peft.LoraConfig"),

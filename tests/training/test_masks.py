@@ -67,6 +67,7 @@ def test_blocks_and_ratios_have_their_laws() -> None:
     assert float(shares(0.25).std()) > 0.05  # every row draws its own
     assert float(shares(1.0).min()) == 1.0
     assert float(shares(0.0, eps=0.0).max()) == 0.0
+    assert float(shares(0.0, eps=1.0).min()) == 1.0
     each = shares(torch.linspace(0, 1, 400))
     assert float(each[:100].mean()) == pytest.approx(0.125, abs=0.04)
     assert float(each[300:].mean()) == pytest.approx(0.875, abs=0.04)
