@@ -413,9 +413,9 @@ def _rule(config: DecodeConfig) -> tuple[Rule | None, dict[str, Any]]:
         raise ValueError(f"rule: expected a Rule, its name or a function, got {got}")
     if rule is not None:
         check_rule(rule)
-    if rule is not None and rule.alone and (names := _non_default(row)):
-        kind = "a function" if isinstance(rule, FunctionRule) else type(rule).__name__
-        raise ValueError(f"rule: {kind} decides without a policy row, so give it without {names[0]}")
-    if rule is not None and rule.greedy and temperature_in_force(config.temperature) > 0:
-        raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
+        if rule.alone and (names := _non_default(row)):
+            kind = "a function" if isinstance(rule, FunctionRule) else type(rule).__name__
+            raise ValueError(f"rule: {kind} decides without a policy row, so give it without {names[0]}")
+        if rule.greedy and temperature_in_force(config.temperature) > 0:
+            raise ValueError(f"temperature: {type(rule).__name__} commits tokens of its own, so expected 0")
     return rule, row

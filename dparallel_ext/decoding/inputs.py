@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -82,7 +81,6 @@ class InputPacker:
         """Windows of a sequence, and how many of its blocks may be open."""
         self.static_shapes = padding.runs_ahead(self.tokens.device)
         """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
-        self._graph_bucket = functools.partial(padding.graph_bucket, recorded=padding.recorded_rows(model))
         self._pad_to = padding.row_padding(model) if isinstance(model, Model) else None
 
     def pack(
@@ -246,9 +244,9 @@ class InputPacker:
     def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Idle lanes whose logits are computed for nothing, so that the number of sequences takes few
         values."""
-        if not self.static_shapes or not isinstance(self.model, Model):
+        if not self.static_shapes or self._pad_to is None:
             return set()
-        sequences = self._graph_bucket(len(work) * reach) // max(1, reach)
+        sequences = self._pad_to(len(work) * reach) // max(1, reach)
         idle = [b for b in range(lanes) if b not in work]
         return set(idle[: max(0, sequences - len(work))])
 

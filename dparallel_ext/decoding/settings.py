@@ -177,13 +177,12 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     ends = {(setting.eos_id, setting.stop) for setting in settings}
     for eos_id, stop in ends:
         check_ends(() if eos_id is None else (eos_id,), stop, vocabulary(model), of_model.mask_id)
-    for setting in settings:
-        if setting.rule is not None and setting.rule.edits and schedule.handed_over:
-            raise ValueError(
-                f"rule: {type(setting.rule).__name__} edits, which does not go with {type(model).__name__}: "
-                "its blocks are begun by the block before"
-            )
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
+        if rule.edits and schedule.handed_over:
+            raise ValueError(
+                f"rule: {type(rule).__name__} edits, which does not go with {type(model).__name__}: its "
+                "blocks are begun by the block before"
+            )
         if schedule.known_first and rule.reads != "masked":
             raise ValueError(
                 f"rule: {type(rule).__name__} reads more than the masks of its window, which does not go "

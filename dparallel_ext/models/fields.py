@@ -25,7 +25,7 @@ class Field:
     """The values that a key of a config.json may have: null, or a value of its kind within bounds."""
 
     kind: type
-    """int, float, bool (or 0 and 1) or dict."""
+    """int, float, bool (also as 0 or 1) or dict."""
     default: Any = ...
     """The value if the key is missing or null; ...: it must not be."""
     least: float = 1
@@ -61,7 +61,8 @@ NO = Field(bool, False)
 
 
 def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | None = None) -> dict[str, Any]:
-    """The values of the table's keys. Raises ValueError naming a key that is missing or not of its kind.
+    """The values of the table's keys, each of its kind, or None. Raises ValueError naming a key that is
+    missing or not of its kind.
 
     within: the key of the config.json whose object `config` is.
     """
@@ -76,7 +77,7 @@ def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | No
             value = field.default
         elif not field.accepts(value):
             raise ValueError(f"{where}: {key}={value!r:.80}, expected {field}")
-        values[key] = float(value) if field.kind is float and value is not None else value
+        values[key] = None if value is None else field.kind(value)
     return values
 
 

@@ -90,13 +90,13 @@ class LLaDA(Model):
             vocab_size=c["vocab_size"],
             eps=c["rms_norm_eps"],
             rope_theta=c["rope_theta"],
-            rope_in_float32=bool(c["rope_full_precision"]),
-            qkv_bias=bool(c["include_qkv_bias"] or bias),
-            o_bias=bool(bias),
-            mlp_bias=bool(bias),
-            head_bias=bool(bias),
-            norm_bias=bool(bias if norm_bias is None else norm_bias),  # null: as include_bias
-            tied=bool(c["weight_tying"]),
+            rope_in_float32=c["rope_full_precision"],
+            qkv_bias=c["include_qkv_bias"] or bias,
+            o_bias=bias,
+            mlp_bias=bias,
+            head_bias=bias,
+            norm_bias=bias if norm_bias is None else norm_bias,  # null: as include_bias
+            tied=c["weight_tying"],
             logit_scale=width**-0.5 if c["scale_logits"] else 1.0,
         )
 
@@ -130,7 +130,7 @@ class LLaDAMoE(Model):
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _MOE_SUPPORTED, ("qk_layernorm",))
         c = fields.read(config, _MOE_FIELDS)
-        bias, width = bool(c["attention_bias"]), c["expert_intermediate_size"]
+        bias, width = c["attention_bias"], c["expert_intermediate_size"]
         theirs = {
             "intermediate_size": c["dense_intermediate_size"] or width,
             "rms_norm_eps": c["rms_norm_eps"],

@@ -98,9 +98,9 @@ class LLaDA2(Model):
         )
         return replace(
             shape,
-            qkv_bias=bool(c["use_qkv_bias"]),
-            o_bias=bool(c["use_bias"]),
-            qk_norm=bool(c["use_qk_norm"]),
+            qkv_bias=c["use_qkv_bias"],
+            o_bias=c["use_bias"],
+            qk_norm=c["use_qk_norm"],
             block_length=c["block_length"],
             fused_qkv=True,
             rotary_dim=None if turned == shape.head_dim else turned,

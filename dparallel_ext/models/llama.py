@@ -54,9 +54,9 @@ class Llama(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         c = fields.read(config, {"attention_bias": fields.NO, "mlp_bias": fields.NO})
-        bias = bool(c["attention_bias"])
         _refuse_forgetting(config)
-        return llama_shape(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(c["mlp_bias"]))
+        bias = c["attention_bias"]
+        return llama_shape(config, qkv_bias=bias, o_bias=bias, mlp_bias=c["mlp_bias"])
 
 
 def llama_shape(
@@ -89,7 +89,7 @@ def llama_shape(
         rope_theta=theta,
         rope_scaling=scaling,
         rope_in_float32=False,
-        tied=bool(c["tie_word_embeddings"]),
+        tied=c["tie_word_embeddings"],
         **keywords,
     )
 

@@ -52,7 +52,7 @@ class Qwen3(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
+        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
         return llama_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
@@ -77,5 +77,5 @@ def experts_of(config: Mapping[str, Any]) -> ExpertsConfig:
         raise ValueError(f"config: mlp_only_layers={dense!r:.80}, expected a list of layers")
     step, layers = c["decoder_sparse_step"], range(c["num_hidden_layers"])
     sparse = frozenset(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
-    each = c["num_experts_per_tok"], c["moe_intermediate_size"], bool(c["norm_topk_prob"])
+    each = c["num_experts_per_tok"], c["moe_intermediate_size"], c["norm_topk_prob"]
     return ExpertsConfig(count, *each, sparse)

@@ -39,6 +39,6 @@ class RND1(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         config = {**config, **{key: None for key in _FALSE_FOR_NULL if config.get(key) is False}}
-        bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
+        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
         shape = diffusion_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)
         return replace(shape, experts=experts_of(config))

@@ -190,7 +190,7 @@ def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> RopeS
         both = c["mscale"] and c["mscale_all_dim"]
         attention = scale(c["mscale"]) / scale(c["mscale_all_dim"]) if both else scale(1.0)
     original = _original(rope, config, key)
-    return Yarn(c["factor"], original, fast, slow, bool(c["truncate"]), attention)
+    return Yarn(c["factor"], original, fast, slow, c["truncate"], attention)
 
 
 def _original(rope: Mapping[str, Any], config: Mapping[str, Any], key: str) -> int:

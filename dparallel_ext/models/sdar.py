@@ -23,7 +23,7 @@ class SDAR(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        bias = bool(fields.read(config, {"attention_bias": fields.NO})["attention_bias"])
+        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
         return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 

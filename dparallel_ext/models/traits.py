@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -59,18 +59,8 @@ def traits(model: Any) -> Traits:
 
 
 def _of_family(family: type[Model], mask_id: int | None, block_length: int | None) -> Traits:
-    return Traits(
-        mask_id,
-        family.shift,
-        family.strict,
-        block_length,
-        family.sub_block_length,
-        family.causal,
-        family.block_causal_too,
-        family.aligned_blocks,
-        family.onward,
-        family.window,
-    )
+    of_class = {field.name for field in fields(Traits)} - {"mask_id", "block_length"}
+    return Traits(mask_id, block_length=block_length, **{name: getattr(family, name) for name in of_class})
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:

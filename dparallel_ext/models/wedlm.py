@@ -50,4 +50,4 @@ class WeDLM(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         c = fields.read(config, _FIELDS)
-        return llama_shape(config, qk_norm=bool(c["qk_norm"]), qkv_bias=bool(c["attention_bias"]))
+        return llama_shape(config, qk_norm=c["qk_norm"], qkv_bias=c["attention_bias"])
