@@ -74,11 +74,7 @@ class InputPacker:
         self.tokens, self.kv_cache = space.tokens, space.kv_cache
         self.shift = int(schedule.shift)
         """The logits for position p are produced at position max(p - shift, 0)."""
-        width = self.tokens.shape[1]
-        self.window, self.block = min(schedule.sub_block_length, width), min(schedule.block_length, width)
-        """Columns of the widest usual window, and of the widest block."""
-        self.blocks, self.most_open = schedule.active_blocks, schedule.most_open
-        """Windows of a sequence, and how many of its blocks may be open."""
+        self.schedule, self.windows_of_lane = schedule, schedule.active_blocks
         self.static_shapes = padding.runs_ahead(self.tokens.device)
         """Input shapes come from a small set and depend on no device results, so passes can be recorded."""
         self._pad_to = padding.row_padding(model) if isinstance(model, Model) else None
@@ -106,7 +102,7 @@ class InputPacker:
         self._put_rows(packing, rows, work, lanes, reach)
         for _, members in groups.values():
             packing.add(_by_field(self._edges(len(rows), work, members)))
-        packing.close(len(groups), 4, len(rows) * self.blocks)
+        packing.close(len(groups), 4, len(rows) * self.windows_of_lane)
         counted = self._counted(rows, work)
         packing.add(_by_field(counted))
         packing.close(2, len(counted))
@@ -182,13 +178,13 @@ class InputPacker:
         """
         policy: list[float] = []
         progress: list[tuple[int, int, int, int, int]] = []
-        keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.blocks)]
+        keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.windows_of_lane)]
         for b, row in enumerate(rows):
             windows = work[b].windows if b in work else []
             for window in windows:
                 policy += row.policy(window.block, window.must_move)
                 progress.append(row.progress(window.block))
-            for _ in range(self.blocks - len(windows)):
+            for _ in range(self.windows_of_lane - len(windows)):
                 policy += IDLE.settings.policy
                 progress.append((0, 1, 0, 0, 0))
         packing.add(_by_field(keys))
@@ -204,17 +200,17 @@ class InputPacker:
         """For the windows of a group's lanes: columns [start, end), and columns [first, last) that rules
         read; zeros for other lanes.
         """
-        edges = [(0, 0, 0, 0)] * (lanes * self.blocks)
+        edges = [(0, 0, 0, 0)] * (lanes * self.windows_of_lane)
         for b in group:
             for i, (window, read) in enumerate(zip(work[b].windows, work[b].reads, strict=True)):
-                edges[b * self.blocks + i] = (window.start, window.end, *read)
+                edges[b * self.windows_of_lane + i] = (window.start, window.end, *read)
         return edges
 
     def _counted(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> list[tuple[int, int]]:
         """Columns [start, end) of the blocks to count, the same number for each lane."""
-        most = max([self.most_open, *(len(row.blocks) for row in rows if reads(row, "response"))])
+        most = max([self.schedule.most_open, *(len(row.blocks) for row in rows if reads(row, "response"))])
         counted = [work[b].counted if b in work else [] for b in range(len(rows))]
         return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
 
@@ -231,8 +227,9 @@ class InputPacker:
         """Columns of each sequence whose logits the pass computes, where shapes are static."""
         if any(reads(rows[b], "response") for b in work):
             return self.tokens.shape[1]
-        widest = self.block if any(reads(rows[b], "block") for b in work) else 0
-        return min(max(self.window, widest) * self.blocks, self.tokens.shape[1])
+        by_block = any(reads(rows[b], "block") for b in work)
+        columns = self.schedule.block_length if by_block else self.schedule.sub_block_length
+        return min(columns * self.windows_of_lane, self.tokens.shape[1])
 
     def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
         """Columns of each window that rules see in the pass; 0 without rules."""

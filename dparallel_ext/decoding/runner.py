@@ -69,8 +69,8 @@ class Runner:
         self.trajectory, self.graphs = space.trajectory, space.graphs
         self.states, self.given = space.states, space.given
         self._suppress = space.suppress
-        self.blocks, self.known_first = schedule.active_blocks, schedule.known_first
-        self.lane = self._lane_of(self.blocks)
+        self.windows_of_lane, self.known_first = schedule.active_blocks, schedule.known_first
+        self.lane = self._lane_of(self.windows_of_lane)
         """(W,) int64: each window's lane; None where each lane has one window."""
         self.packer = InputPacker(model, space, mask_id, schedule)
         self.recorded_rows = padding.recorded_rows(model)
@@ -129,7 +129,7 @@ class Runner:
         """
         passes: list[list[Counts]] = []
         lanes = len(self.tokens)
-        windows = lanes * self.blocks
+        windows = lanes * self.windows_of_lane
         for numbers in torch.stack(list(results)).tolist() if lanes else []:
             explain(min(numbers[:windows]), Cell(self.tokens.shape[1]))
             ends = numbers[-lanes:] if eos_ids(rows) else [None] * lanes
@@ -180,7 +180,7 @@ class Runner:
         ]
         counts = self._commit(positions, decided, counted)
         if before is not None:
-            self._record(before, positions, keys[0, :: self.blocks], decided)
+            self._record(before, positions, keys[0, :: self.windows_of_lane], decided)
         error = functools.reduce(torch.minimum, [each.error for each in decided])
         ends = [
             commit_(self.tokens, mask_id=eos, start=ending[0], end=ending[1]).first
