@@ -225,11 +225,12 @@ def test_prophet_is_its_formula(llada: models.Model, by: float) -> None:
     assert min(passes_run) < total, passes_run
 
 
-@pytest.mark.parametrize("edits", [1, 3, 16])
-@pytest.mark.parametrize("by", [0.4, 0.6, 1.0])
-def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
-    """With a given token in the midst of the response, which never changes."""
-    model, edited = Sharp(llada, by), 0
+def check_edits(model: Any, rule: Rule, after: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """That `rule` is the loop of a rule that edits, with a given token in the midst of the response.
+
+    after: logits in float64, tokens, and whether a place is in the block and its token is given (L,) -> the
+        tokens (L,) after a pass.
+    """
     for prompt in PROMPTS:
         canvas = torch.cat((prompt, torch.full((32,), MASK)))
         canvas[len(prompt) + 5] = 17
@@ -240,23 +241,34 @@ def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
             more, before = 0, x.clone()
             while bool((x[inside] == MASK).any()) or bool((x != before).any()):
                 if not bool((x[inside] == MASK).any()):
-                    if more == edits:
+                    if more == rule.edits:
                         break
                     more += 1
                 passes, before = passes + 1, x.clone()
-                z = model(x[None]).logits[0].double()
-                token, masked = argmax(z), inside & (x == MASK)
-                p = z.softmax(1).gather(1, token[:, None])[:, 0]
-                commit = masked & (p > 0.5)
-                if bool(masked.any()):
-                    commit |= best(p, masked) & ~commit.any()
-                change = inside & ~masked & ~given & (p > 0.4) & (token != x)
-                edited += int(change.sum())
-                x = torch.where(commit | change, token, x)
-        rule = Edit(0.5, 0.4, edits)
+                x = after(model(x[None]).logits[0].double(), x, inside, given)
         out = dx.decode(model, canvas, gen_length=0, infill=True, block_length=16, rule=rule, mask_id=MASK)
         assert torch.equal(out.sequences[0], x)
         assert int(out.nfe) == passes
+
+
+@pytest.mark.parametrize("edits", [1, 3, 16])
+@pytest.mark.parametrize("by", [0.4, 0.6, 1.0])
+def test_edit_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
+    """A given token never changes."""
+    edited = 0
+
+    def after(z: Tensor, x: Tensor, inside: Tensor, given: Tensor) -> Tensor:
+        nonlocal edited
+        token, masked = argmax(z), inside & (x == MASK)
+        p = z.softmax(1).gather(1, token[:, None])[:, 0]
+        commit = masked & (p > 0.5)
+        if bool(masked.any()):
+            commit |= best(p, masked) & ~commit.any()
+        change = inside & ~masked & ~given & (p > 0.4) & (token != x)
+        edited += int(change.sum())
+        return torch.where(commit | change, token, x)
+
+    check_edits(Sharp(llada, by), Edit(0.5, 0.4, edits), after)
     assert edited
 
 
@@ -338,40 +350,23 @@ def test_an_edit_to_an_impossible_token_leaves_what_is_there(llada: models.Model
 @pytest.mark.parametrize("edits", [1, 4])
 @pytest.mark.parametrize("by", [0.6, 1.0])
 def test_remasking_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
-    """With a given token in the midst of the response, which never becomes a mask."""
-    model, taken, most = Sharp(llada, by), 0, 0
-    for prompt in PROMPTS:
-        canvas = torch.cat((prompt, torch.full((32,), MASK)))
-        canvas[len(prompt) + 5] = 17
-        x, passes, given = canvas.clone(), 0, canvas != MASK
-        for start in range(len(prompt), len(x), 16):
-            inside = torch.zeros(len(x), dtype=torch.bool)
-            inside[start : start + 16] = True
-            more, before = 0, x.clone()
-            while bool((x[inside] == MASK).any()) or bool((x != before).any()):
-                if not bool((x[inside] == MASK).any()):
-                    if more == edits:
-                        break
-                    more += 1
-                passes, before = passes + 1, x.clone()
-                z = model(x[None]).logits[0].double()
-                token, masked, p = argmax(z), inside & (x == MASK), z.softmax(1)
-                sure = p.gather(1, token[:, None])[:, 0]
-                commit = masked & (sure >= 0.3)
-                if bool(masked.any()):
-                    commit |= best(sure, masked) & ~commit.any()
-                back = (inside & ~masked & ~given & (p.gather(1, x[:, None])[:, 0] < 0.3)).nonzero()[:, 0]
-                if bool(masked.any()):
-                    back = back[: int(commit.sum()) - 1]
-                taken, most = taken + len(back), max(most, len(back))
-                x = torch.where(commit, token, x)
-                x[back] = MASK
-        rule = Backtrack(edits=edits)
-        out = dx.decode(model, canvas, gen_length=0, infill=True, block_length=16, rule=rule, mask_id=MASK)
-        assert torch.equal(out.sequences[0], x)
-        assert int(out.nfe) == passes
-    assert taken
-    assert most > 1
+    """A given token never becomes a mask."""
+    taken: list[int] = []
+
+    def after(z: Tensor, x: Tensor, inside: Tensor, given: Tensor) -> Tensor:
+        token, masked, p = argmax(z), inside & (x == MASK), z.softmax(1)
+        sure = p.gather(1, token[:, None])[:, 0]
+        commit = masked & (sure >= 0.3)
+        if bool(masked.any()):
+            commit |= best(sure, masked) & ~commit.any()
+        back = (inside & ~masked & ~given & (p.gather(1, x[:, None])[:, 0] < 0.3)).nonzero()[:, 0]
+        if bool(masked.any()):
+            back = back[: int(commit.sum()) - 1]
+        taken.append(len(back))
+        return torch.where(commit, token, x).index_fill(0, back, MASK)
+
+    check_edits(Sharp(llada, by), Backtrack(edits=edits), after)
+    assert max(taken) > 1
 
 
 @pytest.mark.parametrize(
