@@ -43,8 +43,10 @@ def check(out: dx.DecodeOutput, expected: Published, b: int = 0, eos: int | None
     # Theirs has a pass over the prompt, and one in which the last tokens leave.
     assert int(out.nfe_published[b]) == expected.passes + 1
     steps = out.trajectory.step[b].tolist()
+    assert all(steps[:kept])
     for number, places in enumerate(expected.filled, 1):
-        assert [i for i, step in enumerate(steps) if step == number] == sorted(places)
+        # Padding has replaced some of what passes filled behind an end, and has no record.
+        assert [i for i, step in enumerate(steps) if step == number] == sorted(i for i in places if steps[i])
 
 
 @pytest.mark.parametrize(("prompt", "gen_length", "size"), CASES)
