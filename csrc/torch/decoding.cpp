@@ -393,7 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> accept(
   DP_CHECK(logits.dim() == 2, "logits: expected (N, V), got ", logits.dim(), " dimensions");
   const int64_t count = row_count(logits), lanes = length_of(q_start, "q_start");
   DP_CHECK(count < kLaneRows, "logits: expected fewer than ", kLaneRows, " rows, got ", count);
-  DP_CHECK(max_q_len >= 0, "max_q_len: expected >= 0, got ", max_q_len);
+  DP_CHECK(max_q_len >= 0 && max_q_len < kLaneRows, "max_q_len: expected in [0, ", kLaneRows,
+           "), got ", max_q_len);  // outputs have this size
   expect(draft, "draft", ScalarType::Long, {count}, logits);
   expect(parent, "parent", ScalarType::Long, {count}, logits);
   expect(q_start, "q_start", ScalarType::Long, {lanes}, logits);

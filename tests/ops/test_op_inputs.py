@@ -369,6 +369,7 @@ OUT_OF_BOUNDS = [
     ("accept", 5, [0, -1], "room: expected >= 0, got -1 at 1"),
     ("accept", 8, [1, 40], r"suppress: expected in \[0, 40\), got 40"),
     ("accept", 13, 2, "max_q_len: expected at least 3, the rows of lane 0, got 2"),
+    ("accept", 13, 2**31, r"max_q_len: expected in \[0, 2147483648\), got 2147483648"),
     ("kv_write", 5, [0, 1, 2, 3, 4, 9], r"positions: expected in \[0, 9\), got 9 at 5"),
     ("kv_write", 5, [0, -(2**62), 2, 3, 4, 5], "positions: expected in"),
     ("kv_write", 6, [0, 1, 2, 3, 4, 16], r"slot_mapping: expected in \[0, 16\), got 16 at 5"),
