@@ -110,6 +110,13 @@ def test_the_schedule_shares_steps_out(llada) -> None:
     assert many.forwards == 20  # never a pass that commits nothing
 
 
+def test_what_is_not_asked_for_is_not_there(llada) -> None:
+    settings = {"gen_length": 4, "block_length": 4}
+    scored, kept = (dx.decode(llada, PROMPTS, **{name: True}, **settings) for name in ("logprobs", "record"))
+    assert scored.trajectory is kept.logprobs is None
+    assert torch.equal(scored.logprobs, kept.trajectory.logprob)
+
+
 def test_the_fewest_commits_count_above_a_quota(llada) -> None:
     """And no pass is issued that they make needless."""
     settings = {"gen_length": 16, "block_length": 8, "selector": "quota", "min_commit": 3}

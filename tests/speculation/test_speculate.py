@@ -32,6 +32,7 @@ from dparallel_ext.speculation import (
     NGram,
     TreeDrafter,
 )
+from dparallel_ext.speculation.sequence import SamplingGroup
 from dparallel_ext.speculation.sizing import Fixed, Measurements, measured
 
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
@@ -548,3 +549,19 @@ def test_in_16_bits_texts_are_nearly_the_same() -> None:
     found = plain(model, drafter=Knowing(list(expected.sequences)), draft_size=6)
     same = [torch.equal(a, b) for a, b in zip(found.responses, expected.responses, strict=True)]
     assert sum(same) >= 2
+
+
+def test_prompt_lookup_takes_the_latest_occurrence_of_the_longest_end() -> None:
+    """Where that overlaps the end, the text repeats itself. A lane begins anew with each sequence."""
+    session, greedy = NGram(2).session(MODEL, MODEL.new_cache(1, 40), 1), SamplingGroup(0.0, 1.0, 0, None)
+
+    def draft(*ids: int) -> tuple[int, ...]:
+        session.reset(0)
+        (found,) = session.propose([speculation.Lane(0, torch.tensor(ids), 40, greedy, (0, 0))], [5])
+        return found.tokens
+
+    assert draft(7, 7) == (7, 7, 7, 7, 7)
+    assert draft(1, 2, 1, 2, 1) == (2, 1, 2, 1, 2)
+    assert draft(1, 2, 3, 9, 2, 4, 1, 2) == (3, 9, 2, 4, 1)  # though 2 alone came later
+    assert draft(2, 3, 2, 4, 2) == (4, 2, 4, 2, 4)
+    assert draft(6, 2) == ()
