@@ -118,8 +118,6 @@ class Batch:
             self.runner.begin(lane, settings.rule, layout.columns, used)
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first : row.length].fill_(self.mask_id)
-        if row.length < self.tokens.shape[1]:
-            self.tokens[lane, row.length :].fill_(self.pad_id)
         self._enter(lane)
         return row
 
@@ -288,7 +286,7 @@ class Batch:
     def _count_pass(self, row: SequenceState) -> None:
         """Count a pass over the sequence that was issued."""
         prefill_only = self.schedule.prefill_only(row)
-        row.nfe += row.masks_left > 0 or row.edits > 0
+        row.nfe += 1
         row.published += not prefill_only
         row.step_in_block += not prefill_only
         row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
@@ -361,7 +359,7 @@ class Batch:
         endings = [
             (first + at + len(stop), first + at)
             for stop in sought
-            for at in range(max(0, start - first - len(stop) + 1), len(ids) - len(stop) + 1)
+            for at in range(len(ids) - len(stop) + 1)
             if ids[at : at + len(stop)] == stop
         ]
         if endings:

@@ -257,8 +257,8 @@ class AdaptiveBatch(CausalBatch):
             kv_cache=kv_cache,
         )
         self.verifier, self.mixture, self._mask = verifier, mixture, mask_id
-        self.window = width + 1 if window is None else window
-        self.lookahead = width + 1 if lookahead is None else lookahead
+        self.window = width if window is None else window
+        self.lookahead = width if lookahead is None else lookahead
         self.shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
         """The number of ids, from 0, that both models have."""
         self.verifier_cache = verifier.new_cache(lanes, width)

@@ -119,8 +119,8 @@ class Call:
     def close(self) -> None:
         self.aborted.remove_done_callback(self._abort)
         for choice in self.choices:
-            if choice.handle is not None and choice.completion is None:
-                choice.handle.cancel()
+            if choice.handle is not None:
+                choice.handle.cancel()  # which does nothing if it is over
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield new content until every choice has ended. Raises ApiError."""
