@@ -121,6 +121,10 @@ def test_a_run_with_other_settings_is_not_overwritten(tmp_path: Path):
     run(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, replace(TINY, width=64))
+    with pytest.raises(
+        ValueError, match=r"steps: .* holds a run of 6 steps, expected at least as many, got 5"
+    ):
+        run(tmp_path, replace(TINY, steps=5))
 
 
 def test_the_objective_is_llada_s():
