@@ -22,7 +22,7 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float floored(float x, float floor) { return max_nan(x, floor); }
 __device__ __forceinline__ double floored(double x, double floor) { return x < floor ? floor : x; }
 __device__ __forceinline__ float clamped(float z) { return min_nan(z, kLargest); }
-__device__ __forceinline__ double clamped(double z) { return z; }
+__device__ __forceinline__ double clamped(double z) { return z > kLargest ? double{kLargest} : z; }
 
 template <class T>
 __device__ __forceinline__ uint4 all_of(typename T::Storage z) {

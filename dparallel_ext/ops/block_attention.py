@@ -47,7 +47,8 @@ def block_attention(
         k_cache, v_cache: (pages, Hkv, page_size, D), Hkv dividing H: query head h uses head h // (H / Hkv).
         kv_lens: (S,) int64, the segment sees slots [0, kv_len). Other slots may hold anything.
         block_table: (S, P) int64, the segment's pages in order; None: page s for segment s.
-        q_start, q_end: (S,) int64, the segment's rows of q; the result of rows in no segment is zero.
+        q_start, q_end: (S,) int64, the segment's rows of q, which no other has (the CPU refuses it); the
+            result of rows in no segment is zero.
         causal: row i of a segment sees the slots [0, base + i + 1).
         ancestors: (N, W) int64, W >= Q / 64, not with `causal`: row r sees slot base + b if bit b % 64 of its
             word b // 64 is set, its own slot included. For a tree of drafted tokens (arXiv 2401.10774).

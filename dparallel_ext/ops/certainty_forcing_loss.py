@@ -55,7 +55,8 @@ def certainty_forcing_loss(
     serves both terms.
 
     Args:
-        logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better.
+        logits: (..., V) float32, bfloat16, float16 or float64, any V; sums are float32 or better. +inf
+            counts as the largest float32.
         labels: (...) int64 or int32; labels of rows that are not active may be anything, such as -100.
         active: (...) bool, the rows that the loss is taken over: the masked tokens of the active block.
         temperature: of the entropy term, from 1e-5 to 1e5.

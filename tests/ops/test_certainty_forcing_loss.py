@@ -138,6 +138,7 @@ def test_hard_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("label", [1, 2])
+@everywhere
 def test_infinity_counts_as_the_largest_float32(dtype: torch.dtype, label: int) -> None:
     """In float64 it was NaN, or an error, and the gradient of a label at infinity was -1."""
     infinite = [math.inf] if dtype != torch.float64 else [math.inf, 1e300]

@@ -119,7 +119,7 @@ struct Rows {
 
   void put(int64_t i, float z) {
     if (dtype == DType::float64) {
-      const double wide = std::isinf(z) && z > 0 ? 1e4 : z;
+      const double wide = z;
       memcpy(memory.get() + 8 * i, &wide, 8);
     } else if (dtype == DType::float32) {
       memcpy(memory.get() + 4 * i, &z, 4);
