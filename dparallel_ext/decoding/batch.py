@@ -286,7 +286,7 @@ class Batch:
     def _count_pass(self, row: SequenceState) -> None:
         """Count a pass over the sequence that was issued."""
         prefill_only = self.schedule.prefill_only(row)
-        row.nfe += 1
+        row.nfe += row.masks_left > 0 or row.edits > 0  # a published loop's second pass over a block is none
         row.published += not prefill_only
         row.step_in_block += not prefill_only
         row.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in row.open)
