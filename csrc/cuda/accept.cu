@@ -18,6 +18,9 @@
 // lane; the block that brings the counter back to zero walks. Both sides assign a row to the same
 // lane, whatever the lanes are.
 //
+// Code: 22 KB for bfloat16, of which the scan takes 9.9, a row's result 4.1, the walk 4.1 and the
+// search for lanes 1.5.
+//
 // Latency: the scan is followed by a chain of dependent steps, therefore the walk follows links in
 // shared memory: all rows find out at once whether their parent chose them.
 #include "nucleus.cuh"
@@ -84,7 +87,7 @@ __device__ inline int lane_of(const AcceptArgs& args, int row) {
   const auto lanes = static_cast<int>(args.lanes);
 #pragma unroll 1
   for (int first = 0; first < lanes; first += 32) {
-    const int b = first + static_cast<int>(threadIdx.x) % 32;
+    const int b = first + static_cast<int>(threadIdx.x % 32);
     const bool holds = b < lanes && rows_of(args, b).hold(row);
     const unsigned holders = __ballot_sync(kFullWarp, holds);
     if (holders != 0) return first + __ffs(holders) - 1;
@@ -92,31 +95,18 @@ __device__ inline int lane_of(const AcceptArgs& args, int row) {
   return -1;
 }
 
-// By the block of a lane: how many rows are its own. It walks if all of them are. Each warp looks
-// at every fourth row, which takes a microsecond or so for a lane of 64 rows (a guess), while other
-// blocks wait for their logits.
-__device__ inline int announce(const AcceptArgs& args, const AcceptScratch& scratch, int b) {
-  const LaneRows rows = rows_of(args, b);
-  int own = 0;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < rows.count; i += kScanWarps)
-    own += lane_of(args, rows.first + i) == b && threadIdx.x % 32 == 0;
-  own = sum_block(own);
-  if (threadIdx.x == 0) scratch.lanes[b] = {rows.first, own == rows.count ? own : 0};
-  return own;
-}
-
 // By the last block of a row: its chunks merged, by each warp for itself, so that none waits apart
-// from the others.
+// from the others. Of a row that no lane has nothing is read.
 template <bool kSample>
 __device__ __forceinline__ void finish(const AcceptArgs& args, const AcceptScratch& scratch,
-                                       int row, int chunks) {
+                                       int row, int chunks, bool has_lane) {
   RowResult result;
+  RowError error = kRowNan;
   const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
-  const RowError error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
+  if (has_lane) error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
-  if (error == kRowNan) write_blank(args.output, row, args.count);
-  else write_row(args.output, row, args.count, result);
+  if (error == kRowNan) result = blank_row();
+  write_row(args.output, row, static_cast<int>(args.count), result);
   scratch.choices[row] = choice_of(error, result.sample);
 }
 
@@ -125,29 +115,28 @@ __device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScrat
                                        ScanMemory& memory) {
   DPARALLEL_SHARED(emitted, int32_t);
   const LaneRows rows = read_part(scratch.lanes + b);
-  const int n = rows.count;
-  const int first = rows.first;
+  const int n = rows.count, first = rows.first, thread = static_cast<int>(threadIdx.x);
   const Links links =
       Links::at(n <= kSharedRows ? reinterpret_cast<char*>(memory.slots)
                                  : scratch.links + static_cast<int64_t>(first) * Links::kBytes,
                 n);
+  int64_t* path = args.path + b * args.max_q_len;
+  int64_t* tokens = args.tokens + b * args.max_q_len;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+  for (int i = thread; i < n; i += kScanThreads) {
     const int choice = __ldcg(scratch.choices + first + i);
     links.choices[i] = choice;
     links.follows[i] = without_children(choice, args.eos_ids + b * args.eos_count, args.eos_count);
   }
   __syncthreads();
 #pragma unroll 1
-  for (int i = 1 + static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+  for (int i = 1 + thread; i < n; i += kScanThreads) {
     const int64_t parent = args.parent[first + i];
     if (is_chosen(i, parent, args.draft[first + i], links.choices))
       atomicMin(links.follows + parent, i);
   }
   __syncthreads();
-  int64_t* path = args.path + b * args.max_q_len;
-  int64_t* tokens = args.tokens + b * args.max_q_len;
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     Path found{0, 0, kPathLeaf};
     if (n > 0)
       found =
@@ -165,7 +154,7 @@ __device__ __forceinline__ void settle(const AcceptArgs& args, const AcceptScrat
   }
   __syncthreads();
 #pragma unroll 1
-  for (int64_t i = emitted + static_cast<int>(threadIdx.x); i < args.max_q_len; i += kScanThreads)
+  for (int i = emitted + thread; i < static_cast<int>(args.max_q_len); i += kScanThreads)
     path[i] = tokens[i] = -1;
 }
 
@@ -185,19 +174,29 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     accept_kernel(AcceptArgs args, ScanShape shape, AcceptScratch scratch, int32_t* counters) {
   DPARALLEL_SHARED(memory, ScanMemory);
   const auto lanes = static_cast<int>(args.lanes);
-  int b = static_cast<int>(blockIdx.x), arrival;
-  if (b < lanes) {
-    arrival = -announce(args, scratch, b);
-  } else {
-    const int chunks = static_cast<int>(shape.chunks.divisor);
-    const unsigned unit = blockIdx.x - static_cast<unsigned>(lanes);
-    const int row = static_cast<int>(shape.chunks.quotient(unit));
-    const int chunk = static_cast<int>(unit) - row * chunks;
-    b = lane_of(args, row);
-    if (b < 0) {
-      if (chunk == 0 && threadIdx.x == 0) write_blank(args.output, row, args.count);
-      return;
-    }
+  const bool announces = blockIdx.x < static_cast<unsigned>(lanes);
+  const unsigned unit = blockIdx.x - static_cast<unsigned>(announces ? 0 : lanes);
+  const int chunks = static_cast<int>(shape.chunks.divisor);
+  const int row = static_cast<int>(shape.chunks.quotient(unit));
+  const int chunk = static_cast<int>(unit) - row * chunks;
+  // The block of a lane looks up whose the lane's rows are, and the lane walks if all are its own.
+  // Each warp looks up every fourth, which takes a microsecond or so for 64 rows (a guess), while
+  // other blocks wait for their logits.
+  const LaneRows rows = announces ? rows_of(args, static_cast<int>(unit)) : LaneRows{row, 1};
+  int b = -1, own = 0;
+#pragma unroll 1
+  for (int first = 0; first < rows.count; first += kScanWarps) {
+    const int i = announces ? first + static_cast<int>(threadIdx.x / 32) : 0;
+    b = lane_of(args, rows.first + i);
+    own += b == static_cast<int>(unit) && i < rows.count && threadIdx.x % 32 == 0;
+  }
+  int arrival = chunk == 0 ? 1 - chunks : 1;
+  if (announces) {
+    b = static_cast<int>(unit);
+    own = sum_block(own);
+    if (threadIdx.x == 0) scratch.lanes[b] = {rows.first, own == rows.count ? own : 0};
+    arrival = -own;
+  } else if (b >= 0) {
     Sampler sampler{};
     if constexpr (kSample) {
       const int64_t* k = args.sampling.keys + 4 * static_cast<int64_t>(row);
@@ -206,13 +205,21 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
                      static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
       if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];
     }
-    scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row), args.logits.vocab, chunk,
-                           args.exclusions, sampler, scratch.chunks, unit);
-    if (!last_to_arrive(counters + lanes + row, chunks)) return;
-    finish<kSample>(args, scratch, row, chunks);
+    scan_chunk<T, kSample>(memory, scan_row<T>(args.logits, shape, row),
+                           static_cast<int>(args.logits.vocab), chunk, args.exclusions, sampler,
+                           scratch.chunks, unit);
+  } else if (chunk != 0) {
+    return;
+  }
+#pragma unroll 1
+  for (int of_row = !announces;; of_row = anew(0)) {
+    if (b >= 0 && !brings_to_zero(counters + (of_row ? lanes + row : b), arrival)) return;
+    if (!of_row) break;
+    finish<kSample>(args, scratch, row, chunks, b >= 0);
+    if (b < 0) return;
     arrival = 1;
   }
-  if (brings_to_zero(counters + b, arrival)) settle(args, scratch, b, memory);
+  settle(args, scratch, b, memory);
 }
 
 }  // namespace
@@ -225,7 +232,7 @@ int accept(const AcceptArgs& args, const Workspace& workspace, void* stream) {
   const ScanShape shape = ScanShape::of(args.logits, 1);
   const AcceptScratch scratch = AcceptScratch::at(workspace.scratch, args);
   const int64_t blocks = args.count * shape.chunks.divisor + args.lanes;
-  if (blocks > INT32_MAX) return 1;  // an invalid value
+  if (blocks > INT32_MAX || args.max_q_len > INT32_MAX) return 1;  // an invalid value
   if (blocks == 0) return 0;
   const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) class_stats_kernel(ClassStatsArgs ar
     else merge_lanes(part, 32, merge);
     if (together ? thread == 0 : lane == 0) {
       const int64_t count = args.count * args.classes, at = row * args.classes + first + c;
-      if (part.error() == kRowNan) write_blank(args.output, at, count);
+      if (part.error() == kRowNan) write_row(args.output, at, count, blank_row());
       else write_row(args.output, at, count, finish(part));
     }
     if (together) __syncthreads();  // parts may be written again

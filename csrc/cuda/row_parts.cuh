@@ -56,7 +56,7 @@ __device__ __forceinline__ Part read_part(const Part* p) {
 template <class Part, class Merge>
 __device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merge merge) {
   Part part;
-  int c = static_cast<int>(threadIdx.x) % 32, offset = 1;
+  int c = static_cast<int>(threadIdx.x % 32), offset = 1;
 #pragma unroll 1
   for (int left = chunks; left > 0 || (offset < chunks && offset < 32);) {
     Part other;

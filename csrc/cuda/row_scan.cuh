@@ -19,9 +19,10 @@
 // not depend on its place in the batch or its alignment.
 //
 // Code: what happens once for a block or a row exists once, in rolled loops and without the
-// subroutine of a division (Denominator), so that little is fetched before and after the loop:
-// row_stats has 16 KB for bfloat16, 2.4 of them the loop. The times below were measured when it had
-// 20 KB.
+// subroutine of a division (Denominator), so that little is fetched before and after the loop. For
+// bfloat16, without sampling, row_stats has 16 KB, row_topk 20, accept 22 and unmask 30: in each of
+// them the loop has 2.4, the scan around it 7, and the merge of a row's chunks with its result 4.
+// The times below were measured when row_stats had 20 KB.
 //
 // Bytes: the row once, and for each chunk a part of 24 bytes (more where the row is sampled), which
 // is written to global memory and read again by the block that merges the row's parts.
@@ -145,6 +146,12 @@ struct TopTwo<Float32> {
   __device__ __forceinline__ float next() const { return second; }
 };
 
+// The largest of the lanes' numbers, none of them NaN; of -0 and 0 it is 0.
+__device__ __forceinline__ float largest_of_warp(float z) {
+  const uint32_t bits = to_bits(z), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return nucleus_logit(__reduce_max_sync(kFullWarp, ordered));
+}
+
 // A chunk of a row: ids first ... first + count - 1.
 template <class T>
 struct Chunk {
@@ -156,9 +163,8 @@ struct Chunk {
   ScanMemory& memory;
   int first, count;
 
-  __device__ Chunk(ScanMemory& memory, int64_t vocab, int chunk)
-      : memory(memory), first(chunk * kIds) {
-    const int left = static_cast<int>(vocab) - first;
+  __device__ Chunk(ScanMemory& memory, int vocab, int chunk) : memory(memory), first(chunk * kIds) {
+    const int left = vocab - first;
     count = left < kIds ? left : kIds;
   }
   __device__ int groups() const {  // at least one
@@ -269,26 +275,19 @@ struct Chunk {
     if (max > kLargest) {  // infinities share the probability evenly
       max = kLargest;
       sum = weighted = 0.0f;
-      const Storage* vector = reinterpret_cast<const Storage*>(&slot(0));
 #pragma unroll 1
-      for (int k = n * kGroup; k > 0; --k, vector += kScanThreads * kWidth) {
-#pragma unroll 1
-        for (int i = 0; i < kWidth; ++i) {
-          const float z = T::value(vector[i]);
-          sum += z >= kLargest ? 1.0f : z != z ? z : 0.0f;
-        }
+      for (int i = 0; i < n * kGroup * kWidth; ++i) {
+        const int vector = i / kWidth * kScanThreads + static_cast<int>(threadIdx.x);
+        const float z = T::value(elements()[vector * kWidth + i % kWidth]);
+        sum += z >= kLargest ? 1.0f : z != z ? z : 0.0f;
       }
     }
 
     const float own = clamp_logit(top.largest());
     if (largest != nullptr) *largest = own;
-    float best = own, second = clamp_logit(top.next());
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, best, offset);
-      second = fmaxf(fmaxf(second, __shfl_xor_sync(kFullWarp, second, offset)), fminf(best, other));
-      best = fmaxf(best, other);
-    }
+    float best = largest_of_warp(own), second = clamp_logit(top.next());
+    const unsigned holders = __ballot_sync(kFullWarp, own == best);
+    second = largest_of_warp(own < best ? own : (holders & (holders - 1)) != 0 ? best : second);
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0) {
       memory.first[warp] = best;
@@ -440,7 +439,7 @@ struct Scratch {
 
 // By a block: the chunk of the row that starts at `row`, into place `to` of the scratch.
 template <class T, bool kSample>
-__device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, int64_t vocab,
+__device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, int vocab,
                                            int chunk, const Exclusions& ex, const Sampler& sampler,
                                            const Scratch& scratch, int64_t to) {
   const Chunk<T> ids(memory, vocab, chunk);
@@ -457,23 +456,25 @@ __device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, 
   }
 }
 
-__device__ inline void write_row(const RowOutput& out, int64_t row, int64_t count,
-                                 const RowResult& result) {
+// Of a row that has no statistics.
+__device__ inline RowResult blank_row() {
+  RowResult result;
+  result.token = result.sample = -1;
+#pragma unroll
+  for (float& field : result.field) field = from_bits(0x7fc00000u);  // NaN
+  return result;
+}
+
+// Row and count are ints where they can be: then an address is an instruction.
+template <class Index>
+__device__ __forceinline__ void write_row(const RowOutput& out, Index row, Index count,
+                                          const RowResult& result) {
   int64_t* token = out.tokens + row;
   token[0] = result.token;
   token[count] = result.sample;
   float* field = out.fields + row;
 #pragma unroll
   for (int f = 0; f < kRowFields; ++f, field += count) *field = result.field[f];
-}
-
-// Of a row that has no statistics.
-__device__ inline void write_blank(const RowOutput& out, int64_t row, int64_t count) {
-  int64_t* token = out.tokens + row;
-  token[0] = token[count] = -1;
-  float* field = out.fields + row;
-#pragma unroll 1
-  for (int f = 0; f < kRowFields; ++f, field += count) *field = from_bits(0x7fc00000u);  // NaN
 }
 
 // By a warp: the result of a row, and what is wrong with the row. All lanes whose number is below

@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
       finish_row<kSample>(scratch, i, chunks, sampler.inverse_temperature, result);
   if (threadIdx.x != 0) return;
   args.output.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
-  if (error == kRowNan) write_blank(args.output, i, args.count);
-  else write_row(args.output, i, args.count, result);
+  write_row(args.output, i, static_cast<int>(args.count), error == kRowNan ? blank_row() : result);
 }
 
 }  // namespace

@@ -14,14 +14,13 @@ namespace {
 constexpr int kShared = 2048;  // keys of a sequence that shared memory holds
 
 __global__ void __launch_bounds__(kScanThreads)
-    select_kernel(SelectArgs args, void* scratch, bool in_shared) {
-  DPARALLEL_SHARED(memory, char[kShared * Ranking::kBytes]);
+    select_kernel(SelectArgs args, Ranked* scratch, bool in_shared) {
+  DPARALLEL_SHARED(memory, Ranked[kShared]);
   const int length = static_cast<int>(args.length);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * length;
   const Policy policy =
       Policy::load(args.policy + static_cast<int64_t>(blockIdx.x) * kPolicyFields);
-  const Ranking ranking = Ranking::at(
-      in_shared ? memory : static_cast<char*>(scratch) + first * Ranking::kBytes, length);
+  Ranked* items = in_shared ? memory : scratch + first;
   const float* of = policy.score == kScoreConfidence ? args.confidence
                     : policy.score == kScoreMargin   ? args.margin
                                                      : args.entropy;
@@ -32,24 +31,25 @@ __global__ void __launch_bounds__(kScanThreads)
     const float score = of[at];  // the one that the rule looks at
     const float key = args.eligible[at] ? policy.key(score, score, score) : from_bits(0x7fc00000u);
     mine += key == key;
-    ranking.keys[l] = key;
+    items[l].key = key;
   }
-  const int n = select_block(policy, ranking, length, sum_block(mine));
+  const int n = select_block(policy, items, length, sum_block(mine));
 #pragma unroll 1
   for (int l = static_cast<int>(threadIdx.x); l < length; l += kScanThreads)
-    args.commit[first + l] = ranking.keys[l] == ranking.keys[l] && ranking.ranks[l] < n;
+    args.commit[first + l] = items[l].key == items[l].key && items[l].rank < n;
 }
 
 }  // namespace
 
 int64_t select_scratch(const SelectArgs& args) {
-  return args.length <= kShared ? 0 : args.batch * args.length * Ranking::kBytes;
+  return args.length <= kShared ? 0
+                                : args.batch * args.length * static_cast<int64_t>(sizeof(Ranked));
 }
 
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
   DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kScanThreads, stream, args,
-                   workspace.scratch, args.length <= kShared);
+                   static_cast<Ranked*>(workspace.scratch), args.length <= kShared);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -148,7 +148,7 @@ def unmask_(
         top_k,
         keys,
         position_offset,
-        streams.counters_for(logits, windows + 2 + logits.shape[:-1].numel()),
+        streams.counters_for(logits, windows + 3 + logits.shape[:-1].numel()),
     )
     if check:
         report(error, Cell(length, position_offset))

@@ -152,16 +152,22 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
     bits |= static_cast<unsigned>(all[cuda_host::kLaneBytes * lane]) << lane;
   return bits;
 }
-inline int __reduce_add_sync(unsigned mask, int value) {
-  if (mask != 0xffffffffu) cuda_host::fail("a sum with a partial mask");
+template <class T, class Update>
+T reduce_warp(unsigned mask, T value, Update update) {
+  if (mask != 0xffffffffu) cuda_host::fail("a reduction with a partial mask");
   const char* all = cuda_host::exchange(&value, sizeof value);
-  int sum = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    int one;
+    T one;
     memcpy(&one, all + cuda_host::kLaneBytes * lane, sizeof one);
-    sum += one;
+    value = lane == 0 ? one : update(value, one);
   }
-  return sum;
+  return value;
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return reduce_warp(mask, value, [](int a, int b) { return a + b; });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduce_warp(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
