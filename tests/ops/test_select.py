@@ -53,6 +53,7 @@ def stats_of(p: list[float], entropy: list[float] | None = None) -> dx.RowStats:
         ),  # none passes: the best, lowest
         ("confidence", 0.0, {"max_commit": 2}, [0.5, 0.9, 0.8, 0.9], [0, 1, 0, 1]),
         ("confidence", 0.99, {"min_commit": 3}, [0.5, 0.9, 0.8, 0.9], [0, 1, 1, 1]),
+        ("confidence", 0.85, {"min_commit": 3}, [0.5, 0.9, 0.8, 0.9], [0, 1, 1, 1]),
         ("entropy", 0.5, {}, [0.5, 0.6, 0.1, 2.0], [1, 0, 1, 0]),
         ("entropy", 0.05, {}, [0.5, 0.6, 0.1, 0.1], [0, 0, 1, 0]),
         ("entropy", 0.05, {"min_commit": 0}, [0.5, 0.6, 0.1, 0.1], [0, 0, 0, 0]),
