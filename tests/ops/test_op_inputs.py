@@ -57,7 +57,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         ),
         "unmask_": (
             tokens, z, None, torch.tensor([1, 0]), start, end, policy, MASK, ids, 0.7, 1.0, 0,
-            keys[:, :3].contiguous(), 0, counters(z, 10),
+            keys[:, :3].contiguous(), 0, counters(z, 11),
         ),
         "commit_": (
             tokens.clone(), torch.tensor([0, 2, 4]), torch.tensor([True, False, True]),

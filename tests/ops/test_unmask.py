@@ -473,7 +473,7 @@ def test_rows_past_the_checks_are_refused_or_within_their_bounds() -> None:
                             torch.ops.dparallel.unmask_(*args, None)
                         continue
                 commit = torch.ops.dparallel.select(*scores, eligible, row)
-                committed = torch.ops.dparallel.unmask_(*args, counters(logits, 12))[0]
+                committed = torch.ops.dparallel.unmask_(*args, counters(logits, 13))[0]
                 low, high = policies.in_force(given)[2:4]
                 assert torch.equal(commit.cpu(), followed(*scores.cpu(), eligible.cpu(), row.cpu()))
                 assert min(low, high, 9) <= int(commit.sum()) <= high
@@ -492,7 +492,7 @@ def test_opcheck() -> None:
     tokens, logits = torch.full((2, 4), MASK), torch.randn(2, 4, 30)
     start, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), 4)
     policy, suppress = policies.make("entropy", 0.5, batch=2, device=start.device), torch.tensor([3])
-    count = counters(logits, 12)  # two windows, two more, eight rows
+    count = counters(logits, 13)  # two windows, three more, eight rows
     args = (tokens, logits, None, None, start, end, policy, MASK, suppress, 0.0, 1.0, 0, None, 0, count)
     torch.library.opcheck(torch.ops.dparallel.unmask_.default, args)
     lane, tokens = torch.tensor([1, 0]), torch.full((2, 4), MASK)
