@@ -149,7 +149,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
             engine.submit([1], gen_length=4)
         handles[0].cancel()
         engine.close()
-    assert not engine.thread.is_alive()
+    until(lambda: not engine.thread.is_alive())  # Python may still be putting it away
     stats = engine.stats
     assert (stats.failed, stats.completed, stats.waiting, stats.active, stats.pages_used) == (3, 0, 0, 0, 0)
     assert stats.closed
