@@ -10,8 +10,7 @@
 
 namespace dparallel {
 
-// A truth value as the caller stores it: true unless 0. A tensor of bools may hold any bytes, as a
-// view of bytes does; a C++ bool that is neither 0 nor 1 may count as 255 or as none.
+// A truth value: true unless 0. Bools that are a view of bytes may hold any; a C++ bool may not.
 using Flag = uint8_t;
 
 // The temperature that is used for a given one. Below 1e-5 it is 0, which is greedy: only logits
