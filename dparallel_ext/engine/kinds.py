@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +20,11 @@ from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
 from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
-from ..decoding.sequence import SequenceState, Settings, lay_out, whole_length
+from ..decoding.sequence import OpenBlock, SequenceState, Settings, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
-from ..speculation.sequence import CausalSequence
+from ..speculation.sequence import CausalSequence, OpenRegion
 from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_of
 
 
@@ -51,64 +51,12 @@ class Plan:
         return len(self.masked) + self.gen_length
 
 
-class Region(Protocol):
-    """Columns [start, end) of a sequence."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-
-
-class Row(Protocol):
-    """A sequence in a batch's lane, see `decoding.sequence` and `speculation.sequence`."""
-
-    num_cached: int
-    kept: int
-    stopped: bool
-
-    @property
-    def done(self) -> bool: ...
-    @property
-    def columns(self) -> Sequence[int]: ...
-    @property
-    def open(self) -> Sequence[Region]: ...
-    @property
-    def block(self) -> tuple[int, int]: ...
-    @property
-    def published(self) -> int: ...
-    @property
-    def draft_nfe(self) -> int: ...
-    @property
-    def drafted(self) -> int: ...
-    @property
-    def accepted(self) -> int: ...
-    @property
-    def refused(self) -> Sequence[int]: ...
-    def index(self, column: int) -> int: ...
-
-
-class Batch(Protocol):
-    """Sequences in lanes, see `decoding.batch` and `speculation.batch`."""
-
-    tokens: Tensor
-    mask_id: int
-    forwards: int
-    draft_forwards: int
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def nfe(self) -> Sequence[int]: ...
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    @property
-    def logprobs(self) -> Tensor: ...
-    @property
-    def steps(self) -> Tensor: ...
-    def step(self, lanes: Sequence[int]) -> list[int]: ...
-    def enter(self, finished: list[int]) -> None: ...
-    def release(self, lane: int) -> None: ...
+Region = OpenBlock | OpenRegion
+"""Columns [start, end) of a sequence."""
+Row = SequenceState | CausalSequence
+"""A sequence in a batch's lane."""
+Batch = diffusion.Batch | CausalBatch
+"""Sequences in lanes, and the passes over them."""
 
 
 class Kind(ABC):
