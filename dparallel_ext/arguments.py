@@ -25,6 +25,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def described(value: Any) -> str:
+    """The dtype and the shape of a tensor, "torch.int64 (3, 4)"; of another value the name of its type."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 OURS = ("dparallel_ext", "dparallel", "torch")
 """Packages whose code, torch's wrappers of ours included, no warning names as its place."""
 
@@ -169,7 +174,7 @@ def token_ids(name: str, value: Any) -> Tensor:
     if not ids.numel():
         ids = ids.to(torch.int64)  # torch makes an empty list float32
     if ids.ndim != 1 or ids.dtype not in INTEGERS:
-        raise ValueError(f"{name}: expected int64 (P,), got {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"{name}: expected int64 (P,), got {described(ids)}")
     return ids.to(torch.int64)
 
 
@@ -225,9 +230,7 @@ def _mask(row: Any) -> Tensor:
 def _visible(mask: Tensor) -> Tensor:
     """A row of an attention mask, (P,) bool."""
     if mask.ndim != 1 or (mask.numel() and mask.is_floating_point()):
-        raise ValueError(
-            f"attention_mask: expected bool or whole numbers, got rows {mask.dtype} {tuple(mask.shape)}"
-        )
+        raise ValueError(f"attention_mask: expected bool or whole numbers, got rows {described(mask)}")
     return mask.to(torch.bool)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_tensor
+from .arguments import check_tensor, described
 
 NOWHERE = -1
 """In place of a state: the tokens are not the beginning of a response of the form."""
@@ -53,8 +53,10 @@ class Automaton:
             value = getattr(self, name)
             check_tensor(name, value)
             if value.dtype != dtype or value.ndim != ndim or value.device.type != "cpu":
-                got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
-                raise ValueError(f"{name}: expected {dtype} of {ndim} dimensions on the CPU, got {got}")
+                raise ValueError(
+                    f"{name}: expected {dtype} of {ndim} dimensions on the CPU, got {described(value)} on "
+                    f"{value.device}"
+                )
         states, classes = self.transitions.shape
         _check_within("token_class", self.token_class, 0, classes)
         _check_within("transitions", self.transitions, NOWHERE, states)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import INTEGERS, check_tensor, instance, number, whole
+from .arguments import INTEGERS, check_tensor, described, instance, number, whole
 
 
 class MaskedPair(NamedTuple):
@@ -68,7 +68,7 @@ def semi_autoregressive_masks(
     """
     check_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids: expected int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
+        raise ValueError(f"input_ids: expected int64 (B, T), got {described(input_ids)}")
     batch, length = input_ids.shape
     device = input_ids.device
     start = _lengths("prompt_lengths", prompt_lengths, batch, length, device)
@@ -124,8 +124,7 @@ def semi_autoregressive_masks(
 
 def _lengths(name: str, value: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != (batch,) or value.dtype not in INTEGERS:
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: expected int64 ({batch},), got {got}")
+        raise ValueError(f"{name}: expected int64 ({batch},), got {described(value)}")
     if batch and (int(value.min()) < 0 or int(value.max()) > length):
         raise ValueError(f"{name}: expected lengths in [0, {length}], got {value.tolist()[:8]}")
     return value.to(device, torch.int64)

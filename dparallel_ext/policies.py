@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import check_tensor, one_of, shown
+from .arguments import check_tensor, described, one_of, shown
 
 
 class Line(NamedTuple):
@@ -150,8 +150,7 @@ def check(policy: Tensor, batch: int, *, values: bool = True) -> None:
     check_tensor("policy", policy)
     if policy.shape != (batch, len(FIELDS)) or policy.dtype != torch.float32:
         raise ValueError(
-            f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, "
-            f"got {policy.dtype} {tuple(policy.shape)}"
+            f"policy: expected float32 ({batch}, {len(FIELDS)}) {FIELDS}, got {described(policy)}"
         )
     # Reading values from a device would stall it, and there are no values while tracing.
     if values and policy.device.type == "cpu" and not torch.compiler.is_compiling():

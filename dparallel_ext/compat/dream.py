@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import INTEGERS, function, number, shown, whole
+from ..arguments import INTEGERS, described, function, number, shown, whole
 from ..decoding.settings import check_mask, drawn_seed
 from ..models import check_diffusion, for_decoding, traits
 from ..ops.inputs import check_sampling
@@ -153,7 +153,7 @@ def _hook(name: str, hook: Any, *, of_tokens: bool) -> Callable[..., Tensor]:
         assert argument is not None
         fits = isinstance(result, Tensor) and result.shape == argument.shape
         if not fits or not (result.dtype in INTEGERS if of_tokens else result.is_floating_point()):
-            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else shown(result)
+            got = described(result) if isinstance(result, Tensor) else shown(result)
             raise ValueError(
                 f"{name}: expected it to return {argument.dtype} {tuple(argument.shape)} as it was given, "
                 f"got {got}"

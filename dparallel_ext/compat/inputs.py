@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import INTEGERS, check_ids
+from ..arguments import INTEGERS, check_ids, described
 from ..decoding.settings import vocabulary
 from ..models import for_decoding, warn_of_dropout
 
@@ -15,8 +15,7 @@ from ..models import for_decoding, warn_of_dropout
 def prompts_of(name: str, value: Any, dims: tuple[int, ...] = (1, 2)) -> Tensor:
     """Token ids (B, P) int64, from whole numbers (B, P) or (P,). Raises ValueError naming the argument."""
     if not isinstance(value, Tensor) or value.ndim not in dims or value.dtype not in INTEGERS:
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: expected int64 (B, P), got {got}")
+        raise ValueError(f"{name}: expected int64 (B, P), got {described(value)}")
     return torch.atleast_2d(value.to(torch.int64))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments, policies
-from ..arguments import number, shown, whole
+from ..arguments import described, number, shown, whole
 from ..automaton import Automaton
 from ..rules import Rule
 
@@ -109,7 +109,7 @@ def _seed(name: str, value: Any) -> Any:
     if seeds.shape == (0,):
         seeds = seeds.to(torch.int64)  # torch makes an empty list float32
     if seeds.dtype not in (*arguments.INTEGERS, torch.bool) or seeds.ndim > 1:
-        raise ValueError(f"seed: expected an integer or int64 (B,), got {seeds.dtype} {tuple(seeds.shape)}")
+        raise ValueError(f"seed: expected an integer or int64 (B,), got {described(seeds)}")
     return plain(seeds.to(torch.int64))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kept
-from ..arguments import check_tensor, warn
+from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
@@ -398,7 +398,7 @@ class Model(Expected):
         if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
             raise ValueError(
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
-                f"got {attention_mask.dtype} {tuple(attention_mask.shape)}"
+                f"got {described(attention_mask)}"
             )
         visible = attention_mask.to(torch.bool)
         on_cpu = visible.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -419,9 +419,7 @@ class Model(Expected):
         check_tensor("input_ids", input_ids)
         if input_ids.ndim != ndim or input_ids.dtype not in (torch.int64, torch.int32):
             wanted = "(B, L)" if ndim == 2 else "(N,)"
-            raise ValueError(
-                f"input_ids: expected int64 {wanted}, got {input_ids.dtype} {tuple(input_ids.shape)}"
-            )
+            raise ValueError(f"input_ids: expected int64 {wanted}, got {described(input_ids)}")
         # torch's own embedding refuses ids out of range; a user's may take -1 from its end.
         table = self.embed
         if (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import described, whole
 from ..types import AcceptOutput
 from . import streams
 from .errors import lane_row, report
@@ -85,8 +85,7 @@ def accept(
         raise ValueError(f"logits: expected (N, V), got {tuple(logits.shape)}")
     rows, vocab = logits.shape
     if not isinstance(q_start, Tensor) or q_start.ndim != 1:
-        got = tuple(q_start.shape) if isinstance(q_start, Tensor) else type(q_start).__name__
-        raise ValueError(f"q_start: expected int64 (B,), got {got}")
+        raise ValueError(f"q_start: expected int64 (B,), got {described(q_start)}")
     lanes = len(q_start)
     temperature, top_p, top_k = check_sampling(temperature, top_p, top_k)
     if temperature == 0:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_tensor, number
+from ..arguments import check_tensor, described, number
 from .fake import register_fake
 from .inputs import check_caches, check_heads, expect, on_device_of_q, within
 from .kernel import kernel
@@ -116,8 +116,7 @@ def check_segments(
 ) -> None:
     """Raise unless they are segments of q (count, H, D)."""
     if not isinstance(block_table, Tensor) or block_table.ndim != 2:
-        got = tuple(block_table.shape) if isinstance(block_table, Tensor) else type(block_table).__name__
-        raise ValueError(f"block_table: expected int64 (S, P), got {got}")
+        raise ValueError(f"block_table: expected int64 (S, P), got {described(block_table)}")
     for name, tensor in (("kv_lens", kv_lens), ("q_start", q_start), ("q_end", q_end)):
         expect(name, tensor, (block_table.shape[0],), torch.int64)
     expect("block_table", block_table, block_table.shape, torch.int64)
@@ -125,8 +124,7 @@ def check_segments(
         if causal:
             raise ValueError("ancestors: expected instead of causal, got both")
         if not isinstance(ancestors, Tensor) or ancestors.ndim != 2:
-            got = tuple(ancestors.shape) if isinstance(ancestors, Tensor) else type(ancestors).__name__
-            raise ValueError(f"ancestors: expected int64 ({count}, W), got {got}")
+            raise ValueError(f"ancestors: expected int64 ({count}, W), got {described(ancestors)}")
         expect("ancestors", ancestors, (count, ancestors.shape[1]), torch.int64)
 
 

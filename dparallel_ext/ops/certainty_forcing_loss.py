@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, number, one_of, shown
+from ..arguments import check_tensor, described, number, one_of, shown
 from ..types import CertaintyForcingLossOutput
 from .errors import named_row, report
 from .fake import register_fake
@@ -171,9 +171,8 @@ def check_of_rows(
         refuse_transform(name, value)
         check_tensor(name, value)
     if not is_tensor or value.dtype not in allowed or value.shape != rows:
-        got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
         kinds = "floating point" if allowed == WIDE_DTYPES else str(allowed[0]).removeprefix("torch.")
-        raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {got}")
+        raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {described(value)}")
     if value.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import number, one_of
+from ..arguments import described, number, one_of
 from .certainty_forcing_loss import check_inplace, check_of_rows, check_temperature, real_dtype
 from .errors import report
 from .fake import register_fake
@@ -91,7 +91,7 @@ def distillation_loss(
     if teacher.shape != student.shape or teacher.dtype != student.dtype or teacher.device != student.device:
         raise ValueError(
             f"teacher: expected {student.dtype} {tuple(student.shape)} on {student.device} as the student, "
-            f"got {teacher.dtype} {tuple(teacher.shape)} on {teacher.device}"
+            f"got {described(teacher)} on {teacher.device}"
         )
     settings = check_divergence(student, "student", weight, temperature, kl_weight, l1_weight, reduction)
     inplace = inplace and student.requires_grad and not torch.compiler.is_compiling()

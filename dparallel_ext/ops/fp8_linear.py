@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor
+from ..arguments import check_tensor, described
 from .fake import register_fake
 from .inputs import check_like, check_rows
 from .kernel import kernel
@@ -27,7 +27,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_tensor("weight", weight)
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight: expected floats (out, in), got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected floats (out, in), got {described(weight)}")
     scale = fp8_scale(weight)
     wide = weight.detach().to(torch.float32)
     return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, number, whole
+from ..arguments import check_tensor, described, number, whole
 from .certainty_forcing_loss import real_dtype
 from .inputs import WIDE_DTYPES, refuse_transform
 
@@ -21,9 +21,7 @@ def check_head(hidden: Tensor, head: Tensor, name: str, head_name: str) -> tuple
     check_tensor(name, hidden)
     check_tensor(head_name, head)
     if hidden.ndim < 1 or hidden.dtype not in WIDE_DTYPES:
-        raise ValueError(
-            f"{name}: expected floating point (..., H), got {hidden.dtype} {tuple(hidden.shape)}"
-        )
+        raise ValueError(f"{name}: expected floating point (..., H), got {described(hidden)}")
     if head.ndim != 2 or head.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{head_name}: expected (V, {hidden.shape[-1]}) matching {name}, got {tuple(head.shape)}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C
-from ..arguments import INTEGERS, check_tensor, is_number, shown, temperature_in_force, whole
+from ..arguments import INTEGERS, check_tensor, described, is_number, shown, temperature_in_force, whole
 
 Ids = Tensor | Sequence[int] | None
 
@@ -57,7 +57,7 @@ def rows_view(logits: Tensor) -> Tensor:
 def check_tokens(tokens: Tensor) -> None:
     check_tensor("tokens", tokens)
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens: expected int64 (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+        raise ValueError(f"tokens: expected int64 (B, L), got {described(tokens)}")
 
 
 def windows_of(
@@ -73,7 +73,7 @@ def windows_of(
 def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> None:
     check_tensor(name, index)
     if index.dtype != torch.int64 or index.ndim != 1:
-        raise ValueError(f"{name}: expected int64 (N,), got {index.dtype} {tuple(index.shape)}")
+        raise ValueError(f"{name}: expected int64 (N,), got {described(index)}")
     if index.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} as the {of}, got {index.device}")
 
@@ -131,9 +131,7 @@ def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Te
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {value!r}") from error
     if values.dtype not in INTEGERS or values.ndim > 1 or values.shape not in ((), (batch,)):
-        raise ValueError(
-            f"{name}: expected an integer or int64 ({batch},), got {values.dtype} {tuple(values.shape)}"
-        )
+        raise ValueError(f"{name}: expected an integer or int64 ({batch},), got {described(values)}")
     return values if values.ndim and values.dtype == torch.int64 else values.to(torch.int64).expand(batch)
 
 
@@ -175,10 +173,7 @@ def check_caches(q_shape: Sequence[int], k_cache: Tensor, v_cache: Tensor) -> No
 def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
     check_tensor(name, tensor)
     if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
-        raise ValueError(
-            f"{name}: expected {dtype or tensor.dtype} {tuple(shape)}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name}: expected {dtype or tensor.dtype} {tuple(shape)}, got {described(tensor)}")
 
 
 def on_device_of_q(q: Tensor, **others: Tensor | None) -> None:
@@ -217,7 +212,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> No
     if tensor.dtype != like.dtype or tensor.shape != shape or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected {like.dtype} {tuple(shape)} on {like.device}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            f"got {described(tensor)} on {tensor.device}"
         )
     refuse_tangent(name, tensor)
     refuse_gradient(name, tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor
+from ..arguments import check_tensor, described
 from .fake import register_fake
 from .inputs import check_heads, expect
 from .kernel import kernel
@@ -46,7 +46,7 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
     for name, tensor in (("source", source), ("target", target)):
         check_tensor(name, tensor)
         if tensor.ndim != 2:
-            raise ValueError(f"{name}: expected int64 (B, M), got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected int64 (B, M), got {described(tensor)}")
         expect(name, tensor, tuple(source.shape), torch.int64)
         if tensor.device != kv_cache.device:
             raise ValueError(f"{name}: expected on {kv_cache.device} as kv_cache, got {tensor.device}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import number, whole
+from ..arguments import described, number, whole
 from .fake import register_fake
 from .inputs import check_caches, check_heads, check_like, expect, on_device_of_q, within
 from .kernel import kernel
@@ -145,8 +145,7 @@ def check_places(
     if dim % 2:
         raise ValueError(f"q: expected an even head_dim, got {dim}")
     if not isinstance(cos, Tensor) or cos.ndim != 2 or 2 * cos.shape[1] > dim:
-        got = tuple(cos.shape) if isinstance(cos, Tensor) else type(cos).__name__
-        raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {got}")
+        raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {described(cos)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         expect(name, tensor, cos.shape, torch.float32)
 

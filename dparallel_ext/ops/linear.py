@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..arguments import check_tensor
+from ..arguments import check_tensor, described
 from ..backends import fast_bfloat16
 from .fake import register_fake
 from .inputs import refuse_gradient
@@ -66,15 +66,13 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor 
     fits = weight.ndim == 2 and x.ndim > 0 and weight.shape[1] == x.shape[-1]
     if not fits or (weight.dtype != wanted and (scale is not None or not _casts(x))):
         into = x.shape[-1] if x.ndim else "in"
-        raise ValueError(f"weight: expected {wanted} (out, {into}), got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected {wanted} (out, {into}), got {described(weight)}")
     if bias is not None and (bias.shape != weight.shape[:1] or (bias.dtype != x.dtype and not _casts(x))):
-        raise ValueError(f"bias: expected {x.dtype} ({len(weight)},), got {bias.dtype} {tuple(bias.shape)}")
+        raise ValueError(f"bias: expected {x.dtype} ({len(weight)},), got {described(bias)}")
     if scale is not None:
         check_tensor("scale", scale)
         if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
-            raise ValueError(
-                f"scale: expected float32 ({len(weight)},), got {scale.dtype} {tuple(scale.shape)}"
-            )
+            raise ValueError(f"scale: expected float32 ({len(weight)},), got {described(scale)}")
         refuse_gradient("scale", scale)
     device = x.device
     if weight.device != device:

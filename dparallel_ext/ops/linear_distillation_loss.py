@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import described
 from ..types import NO_ERROR
 from .certainty_forcing_loss import real_dtype
 from .distillation_loss import ROW_ERRORS, check_divergence, named_pair, read_rows, reduced
@@ -82,8 +83,8 @@ def linear_distillation_loss(
     ):
         raise ValueError(
             f"teacher_hidden: expected {hidden.dtype} {(*hidden.shape[:-1], teacher_hidden.shape[-1])} "
-            f"on {hidden.device} as hidden, got {teacher_hidden.dtype} {tuple(teacher_hidden.shape)} "
-            f"on {teacher_hidden.device}"
+            f"on {hidden.device} as hidden, got {described(teacher_hidden)} on "
+            f"{teacher_hidden.device}"
         )
     if len(other_head) != len(lm_head_weight):
         raise ValueError(

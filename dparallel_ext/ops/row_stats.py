@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import shown, whole
+from ..arguments import described, shown, whole
 from ..types import NO_ERROR, RowStats
 from . import streams
 from .errors import named_row, report
@@ -255,9 +255,7 @@ def _ids(ids: Tensor | Sequence[int], rows: Sequence[int], vocab: int, logits: T
     if not isinstance(ids, Tensor):
         ids = torch.tensor([whole("ids", i, 0, vocab - 1) for i in ids], device=logits.device).long()
     if ids.dtype != torch.int64 or ids.ndim < 1 or (ids.ndim > 1 and tuple(ids.shape[:-1]) != tuple(rows)):
-        raise ValueError(
-            f"ids: expected int64 (K,) or {(*rows, 'K')}, got {ids.dtype} {tuple(ids.shape)}".replace("'", "")
-        )
+        raise ValueError(f"ids: expected int64 (K,) or {(*rows, 'K')}, got {described(ids)}".replace("'", ""))
     if ids.device != logits.device:
         raise ValueError(f"ids: expected on {logits.device} as the logits, got {ids.device}")
     return ids if ids.ndim == 1 else ids.reshape(math.prod(rows), ids.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import policies
-from ..arguments import check_tensor
+from ..arguments import check_tensor, described
 from ..types import RowStats
 from .fake import register_fake
 from .kernel import kernel
@@ -35,15 +35,14 @@ def select(stats: RowStats, eligible: Tensor, policy: Tensor, *, check: bool = T
     """
     check_tensor("eligible", eligible)
     if eligible.ndim != 2 or eligible.dtype != torch.bool:
-        raise ValueError(f"eligible: expected bool (B, L), got {eligible.dtype} {tuple(eligible.shape)}")
+        raise ValueError(f"eligible: expected bool (B, L), got {described(eligible)}")
     names = ("confidence", "margin", "entropy")
     scores: list[Any] = [getattr(stats, name, None) for name in names]
     for name, value in zip(names, scores, strict=True):
         check_tensor(f"stats.{name}", value)
         if value.shape != eligible.shape or value.dtype != torch.float32:
             raise ValueError(
-                f"stats.{name}: expected float32 {tuple(eligible.shape)}, "
-                f"got {value.dtype} {tuple(value.shape)}"
+                f"stats.{name}: expected float32 {tuple(eligible.shape)}, got {described(value)}"
             )
     policies.check(policy, len(eligible), values=check)
     return _select(*scores, eligible, policy.to(eligible.device))

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, one_of, shown, whole
+from ..arguments import check_tensor, described, one_of, shown, whole
 from ..ops.row_stats import LARGEST
 from ..ops.select import select
 from ..types import RowStats
@@ -269,8 +269,5 @@ def expect(name: str, value: Any, like: Tensor) -> None:
         if value.device != like.device:
             raise ValueError(f"{name}: expected on {like.device}, got {value.device}")
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-        got = type(value).__name__
-        if isinstance(value, Tensor):
-            got = f"{value.dtype} {tuple(value.shape)}"
         kind = "a bool" if like.dtype == torch.bool else "an int64"
-        raise ValueError(f"{name}: expected {kind} Tensor {tuple(like.shape)}, got {got}")
+        raise ValueError(f"{name}: expected {kind} Tensor {tuple(like.shape)}, got {described(value)}")

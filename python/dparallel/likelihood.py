@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import described, whole
 from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_call, check_diffusion, for_decoding, own_precision, traits
@@ -150,7 +150,7 @@ def _ids(name: str, ids: Sequence[int], model: Model) -> Tensor:
     tensor = tensor if tensor.numel() else tensor.to(torch.int64)
     size = model.shape.embedding_size
     if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: expected a list of ids, got {tensor.dtype} {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected a list of ids, got {described(tensor)}")
     if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < size:
         raise ValueError(
             f"{name}: expected ids in [0, {size}), got {int(tensor.min())} to {int(tensor.max())}"
