@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import dparallel_ext as dx
 from dparallel_ext.automaton import NOWHERE
+from dparallel_ext.decoding.sequence import SamplingGroup
 from dparallel_ext.speculation import JumpForward, Lane
-from dparallel_ext.speculation.sequence import SamplingGroup
 
 TEXT = '{"name": "Zoë", "age": 37, "tags": ["a", "b"]} the café costs 4.50 € \t and 12,000 more words'
 SPECIAL = "<end>"

@@ -12,9 +12,8 @@ from ..cache import Span
 from ..models import Model
 from ..packed import Packing, Shapes
 from . import padding
-from .sampler import SamplingGroup
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceState, eos_ids, reads
+from .sequence import IDLE, SamplingGroup, SequenceState, eos_ids, grouped, reads
 from .workspace import Workspace
 
 
@@ -94,13 +93,11 @@ class InputPacker:
             metadata = self.kv_cache.metadata(spans, self._pad_to, causal=onward)
             longest = metadata.max_q_len, metadata.max_kv_len
             packing.tensors(metadata.tensors)
-        groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
-        for b in work:
-            group = SamplingGroup.of(rows[b])
-            groups.setdefault(group.key, (group, []))[1].append(b)
+        numbers, groups = grouped(rows[b].sampling for b in work)
         cells = self._cells(rows, work, reach)
         self._put_rows(packing, rows, work, lanes, reach)
-        for _, members in groups.values():
+        for group in range(len(groups)):
+            members = [b for b, number in zip(work, numbers, strict=True) if number == group]
             packing.add(_by_field(self._edges(len(rows), work, members)))
         packing.close(len(groups), 4, len(rows) * self.windows_of_lane)
         counted = self._counted(rows, work)
@@ -110,14 +107,13 @@ class InputPacker:
         for each in eos:
             packing.add(_by_field(self._endings(rows, work, each)))
         packing.close(len(eos), 2, len(rows))
-        by_rule = any(group.rule is not None for group, _ in groups.values())
+        by_rule = any(group.rule is not None for group in groups)
         self._put_windows(packing, rows, work, by_rule)
         inputs, shapes = packing.pack()
         if self.tokens.device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
         record = any(rows[b].settings.record for b in work)
-        sampling = tuple(group for group, _ in groups.values())
-        return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, sampling)
+        return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, groups)
 
     def _put_rows(
         self,

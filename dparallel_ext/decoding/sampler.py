@@ -4,7 +4,7 @@ commit."""
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +15,7 @@ from ..ops.row_stats import LARGEST, read_rows
 from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import NO_ERROR, RowStats
-from .sequence import SequenceState
-
-
-class SamplingGroup(NamedTuple):
-    """How the tokens of some sequences are chosen; without a rule, `unmask_` chooses them."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    rule: Rule | None
-    suppress: Tensor | None
-
-    @classmethod
-    def of(cls, row: SequenceState) -> SamplingGroup:
-        settings = row.settings
-        return cls(settings.temperature, settings.top_p, settings.top_k, settings.rule, row.suppress)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:4], id(self.suppress))
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of `unmask_` and `row_stats`."""
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "suppress": self.suppress,
-        }
+from .sequence import SamplingGroup
 
 
 class Predicted(NamedTuple):
@@ -114,7 +85,7 @@ def decide(
         policy=predicted.policy,
         positions=predicted.positions,
         step=step,
-        **group.sampling,
+        **group.arguments,
         seed=seed,
         sequence=sequence,
         check=False,
@@ -145,7 +116,7 @@ def _by_rule(
     stats, error = read_rows(
         logits,
         mask_id=mask_id,
-        **group.sampling,
+        **group.arguments,
         seed=seed[window],
         sequence=sequence[window],
         position=column,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -53,6 +53,39 @@ class Settings:
         rule = self.rule
         of_rule = rule is not None and (rule.edits > 0 or rule.reads == "response" or rule.in_order)
         return self.scheduled or self.steps is not None or of_rule
+
+
+class SamplingGroup(NamedTuple):
+    """How the tokens of some sequences are chosen."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress: Tensor | None
+    """(n,) int64 on the device: ids that are never chosen."""
+    rule: Rule | None = None
+    """Decides what a pass over masks commits; None: policy rows do."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*self[:3], id(self.suppress), self.rule)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `row_stats`, `unmask_` and `accept`."""
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "suppress")}
+
+    @property
+    def greedy(self) -> SamplingGroup:
+        """The same at temperature 0."""
+        return SamplingGroup(0.0, 1.0, 0, self.suppress)
+
+
+def grouped(groups: Iterable[SamplingGroup]) -> tuple[list[int], tuple[SamplingGroup, ...]]:
+    """The number of each group among the different ones, and these."""
+    different: dict[tuple[Any, ...], tuple[int, SamplingGroup]] = {}
+    numbers = [different.setdefault(group.key, (len(different), group))[0] for group in groups]
+    return numbers, tuple(group for _, group in different.values())
 
 
 class Layout(NamedTuple):
@@ -171,6 +204,13 @@ class SequenceState:
     @property
     def length(self) -> int:
         return self.layout.length
+
+    @property
+    def sampling(self) -> SamplingGroup:
+        settings = self.settings
+        return SamplingGroup(
+            settings.temperature, settings.top_p, settings.top_k, self.suppress, settings.rule
+        )
 
     @property
     def columns(self) -> Sequence[int]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ..arguments import instance, number, whole
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.sequence import grouped
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only
@@ -41,7 +42,6 @@ from ..packed import Packing, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
 from .drafter import DraftKey, Lane, Placed, RecordedSession, check_layers
-from .sequence import grouped
 
 KIND = "adadecode"
 _KEY = "adadecode_config"
@@ -282,7 +282,7 @@ class _Session(RecordedSession):
             seed, sequence, position = keys.unbind(1)
             stats = row_stats(
                 logits,
-                **sampling._asdict(),
+                **sampling.arguments,
                 seed=seed,
                 sequence=sequence,
                 position=position,

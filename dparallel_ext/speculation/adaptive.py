@@ -33,6 +33,7 @@ from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.padding import row_padding
+from ..decoding.sequence import grouped
 from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_diffusion, native, own_precision, traits, warn_beyond
 from ..models import load as load_model
@@ -41,7 +42,7 @@ from ..ops.row_stats import read_rows
 from ..types import NO_ERROR
 from .batch import CausalBatch
 from .loading import NAMED
-from .sequence import UNKNOWN, CausalSequence, Verified, grouped
+from .sequence import UNKNOWN, CausalSequence, Verified
 from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
 
 
@@ -361,7 +362,7 @@ class AdaptiveBatch(CausalBatch):
                 logits,
                 rows=at,
                 mask_id=self._mask if self._mask < self.shared else None,
-                **group._replace(suppress=suppress)._asdict(),
+                **group._replace(suppress=suppress).arguments,
                 seed=seed[at],
                 sequence=sequence[at],
                 position=position[at],

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.sequence import grouped
 from ..models import Model, own_precision
 from ..ops import row_topk
 from ..packed import Packing, unpack
 from .draft import Draft
 from .drafter import DraftKey, Lane, RecordedSession
-from .sequence import grouped
 
 
 def chain(tree: DraftTree, guesses: Sequence[int]) -> Draft:

@@ -21,11 +21,11 @@ from ..automaton import Automaton
 from ..cache import AttentionMetadata, KVCache
 from ..decoding.graphs import run_pass
 from ..decoding.padding import recorded_rows, row_padding
+from ..decoding.sequence import SamplingGroup
 from ..decoding.workspace import graphs_on
 from ..models import Model, Stream
 from ..packed import Packing, Shapes
 from .draft import Draft
-from .sequence import SamplingGroup
 
 EMBEDDING = -1
 """The tap in front of the first layer: the token's embedding."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .._C import draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.sequence import grouped
 from ..models import Llama, Model, Qwen3, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, token_ids
@@ -41,7 +42,6 @@ from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
 from .draft import Draft
 from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
-from .sequence import grouped
 
 KIND = "eagle3"
 MOST = 8

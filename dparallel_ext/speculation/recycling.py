@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
+from ..decoding.sequence import grouped
 from ..models import Model
 from ..ops import row_topk
 from ..packed import Packing, unpack
 from .ddtree import NODES
 from .draft import Draft
 from .drafter import DraftKey, DraftSession, Lane, Observation, RecordedSession
-from .sequence import grouped
 from .trees import Node, best_nodes
 
 RANKS = (0.5, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
+from ..decoding.sequence import SamplingGroup
 from ..models import Model
 from ..models.modules import Stream
 from .draft import Draft
 from .drafter import Adapting, Riders
-from .sequence import CausalSequence, SamplingGroup
+from .sequence import CausalSequence
 
 
 def inputs(

@@ -19,6 +19,7 @@ from ..automaton import NOWHERE, Automaton
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
 from ..decoding.graphs import run_pass
+from ..decoding.sequence import SamplingGroup
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
@@ -28,7 +29,7 @@ from ..types import NO_ERROR
 from . import riding
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation
-from .sequence import UNKNOWN, CausalSequence, SamplingGroup
+from .sequence import UNKNOWN, CausalSequence
 
 
 class PassKey(NamedTuple):
@@ -330,7 +331,7 @@ class CausalRunner:
                 room=room,
                 eos_ids=eos_ids,
                 keys=keys if group.temperature > 0 else None,
-                **group._asdict(),
+                **group.arguments,
                 max_q_len=key.rows,
                 check=False,
             )

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..decoding.sequence import Settings
+from ..decoding.sequence import SamplingGroup, Settings
 
 UNKNOWN = -1
 """The number in place of a token that is not known yet."""
-
-
-class SamplingGroup(NamedTuple):
-    """How the model's choices are made, for some sequences."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    suppress: Tensor | None
-    """(n,) int64 on the device: ids that are never chosen."""
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:3], id(self.suppress))
-
-    @property
-    def greedy(self) -> SamplingGroup:
-        """The same at temperature 0."""
-        return SamplingGroup(0.0, 1.0, 0, self.suppress)
-
-
-def grouped(groups: Iterable[SamplingGroup]) -> tuple[list[int], tuple[SamplingGroup, ...]]:
-    """The number of each group among the different ones, and these."""
-    different: dict[tuple[Any, ...], tuple[int, SamplingGroup]] = {}
-    numbers = [different.setdefault(group.key, (len(different), group))[0] for group in groups]
-    return numbers, tuple(group for _, group in different.values())
 
 
 class OpenRegion(NamedTuple):

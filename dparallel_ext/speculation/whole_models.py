@@ -9,11 +9,11 @@ import torch
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
+from ..decoding.sequence import grouped
 from ..models import Model, native, own_precision
 from ..ops import row_stats
 from .draft import Draft
 from .drafter import DraftSession, Lane
-from .sequence import grouped
 
 
 class ModelDrafter:

@@ -21,6 +21,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
 from dparallel_ext.decoding.config import DecodeConfig
+from dparallel_ext.decoding.sequence import SamplingGroup
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import (
@@ -32,7 +33,6 @@ from dparallel_ext.speculation import (
     NGram,
     TreeDrafter,
 )
-from dparallel_ext.speculation.sequence import SamplingGroup
 from dparallel_ext.speculation.sizing import Fixed, Measurements, measured
 
 PROMPTS = [torch.randint(10, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 1, 20, 70)]
