@@ -99,8 +99,7 @@ class Batch:
         `masked`: columns of the prompt that hold masks and are filled too, ascending. `num_cached`: positions
         whose keys and values are cached already, where the schedule stores blocks.
 
-        Raises ValueError where `steps` does not divide into the blocks, or for an id to suppress that the
-        model does not have.
+        Raises ValueError where `steps` does not divide into the blocks.
         """
         first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
         layout = lay_out(first, gen_length, size, schedule.aligned, settings.steps, masked)

@@ -77,13 +77,10 @@ class Runner:
         self._prepared: list[Prepared] = []
 
     def suppress(self, ids: Tensor | None) -> Tensor | None:
-        """The ids as a tensor, the same object for the same ids; with our models on the device.
-
-        Raises ValueError for an id that one of our models does not have.
-        """
-        if isinstance(self.model, Model):
-            return self._suppress(ids, self.tokens.device, self.model.shape.embedding_size)
-        return self._suppress(ids, torch.device("cpu"))  # the ops look at their range
+        """The ids as a tensor, the same object for the same ids. It is on the device with our models; with
+        others on the CPU, where the ops check the range."""
+        own = isinstance(self.model, Model)
+        return self._suppress(ids, self.tokens.device if own else torch.device("cpu"))
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
         """Begin a sequence that is decoded by `rule` in the lane.

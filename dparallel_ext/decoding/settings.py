@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arguments import shown, temperature_in_force, whole
+from ..arguments import check_ids, shown, temperature_in_force, whole
 from ..automaton import Automaton
 from ..cache import WORD
 from ..models import Model, check_diffusion, traits
@@ -95,7 +95,8 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     """The settings of `size` sequences, for which the config has one value or one each.
 
     cache: the mode in force; "none" where an autoregressive model decodes from left to right. Raises
-    ValueError if the config has values for another number of sequences.
+    ValueError if the config has values for another number of sequences, and for fields that do not fit the
+    model or each other.
     """
     rule, steps, rows, selectors = decided(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
@@ -129,9 +130,12 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
         raise ValueError(f"seed: expected an integer or int64 ({size},), got torch.int64 ({len(seed)},)")
     # A sequence's own seed is its whole key; a seed for all is combined with the place in the batch.
     keys = [(s, 0) for s in seed] if isinstance(seed, tuple) else [(seed, b) for b in range(size)]
-    suppress = (
-        None if config.suppress is None else torch.tensor(config.suppress, dtype=torch.int64, device="cpu")
-    )
+    suppress = None
+    if config.suppress is not None:
+        suppress = torch.tensor(config.suppress, dtype=torch.int64, device="cpu")
+        # The ops check the ids of other models, whose rows of logits may be longer than `vocabulary` says.
+        if isinstance(model, Model):
+            check_ids("suppress", [suppress], model.shape.embedding_size)
     return [
         Settings(
             policy=tuple(numbers),

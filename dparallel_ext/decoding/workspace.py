@@ -140,18 +140,11 @@ class Workspace:
             workspace.key, workspace.size = key, size
         return workspace
 
-    def suppress(self, ids: Tensor | None, device: torch.device, vocab: int | None = None) -> Tensor | None:
-        """The ids, ascending, on the device: the same object for the same ids. None without an id.
-
-        Raises ValueError for an id outside [0, vocab).
-        """
+    def suppress(self, ids: Tensor | None, device: torch.device) -> Tensor | None:
+        """The ids, ascending, on the device: the same object for the same ids. None without an id."""
         key = () if ids is None else tuple(ids.unique().tolist())
         if not key:
             return None
-        if vocab is not None and not (key[0] >= 0 and key[-1] < vocab):
-            raise ValueError(
-                f"suppress: expected ids in [0, {vocab}), got {key[0] if key[0] < 0 else key[-1]}"
-            )
         if key not in self.suppressed:
             if len(self.suppressed) == 64:
                 self.suppressed.clear()

@@ -322,13 +322,9 @@ class Engine:
         return configured("submit", self.config, asked)
 
     def _check(self, config: DecodeConfig) -> None:
-        """Raise ValueError for fields that no engine supports, and for ids that the model does not have."""
+        """Raise ValueError for a field that no engine supports."""
         if config.record:
             raise ValueError("record: an engine keeps no trajectory, so expected False (see on_draft)")
-        if config.suppress is not None:
-            arguments.check_ids(
-                "suppress", [torch.tensor(config.suppress, device="cpu")], self.model.shape.embedding_size
-            )
 
     def _prompt(self, prompt: Any) -> Tensor:
         rows = arguments.prompts(prompt) or [torch.zeros(0, dtype=torch.int64, device="cpu")]

@@ -120,7 +120,7 @@ def adaptive_decode(
         size = len(prompts)
         model = diffusion_model(model)
         mask = mask_of(model, config.mask_id)
-        check_prompts(model, prompts, config)
+        check_prompts(model, prompts)
         eos_ids = end_ids(model, config, mask)
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, eos_ids)

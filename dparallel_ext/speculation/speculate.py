@@ -131,7 +131,7 @@ def speculate(
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, model, "none", size)
-        check_prompts(model, prompts, config)
+        check_prompts(model, prompts)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
         warn_beyond(model, "gen_length", max(lengths, default=0))
@@ -177,13 +177,9 @@ def check_causal(fields: Mapping[str, Any]) -> None:
             )
 
 
-def check_prompts(model: Model, prompts: Sequence[Tensor], config: DecodeConfig) -> None:
+def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
     """Raise ValueError for ids that the model does not have, and for a prompt without a token."""
     arguments.check_ids("prompt", prompts, model.shape.embedding_size)
-    if config.suppress is not None:
-        arguments.check_ids(
-            "suppress", [torch.tensor(config.suppress, device="cpu")], model.shape.embedding_size
-        )
     for number, ids in enumerate(prompts):
         if not len(ids):
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")

@@ -215,7 +215,7 @@ def measure_drafts(
         loaded.check(model)
     encode = text.prompt_encoder(work.tokenizer, work.template)
     prompts = [torch.tensor(ids) for ids in lengthened([*map(encode, work.texts)], settings.context)]
-    check_prompts(model, prompts, work.config)
+    check_prompts(model, prompts)
     length = whole("gen_length", work.config.gen_length, 2)
     positions = max(map(len, prompts)) + length + asked[-1]  # so that the last drafts have room too
     registry.check_positions(settings.model, model, positions)

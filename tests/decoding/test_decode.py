@@ -358,6 +358,8 @@ def test_suppressed_ids_are_never_decoded(llada) -> None:
     ("change", "message"),
     [
         ({"prompt": "text"}, "prompt: expected int64 .* got str; encode it"),
+        ({"suppress": [3, 512]}, r"suppress: expected token ids in \[0, 512\), got 512"),
+        ({"suppress": [-1, 3]}, r"suppress: expected token ids in \[0, 512\), got -1"),
         ({"prompt": torch.zeros(2, 3)}, r"prompt: expected int64 \(P,\), got torch.float32 \(3,\)"),
         ({"prompt": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"prompt: expected \(B, P\)"),
         ({"gen_length": -1}, "gen_length: expected a whole number >= 0"),

@@ -506,8 +506,5 @@ def test_the_same_ids_to_suppress_are_the_same_tensor() -> None:
     first = space.suppress(torch.tensor([7, 2, 7]), cpu)
     assert first is not None
     assert first.tolist() == [2, 7]
-    assert space.suppress(torch.tensor([2, 7]), cpu, 8) is first
+    assert space.suppress(torch.tensor([2, 7]), cpu) is first
     assert space.suppress(torch.tensor([], dtype=torch.int64), cpu) is None
-    for ids, got in (([2, 7], 7), ([-1, 3], -1)):
-        with pytest.raises(ValueError, match=rf"suppress: expected ids in \[0, 7\), got {got}"):
-            space.suppress(torch.tensor(ids), cpu, 7)

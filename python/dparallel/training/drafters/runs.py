@@ -97,7 +97,7 @@ def run(
     encode = prompt_encoder(tokenizer, template)
     trainee = KINDS[settings.kind](Target(target, model, template, loaded is None), settings)
     learned, judged = prompts_of(data, prompt_field, encode, evaluate)
-    check_prompts(model, [*learned, *judged], dx.DecodeConfig())
+    check_prompts(model, [*learned, *judged])
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _apart(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
