@@ -174,7 +174,7 @@ def test_opcheck() -> None:
         ({"slot_mapping": torch.zeros(9)}, r"slot_mapping: expected torch.int64 \(9,\)"),
         (
             {"cos": torch.zeros(50, 16)},
-            r"cos: expected float32 \(positions, R / 2\) with R <= 16, got \(50, 16\)",
+            r"cos: expected float32 \(positions, R / 2\) with R <= 16, got torch.float32 \(50, 16\)",
         ),
         ({"sin": torch.zeros(50, 7)}, r"sin: expected torch.float32 \(50, 8\)"),
         ({"q_norm": torch.ones(16)}, "k_norm: expected a norm for both or neither of q and k, got None"),
