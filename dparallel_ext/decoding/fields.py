@@ -41,13 +41,6 @@ def _whole_of(least: int) -> Callable[[str, Any], int | None]:
     return lambda name, value: None if value is None else whole(name, value, least)
 
 
-def _share(name: str, value: Any) -> float:
-    share = number(name, value)
-    if share > 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
-    return share
-
-
 def _counts(name: str, value: Any) -> int | tuple[int, ...]:
     value = plain(value)
     several = isinstance(value, tuple)
@@ -128,8 +121,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "score": _plain,
     "refresh": _whole_of(1),
     "active_blocks": functools.partial(whole, least=1),
-    "open_at": _share,
-    "activate_at": _share,
+    "open_at": functools.partial(number, most=1),
+    "activate_at": functools.partial(number, most=1),
     "batch_invariant": _switch,
     "graphs": _switch,
     "temperature": number,

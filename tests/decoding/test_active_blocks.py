@@ -200,7 +200,7 @@ def test_a_stream_and_an_end(llada: models.Model) -> None:
     [
         ({"active_blocks": 0}, "active_blocks: expected a whole number >= 1, got 0"),
         ({"open_at": 1.5}, "open_at: expected a number from 0 to 1, got 1.5"),
-        ({"activate_at": -0.1}, "activate_at: expected a finite number >= 0, got -0.1"),
+        ({"activate_at": -0.1}, "activate_at: expected a number from 0 to 1, got -0.1"),
         ({"threshold": None}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "steps": 40}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "rule": "credit+steps:40"}, "active_blocks: several need a threshold or a rule"),

@@ -48,13 +48,11 @@ class Schedule:
     def __post_init__(self) -> None:
         check_fields(self, ("steps", "warmup"), whole, 1)
         check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
-        check_fields(self, ("muon_lr", "adam_lr", "ema", "weight_decay", "decay"), number)
+        check_fields(self, ("weight_decay", "decay"), number, 0, 1)
+        check_fields(self, ("muon_lr", "adam_lr", "ema"), number)
         for name in ("muon_lr", "adam_lr", "ema"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "decay"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
 
 
 STATE = ("settings", "step", "model", "optimizers", "average", "seconds", "curve", "recent")

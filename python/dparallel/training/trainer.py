@@ -33,6 +33,7 @@ from transformers import Trainer, TrainingArguments
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, is_number, number, one_of, warn, whole
 from dparallel_ext.models import Model
+from dparallel_ext.ops.certainty_forcing_loss import check_temperature
 
 from .trajectories import Collator
 
@@ -63,8 +64,7 @@ class CertaintyForcingArguments(TrainingArguments):
         if not 0 <= low <= high or low > 1:
             raise ValueError(f"mask_ratio: expected 0 <= low <= 1 and low <= high, got {self.mask_ratio!r}")
         check_fields(self, ("entropy_weight", "ce_weight", "temperature"), number)
-        if not 1e-5 <= self.temperature <= 1e5:
-            raise ValueError(f"temperature: expected a number from 1e-5 to 1e5, got {self.temperature!r}")
+        check_temperature("temperature", self.temperature)
         check_fields(self, ("per_device_train_batch_size", "gradient_accumulation_steps"), whole, 1)
         if self.block_length is not None:
             check_fields(self, ("block_length",), whole, 1)

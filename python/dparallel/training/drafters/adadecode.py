@@ -39,9 +39,7 @@ class ExitSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, ("gamma",), number)
-        if self.gamma > 1:
-            raise ValueError(f"gamma: expected a number from 0 to 1, got {self.gamma}")
+        check_fields(self, ("gamma",), number, 0, 1)
         check_fields(self, ("most",), whole, 1, 512)
 
 

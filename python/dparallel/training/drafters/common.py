@@ -63,9 +63,7 @@ class Settings(Schedule):
             raise ValueError(f"kind: expected one of {list(self.KINDS)}, got {self.kind!r}")
         registry.dtype_of(self.dtype)
         check_fields(self, ("batch", "anchors", "gen_length"), whole, 1)
-        check_fields(self, ("temperature",), number)
-        if self.temperature > 100:
-            raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature}")
+        check_fields(self, ("temperature",), number, 0, 100)
 
 
 def drawn(answers: Sequence[Answer], settings: Settings, step: int) -> tuple[list[Answer], torch.Generator]:
