@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import described, whole
+from dparallel_ext.arguments import check_ids, token_ids, whole
 from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
 from dparallel_ext.decoding.settings import mask_of
-from dparallel_ext.models import Model, check_call, check_diffusion, for_decoding, own_precision, traits
+from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
 
 METHODS = ("monte_carlo", "left_to_right")
 SAMPLES = 128
@@ -103,13 +103,7 @@ def iter_log_likelihoods(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    model = for_decoding(model)
-    if not isinstance(model, Model):
-        raise ValueError(
-            "model: expected one of dparallel_ext.models (models.load, or models.wrap for a loaded Hugging "
-            f"Face model), got {type(model).__name__}"
-        )
-    check_call(model)
+    model = native(model)
     check_diffusion(model)
     of_model = traits(model)
     method = method or ("monte_carlo" if of_model.block_length is None else "left_to_right")
@@ -145,17 +139,10 @@ class Pair(NamedTuple):
     """(L,) int64"""
 
 
-def _ids(name: str, ids: Sequence[int], model: Model) -> Tensor:
-    tensor = torch.as_tensor(ids, device="cpu")
-    tensor = tensor if tensor.numel() else tensor.to(torch.int64)
-    size = model.shape.embedding_size
-    if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: expected a list of ids, got {described(tensor)}")
-    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < size:
-        raise ValueError(
-            f"{name}: expected ids in [0, {size}), got {int(tensor.min())} to {int(tensor.max())}"
-        )
-    return tensor.to(torch.int64)
+def _ids(name: str, value: Sequence[int], model: Model) -> Tensor:
+    ids = token_ids(name, value).cpu()
+    check_ids(name, [ids], model.shape.embedding_size)
+    return ids
 
 
 # --- masks --------------------------------------------------------------------------------------

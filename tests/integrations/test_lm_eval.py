@@ -317,10 +317,10 @@ def test_teacher_prefers_right_answers() -> None:
         ({"mask_id": -1}, "mask_id: expected a whole number >= 0, got -1"),
         ({"mask_id": 1.5}, r"mask_id: expected a whole number >= 0, got 1\.5"),
         ({"prompts": [[1], [2]]}, "answers: expected one for each of 2 prompts, got 1"),
-        ({"answers": [[512]]}, r"answers\[0\]: expected ids in \[0, 512\), got 512 to 512"),
-        ({"answers": [[3, -1]]}, r"answers\[0\]: expected ids in \[0, 512\), got -1 to 3"),
-        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of ids"),
-        ({"answers": [[0.5]]}, r"answers\[0\]: expected a list of ids"),
+        ({"answers": [[512]]}, r"answers\[0\]: expected token ids in \[0, 512\), got 512"),
+        ({"answers": [[3, -1]]}, r"answers\[0\]: expected token ids in \[0, 512\), got -1"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected int64 \(P,\), got torch"),
+        ({"answers": [[0.5]]}, r"answers\[0\]: expected int64 \(P,\), got torch"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], said: str) -> None:
