@@ -32,10 +32,10 @@ METADATA = "config"
 class Origin(NamedTuple):
     """A drafter's kind and training, from its config.json; all None in published files."""
 
-    kind: str | None
-    target: str | None
+    kind: str | None = None
+    target: str | None = None
     """The `models.fingerprint` of the model that it was trained for; None: not known."""
-    template: str | None
+    template: str | None = None
     """The chat template of prompts in training, by its name."""
 
     @classmethod

@@ -63,10 +63,7 @@ class Layout(NamedTuple):
     """Rows of a block, the root among them."""
     mask_id: int
     target_layers: int
-    target: str | None
-    """The `models.fingerprint` of the model that it was trained for; None: the file does not say."""
-    template: str | None
-    """The chat template that prompts had in training, as the trainer names it."""
+    origin: Origin
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layout:
@@ -93,7 +90,7 @@ class Layout(NamedTuple):
         taps = inner.get("target_layer_ids")
         taps = list(default_taps(layers, shape.layers)) if taps is None else taps
         check_layers("config: dflash_config: target_layer_ids", taps, EMBEDDING, layers)
-        return cls(shape, kind, tuple(taps), block, masks[0], layers, origin.target, origin.template)
+        return cls(shape, kind, tuple(taps), block, masks[0], layers, origin)
 
 
 def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
@@ -196,9 +193,8 @@ class BlockDrafter:
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
         layout, s = self.layout, self.layout.shape
-        origin = Origin(layout.kind, layout.target, layout.template)
         sizes = {"vocabulary": s.embedding_size, "width": s.width, "layers": layout.target_layers}
-        check_target(self.source, origin, model, **sizes)
+        check_target(self.source, layout.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)

@@ -221,7 +221,7 @@ class EagleDrafter(BlockDrafter):
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary or width, or without a tapped layer."""
         sizes = {"vocabulary": self.layout.shape.embedding_size, "width": self.layout.target_width}
-        check_target(self.source, Origin(None, None, None), model, **sizes)
+        check_target(self.source, Origin(), model, **sizes)
         self.layout.taps_of(model.shape.layers)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
@@ -388,7 +388,7 @@ class _Session(RecordedSession):
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, pass after pass, and the bits of their
-        log-probabilities in float32, as in `dflash`."""
+        log-probabilities in float32, as in `blocks`."""
         tensors, layers, results = unpack(inputs, key.shapes), self._layers, []
         about, *all_bounds = key.numbers  # `about`: the number of tensors of a pass's metadata
         embed = self.model.embed if layers.embed_tokens is None else layers.embed_tokens
