@@ -22,6 +22,7 @@ from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, DraftSession, drafter_of
+from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import default_taps
 from dparallel_ext.speculation.sizing import Fixed
 
@@ -323,7 +324,7 @@ def test_published_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
     config |= {"layer_types": ["full_attention"] * 2, "use_sliding_window": False, "sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = dx.speculation.load(tmp_path)
-    assert found.layout == drafter.layout._replace(target=None)
+    assert found.layout == drafter.layout._replace(origin=Origin())
     found.check(MODEL)
     found.check(model_of(rms_norm_eps=1e-4, eos_token_id=7))  # it does not say for which
     assert torch.equal(plain(drafter=found).sequences, plain().sequences)

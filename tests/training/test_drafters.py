@@ -113,7 +113,7 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     drafter = dx.speculation.load(out)
     model, _ = registry.load(str(target))
     fingerprint = models.fingerprint(model)
-    assert drafter.layout[1:] == ("dflash", (-1, 1), 5, MASK, 2, fingerprint, None)
+    assert drafter.layout[1:] == ("dflash", (-1, 1), 5, MASK, 2, Origin("dflash", fingerprint))
     prompts = [torch.tensor([3, 4, 5])]
     expected = dx.speculate(model, prompts, gen_length=12)
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
