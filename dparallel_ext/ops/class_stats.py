@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the op)
 from ..types import RowStats
 from .fake import register_fake
 from .kernel import kernel

@@ -226,17 +226,14 @@ def merge_parts(parts: RowStats, among: Tensor | None = None) -> tuple[RowStats,
     error = torch.where(top.isnan(), 1, torch.where(held.any(-1), NO_ERROR, 2)).flatten()
     row = torch.arange(error.numel(), device=error.device)
 
-    def real(values: Tensor) -> Tensor:
-        return values.float()
-
     def infinite(values: Tensor) -> Tensor:
         return torch.where(values >= LARGEST, math.inf, values).float()
 
     chosen = torch.where(held.any(-1), chosen, -1)
     lse = torch.where(nothing, -math.inf, torch.where(top >= LARGEST, math.inf, top + log_sum))
     stats = RowStats(
-        chosen, infinite(best), infinite(second), real(lse), real(p1), real(p1 - p2), real(entropy),
-        chosen.clone(), real(logprob), infinite(top), real(log_sum),
+        chosen, infinite(best), infinite(second), lse.float(), p1.float(), (p1 - p2).float(), entropy.float(),
+        chosen.clone(), logprob.float(), infinite(top), log_sum.float(),
     )  # fmt: skip
     return stats, torch.where(error == NO_ERROR, error, 4 * row + error)
 
