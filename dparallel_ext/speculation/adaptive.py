@@ -29,9 +29,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..cache import KVCache, Span
-from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
+from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
-from ..decoding.fields import plain
 from ..decoding.padding import row_padding
 from ..decoding.sequence import grouped
 from ..decoding.settings import make_settings, mask_of
@@ -43,7 +42,7 @@ from ..types import NO_ERROR
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
-from .speculate import OF_DIFFUSION, check_prompts, decoded, end_ids, run
+from .speculate import OF_DIFFUSION, check_prompts, check_unset, decoded, end_ids, run
 
 
 @dataclass
@@ -152,13 +151,9 @@ def adaptive_decode(
 
 def check_fields(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
-    for name in (*OF_DIFFUSION, "automaton", "logprobs"):
-        value = plain(fields.get(name, DEFAULTS[name]))
-        if name != "mask_id" and value != DEFAULTS[name]:
-            raise ValueError(
-                f"{name}: with a verifier decoding goes left to right, as far as it agrees, and takes none, "
-                f"got {arguments.shown(value)}"
-            )
+    names = {*OF_DIFFUSION, "automaton", "logprobs"} - {"mask_id"}
+    why = "with a verifier decoding goes left to right, as far as it agrees, and takes none"
+    check_unset(fields, sorted(names), why)
 
 
 def checked_numbers(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -169,12 +169,14 @@ def causal_model(model: Any) -> Model:
 
 def check_causal(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to an autoregressive model."""
-    for name in OF_DIFFUSION:
+    check_unset(fields, OF_DIFFUSION, "belongs to masked diffusion; an autoregressive model takes none")
+
+
+def check_unset(fields: Mapping[str, Any], names: Iterable[str], why: str) -> None:
+    """Raise ValueError, saying why, if one of these fields of `DecodeConfig` has not its default."""
+    for name in names:
         if (value := plain(fields.get(name, DEFAULTS[name]))) != DEFAULTS[name]:
-            raise ValueError(
-                f"{name}: belongs to masked diffusion; an autoregressive model takes none, "
-                f"got {arguments.shown(value)}"
-            )
+            raise ValueError(f"{name}: {why}, got {arguments.shown(value)}")
 
 
 def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
