@@ -103,7 +103,7 @@ class EngineCore:
         with self.lock:
             self._cancelling.append(id)
 
-    def disown(self, refusal: str) -> None:
+    def refuse_in_fork(self, refusal: str) -> None:
         """Fail all requests: this process is a fork, without the engine's thread, which may hold the lock."""
         self._refusal = refusal
         self.lock = threading.RLock()
@@ -120,16 +120,16 @@ class EngineCore:
             with torch.inference_mode(), torch.cuda.device(device if device.type == "cuda" else -1):
                 while True:
                     with self.lock:
-                        gone = self.receive()
+                        cancelled = self.receive()
                         if not self.requests:
                             return not self.closed
-                    for request in gone:
+                    for request in cancelled:
                         self.end(request, "cancelled")
                     self.admit()
                     if self.running:
                         self.advance()
         except BaseException as error:  # a bug: no caller may be left waiting for a dead thread
-            self._break(error)
+            self._fail_all(error)
             return False
 
     def receive(self) -> list[Request]:
@@ -142,7 +142,7 @@ class EngineCore:
         ids, self._cancelling = self._cancelling, []
         return [self.requests[id] for id in ids if id in self.requests]
 
-    def _break(self, error: BaseException) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         """End all requests, since the thread ends with `error`."""
         log.critical("the engine's thread ends", exc_info=error)
         event = _failure(error, "the engine's thread ended")
@@ -157,9 +157,9 @@ class EngineCore:
             self.counts["failed"] += len(left)
             self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
         for request in left.values():
-            self._tell(request)
+            self._notify(request)
 
-    def _tell(self, request: Request) -> None:
+    def _notify(self, request: Request) -> None:
         """Call the request's subscribers with the events that they have not had.
 
         Raises RuntimeError if a callback raises anything, unless the request is over.
@@ -311,7 +311,7 @@ class EngineCore:
             with self.lock:
                 self.counts["tokens"] += len(fresh)
             request.events.add(fresh)
-            self._tell(request)
+            self._notify(request)
 
     def end(self, request: Request, how: str | BaseException) -> None:
         """End the request, unless it has ended: free its lane and pages, and send its last event.
@@ -337,7 +337,7 @@ class EngineCore:
             self.counts[kind if kind in self.counts else "completed"] += 1
             request.events.add(event)
             del self.requests[request.id]
-        self._tell(request)
+        self._notify(request)
 
     def _completion(self, request: Request, reason: str) -> Completion:
         now, row = time.monotonic(), None if request.lane < 0 else self.batch.rows[request.lane]

@@ -226,13 +226,13 @@ class Engine:
         """Start the thread."""
         self.request_ids = itertools.count()
         self._process = os.getpid()
-        self._bell: SimpleQueue[Engine | None] = SimpleQueue()
+        self._wakeups: SimpleQueue[Engine | None] = SimpleQueue()
         self._ended = threading.Lock()  # held until the thread is over; an interrupted `join` fails later
         self._ended.acquire()
-        bell = self._bell
-        gone = weakref.ref(self, lambda _: bell.put(None))
+        wakeups = self._wakeups
+        reference = weakref.ref(self, lambda _: wakeups.put(None))
         self.thread = threading.Thread(
-            target=_serve, args=(bell, self._ended, gone), name="dparallel engine", daemon=True
+            target=_serve, args=(wakeups, self._ended, reference), name="dparallel engine", daemon=True
         )
         _threads.add(self._ended)
         try:
@@ -241,7 +241,7 @@ class Engine:
             _threads.discard(self._ended)
             raise
         _engines[id(self)] = self
-        if _leaving:
+        if _exiting:
             self.close()
             raise RuntimeError("the program is ending, so no engine can start")
 
@@ -303,7 +303,7 @@ class Engine:
             events = Events()
             handle = Handle(next(self.request_ids), events, self._cancel, self.thread)
             self.core.arrivals.append(Request(handle, events, plan, on_draft))
-        self._ring()
+        self._wake()
         return handle
 
     def _request(self, config: DecodeConfig | None, keywords: Mapping[str, Any]) -> DecodeConfig:
@@ -371,7 +371,7 @@ class Engine:
 
     def _close(self, cancel: bool) -> None:
         self.core.close(cancel)
-        self._ring()
+        self._wake()
 
     def __enter__(self) -> Engine:
         return self
@@ -381,28 +381,30 @@ class Engine:
 
     def _cancel(self, id: int) -> None:
         self.core.cancel(id)
-        self._ring()
+        self._wake()
 
-    def _ring(self) -> None:
-        """Wake the thread, unless the last ring is still in the queue."""
-        if self._bell.empty():
-            self._bell.put(self)
+    def _wake(self) -> None:
+        """Wake the thread, unless it has still to take the last wake-up."""
+        if self._wakeups.empty():
+            self._wakeups.put(self)
 
-    def _disown(self) -> None:
+    def _refuse_in_fork(self) -> None:
         """Refuse all requests: this process is a fork, without the engine's thread, which may hold the
         locks."""
-        self._ended, self._bell = threading.Lock(), SimpleQueue()
-        self.core.disown(
+        self._ended, self._wakeups = threading.Lock(), SimpleQueue()
+        self.core.refuse_in_fork(
             f"the engine belongs to process {self._process}, and this is a fork of it: make an engine here"
         )
 
 
-def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakref.ref[Engine]) -> None:
-    """The engine's thread. While it waits it holds no reference to the engine, whose deletion wakes it
-    too."""
+def _serve(
+    wakeups: SimpleQueue[Engine | None], ended: threading.Lock, _reference: weakref.ref[Engine]
+) -> None:
+    """The engine's thread. While it waits, it holds a weak reference alone, by which the engine's deletion
+    wakes it too."""
     process = os.getpid()
     try:
-        while (engine := bell.get()) is not None and engine.core.work():
+        while (engine := wakeups.get()) is not None and engine.core.work():
             del engine
     finally:
         if os.getpid() != process:  # a callback forked and returned here; this thread must not go on
@@ -416,7 +418,7 @@ def _serve(bell: SimpleQueue[Engine | None], ended: threading.Lock, _gone: weakr
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _threads: set[threading.Lock] = set()
 """`Engine._ended` of each running thread, also of one that is freeing an engine nobody refers to."""
-_leaving = False
+_exiting = False
 
 
 def _open_engines() -> list[Engine]:
@@ -425,15 +427,15 @@ def _open_engines() -> list[Engine]:
 
 
 @atexit.register
-def leave() -> None:
+def close_engines() -> None:
     """Close the engines, since the interpreter aborts if a thread computes when it ends."""
-    global _leaving
-    _leaving = True
-    left = _open_engines()
-    for engine in left:
+    global _exiting
+    _exiting = True
+    engines = _open_engines()
+    for engine in engines:
         engine._close(cancel=True)
     while _threads:
-        stuck = sum(time.monotonic() - engine.core.calling > PATIENCE for engine in left)
+        stuck = sum(time.monotonic() - engine.core.calling > PATIENCE for engine in engines)
         if stuck >= len(_threads):
             log.warning("the program ends while a callback of a request has not returned")
             break
@@ -443,7 +445,7 @@ def leave() -> None:
 def _forked() -> None:
     _threads.clear()
     for engine in _open_engines():
-        engine._disown()
+        engine._refuse_in_fork()
 
 
 if hasattr(os, "register_at_fork"):
