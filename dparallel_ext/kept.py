@@ -24,7 +24,7 @@ atexit.register(_of_model.clear)  # while the device still answers
 
 
 def take(model: Any, key: Hashable) -> Any | None:
-    """Take out the object that was given last under `key`; None if there is none."""
+    """Take out the object that was put in last under `key`; None if there is none."""
     with _lock:
         entries = _of_model.get(model, [])
         for index in reversed(range(len(entries))):
@@ -33,7 +33,7 @@ def take(model: Any, key: Hashable) -> Any | None:
     return None
 
 
-def give(model: Any, key: Hashable, kept: Any, size: int) -> None:
+def put(model: Any, key: Hashable, kept: Any, size: int) -> None:
     """Keep an object of `size` bytes, until somebody takes it."""
     dropped = []  # freed after the lock is released
     with _lock:

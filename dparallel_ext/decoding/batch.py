@@ -82,7 +82,7 @@ class Batch:
         """
         space, self._workspace = self._workspace, None
         if space is not None:
-            space.give(self.model)
+            space.keep(self.model)
 
     def admit(
         self,

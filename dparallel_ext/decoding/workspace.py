@@ -118,8 +118,8 @@ class Workspace:
         cached: bool,
         drafter: Any = None,
     ) -> Workspace | None:
-        """A workspace of at least `width` positions: one that an earlier batch gave back, or a fresh one;
-        None where the model could not keep it.
+        """A workspace of at least `width` positions: one that an earlier batch has left with the model, or a
+        fresh one; None where the model could not keep it.
 
         cached: whether keys and values outlive a pass. drafter: the drafter whose session the passes read.
         All else that recorded passes depend on is in their `GraphKey`.
@@ -151,11 +151,11 @@ class Workspace:
             self.suppressed[key] = torch.tensor(key, device=device)
         return self.suppressed[key]
 
-    def give(self, model: Model) -> None:
+    def keep(self, model: Model) -> None:
         """Keep it with the model for `take`, if that made it; the caller must not use it any more."""
         for rule in [rule for rule in self.states if not rule.recorded]:
             del self.states[rule]  # a function may hold on to the model
         size = self.size + (0 if self.session is None else self.session.size)
         records = self.graphs is not None and self.graphs.recorder is not None
         if self.key is not None and records and size <= kept.BYTES:
-            kept.give(model, self.key, self, size)
+            kept.put(model, self.key, self, size)

@@ -148,7 +148,7 @@ class CausalBatch:
         space, self._workspace = self._workspace, None
         if space is not None and (self._owned is None or self._owned.recorded):
             space.session = self._owned
-            space.give(self.model)
+            space.keep(self.model)
 
     def admit(
         self,

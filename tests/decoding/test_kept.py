@@ -98,10 +98,10 @@ def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytes
     monkeypatch.setattr(kept, "BYTES", 10)
     model = golden.model("llada_tiny_a")
     for value in (1, 2):
-        kept.give(model, "same", value, 3)
+        kept.put(model, "same", value, 3)
     assert [kept.take(model, "same") for _ in range(3)] == [2, 1, None]
     for value in (1, 2, 3):
-        kept.give(model, value, value, 4)
+        kept.put(model, value, value, 4)
     assert [kept.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
 
 
