@@ -245,7 +245,6 @@ class KVCache:
         total, max_q_len, max_kv_len = sum(counts), max(counts, default=0), max(seen_slots, default=0)
         bounds: list[int] = []
         seen: list[int] = []
-        through = list(spans)  # spans that attend through the cache
         whole = [self.varlen and parents is None and is_whole(span) for span in spans]
         if any(whole):
             bounds = [0, *ends]
@@ -255,7 +254,7 @@ class KVCache:
                 for numbers in (begins, ends, seen_slots)
             )
             if all(whole):
-                begins, ends, seen_slots, through = [], [], [], []
+                begins, ends, seen_slots = [], [], []  # none attends through the cache
         padding = padding_spans = 0
         if pad_to is not None and spans:
             padding = pad_to(total) - total
@@ -276,8 +275,8 @@ class KVCache:
         self._put_tokens(packing, spans, counts, depths, pages, padding)
         for numbers in (begins, ends, seen_slots):
             packing.padded(numbers, 0, len(begins) + padding_spans)
-        if len(through) < len(spans):
-            pages = self.block_table[[span.row for span in through]]
+        if not begins:
+            pages = pages[:0]
         packing.tensors((F.pad(pages, (0, 0, 0, padding_spans)) if padding_spans else pages,))
         for numbers in (bounds, seen):
             packing.padded(numbers, 0, len(numbers))

@@ -72,18 +72,18 @@ def complete(
 
 
 class LeftToRight(NamedTuple):
-    """A way to decode from left to right: as `speculate` and `adaptive_decode` do."""
+    """Decoding from left to right, by `speculate` or `adaptive_decode`."""
 
     decode: Callable[..., dx.DecodeOutput]
     """(prompts, config, streamer=) -> the output."""
     how: str
-    """The way in words, for a recording."""
+    """What it does, in words, for a recording."""
     counted: tuple[str, str]
     """A key of each row, and the output's field of B numbers that it takes."""
 
 
 def speculating(model: Model, drafter: str | None, draft_size: int | None) -> LeftToRight:
-    """The way of an autoregressive model, whose rows have their number of "drafts".
+    """Decoding by an autoregressive model; its rows have their number of "drafts".
 
     Raises as `registry.load_drafter`.
     """
@@ -94,7 +94,7 @@ def speculating(model: Model, drafter: str | None, draft_size: int | None) -> Le
 
 
 def verifying(model: Model, tokenizer: Any, verifier: str, numbers: Mapping[str, Any]) -> LeftToRight:
-    """The way of a diffusion model with a verifier, whose rows have the verifier's passes as "verifications".
+    """Decoding by a diffusion model with a verifier; its rows have the verifier's passes as "verifications".
 
     numbers: mixture, window and lookahead, as far as they are given. Raises as `registry.load_verifier`.
     """
@@ -110,7 +110,7 @@ def complete_left_to_right(
     tokenizer: Any,
     prompts: list[str | list[text.Message]],
     config: dx.DecodeConfig,
-    way: LeftToRight,
+    decoder: LeftToRight,
     *,
     template: text.Template | None = None,
     live: LiveText | None = None,
@@ -124,14 +124,14 @@ def complete_left_to_right(
     with live or contextlib.nullcontext():
         config = config.replace(record=recording is not None)
         began = time.perf_counter()
-        out = way.decode(ids, config, streamer=live)
+        out = decoder.decode(ids, config, streamer=live)
         seconds = time.perf_counter() - began
-    texts, (key, field) = text.TokenTexts(tokenizer), way.counted
+    texts, (key, field) = text.TokenTexts(tokenizer), decoder.counted
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
         if recording is not None:
             shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
-            answer = answer_of(out, i, texts, model=name, how=way.how, kept=kept, **shared)
+            answer = answer_of(out, i, texts, model=name, how=decoder.how, kept=kept, **shared)
             recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
         yield {**row, "forwards": int(out.nfe[i]), key: int(getattr(out, field)[i])}

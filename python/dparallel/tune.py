@@ -52,7 +52,6 @@ JUDGED = ("right", "same")
 
 Row = dict[str, Any]
 """Settings and measurements, as in the file."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
 
 
 def measure_drafts(
-    settings: Settings, drafter: str | None, sizes: Iterable[int] | None, say: Say
+    settings: Settings, drafter: str | None, sizes: Iterable[int] | None, report: Callable[[str], None]
 ) -> tuple[Work, list[Row]]:
     """Measure a row for each size of draft; without a drafter rows have only `pass_ms`, of meaningless
     drafts."""
@@ -227,7 +226,7 @@ def measure_drafts(
     for sizer.nodes in asked:
         runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
         timed[sizer.nodes] = runs[1:]
-        say(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
+        report(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
     rows = curve(timed, loaded.expected if isinstance(loaded, Expecting) else None)
     if loaded is None:
         return work, [{name: row[name] for name in ("draft_size", "pass_ms")} for row in rows]
@@ -277,7 +276,9 @@ def _passes(
 # --- diffusion models -----------------------------------------------------------------------------
 
 
-def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> tuple[Work, list[Row]]:
+def measure_policies(
+    settings: Settings, grid: Mapping[str, Any], report: Callable[[str], None]
+) -> tuple[Work, list[Row]]:
     """Measure a row for each combination of the grid's values; grid: values for the names in `GRID`, None for
     the default. A combination that the model refuses is left out; raises ValueError if it refuses all."""
     choices = GRID | own_choices(settings.model)
@@ -295,9 +296,9 @@ def measure_policies(settings: Settings, grid: Mapping[str, Any], say: Say) -> t
             measured, responses = _measured(settings, work, row)
         except ValueError as error:
             refused = error
-            say(f"left out: {label(row)}: {error}")
+            report(f"left out: {label(row)}: {error}")
             continue
-        say(f"{label(row)}: {measured['tokens_per_second']:.1f} tokens a second")
+        report(f"{label(row)}: {measured['tokens_per_second']:.1f} tokens a second")
         rows.append({**row, **measured})
         answers.append(responses)
     if refused is not None and not rows:

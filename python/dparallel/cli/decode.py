@@ -138,23 +138,23 @@ def decode(
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = loading.load(model)
         asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
-        way = None
+        decoder = None
         if causal:
-            way = speculating(loaded, drafter, draft_size)
+            decoder = speculating(loaded, drafter, draft_size)
         elif verifier is not None:
-            way = verifying(loaded, tokenizer, verifier, numbers)
+            decoder = verifying(loaded, tokenizer, verifier, numbers)
         recording = None if html is None else Recording("dparallel decode")
         for texts in calls:
             console = Console(stderr=as_json)  # with --json the standard output is JSON alone
-            live = (
-                LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=way is not None) if stream else None
-            )
+            live = None
+            if stream:
+                live = LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=decoder is not None)
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
             request = model, loaded, tokenizer, texts, asked
-            if way is None:
+            if decoder is None:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
             else:
-                rows = complete_left_to_right(*request, way, **shared)
+                rows = complete_left_to_right(*request, decoder, **shared)
             for row in rows:
                 asked_text = row["prompt"] if isinstance(row["prompt"], str) else ""
                 warn_of_unknown_words(model, tokenizer, prompt=asked_text, suffix=suffix or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -337,14 +338,12 @@ def tune(
         if prompts is None:
             say_what_is_asked("prompts", [model])
 
-        def say(text: str) -> None:
-            typer.echo(text, err=True)
-
+        progress = functools.partial(typer.echo, err=True)
         if causal:
-            work, rows = tuning.measure_drafts(settings, drafter, draft_size, say)
+            work, rows = tuning.measure_drafts(settings, drafter, draft_size, progress)
         else:
             grid = {"rule": policy, "block_length": block_length, "active_blocks": active_blocks}
-            work, rows = tuning.measure_policies(settings, {**grid, "cache": cache}, say)
+            work, rows = tuning.measure_policies(settings, {**grid, "cache": cache}, progress)
         chosen = tuning.choose(rows, settings.tolerance)
         for line in tuning.chart(rows, chosen):
             typer.echo(line)
