@@ -287,7 +287,7 @@ def _by_logits(
         x = F.pad(rows, (0, gen_length), value=mask_id)  # (B, L)
         known = x != mask_id
         for end in range(start_of + block_length, x.shape[1] + 1, block_length):
-            turn = 0
+            step = 0
             while bool((x[:, end - block_length : end] == mask_id).any()):
                 logits = logits_of(model, x)  # (B, L, V)
                 if cfg_scale > 0:
@@ -318,13 +318,13 @@ def _by_logits(
                     out = torch.isin(stats.sample, torch.tensor(last, device=x.device))
                     stats = stats._replace(confidence=(chosen - lse).exp().masked_fill(out, 0.0))
                 if options.threshold is None:
-                    rule = policies.make("quota", max(1, share + (turn < rest)), batch=batch)
+                    rule = policies.make("quota", max(1, share + (step < rest)), batch=batch)
                 else:
                     rule = policies.make(options.selector, options.threshold, batch=batch)
                 spread = functools.partial(_spread, shape=x.shape, at=(b, column))
                 by_column = stats.map(spread)
                 x = torch.where(select(by_column, eligible, rule), by_column.sample, x)
-                turn += 1
+                step += 1
     return x, forwards
 
 

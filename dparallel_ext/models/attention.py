@@ -23,7 +23,7 @@ class PagedAttention:
     def __init__(self, kv_cache: KVCache, metadata: AttentionMetadata) -> None:
         self.kv_cache, self.metadata = kv_cache, metadata
         cos, sin = kv_cache.rope
-        self.turn: dict[str, Any] = {"positions": metadata.positions, "cos": cos, "sin": sin}
+        self.rotation: dict[str, Any] = {"positions": metadata.positions, "cos": cos, "sin": sin}
         """Arguments of `kv_write`, checked here for all layers, as those below are."""
         self.segments: dict[str, Any] = {
             "kv_lens": metadata.kv_lens,
@@ -66,14 +66,14 @@ class LayerAttention(CachedAttend):
             weights = by_kernel(q, norms)
             if not weights:
                 q, k = norms.q(q), norms.k(k)
-        kv_write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, **of_pass.turn, **weights)
+        kv_write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, **of_pass.rotation, **weights)
         self._scale(q)
         if not of_pass.some_whole:
             return self._attend(q)
         # With q's part taken by k and no slot to write, this only norms and rotates k in place.
         if weights:
             weights["q_norm"] = weights["k_norm"]
-        kv_write(k, v, v, k_cache, v_cache, slot_mapping=of_pass.nowhere, **of_pass.turn, **weights)
+        kv_write(k, v, v, k_cache, v_cache, slot_mapping=of_pass.nowhere, **of_pass.rotation, **weights)
         y = varlen_attention(q, k, v, *of_pass.whole, max_seqlen=metadata.max_q_len, causal=metadata.causal)
         return y.add_(self._attend(q)) if len(metadata.kv_lens) else y  # each is zero in the other's rows
 
@@ -90,7 +90,7 @@ class LayerAttention(CachedAttend):
             slot_mapping=of_pass.metadata.slot_mapping,
             scale=scale,
             constant=True,
-            **of_pass.turn,
+            **of_pass.rotation,
         )
         self._scale(q)
         return self._attend(q)

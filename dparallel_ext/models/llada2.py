@@ -81,10 +81,10 @@ class LLaDA2(Model):
                 )
             factor, theirs["rope_parameters"] = nested, {**rope, "partial_rotary_factor": 1}
         shape = llama_shape({**config, **theirs, "partial_rotary_factor": 1}, scalings=())
-        turned = int(shape.head_dim * factor)
-        if turned < 2 or turned % 2:
+        rotated = int(shape.head_dim * factor)
+        if rotated < 2 or rotated % 2:
             raise ValueError(
-                f"config: partial_rotary_factor={factor:g} rotates {turned} of "
+                f"config: partial_rotary_factor={factor:g} rotates {rotated} of "
                 f"{shape.head_dim} dimensions, expected an even number of 2 or more"
             )
         experts = ExpertsConfig(
@@ -103,6 +103,6 @@ class LLaDA2(Model):
             qk_norm=c["use_qk_norm"],
             block_length=c["block_length"],
             fused_qkv=True,
-            rotary_dim=None if turned == shape.head_dim else turned,
+            rotary_dim=None if rotated == shape.head_dim else rotated,
             experts=experts,
         )

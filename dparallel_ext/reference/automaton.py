@@ -55,15 +55,15 @@ def best_path(
         best = {at: 0.0}  # the sum of the best path to each state
         taken: list[dict[int, int]] = []  # its last edge, for each cell
         for score in scores[w, first:last].double().tolist():
-            ways: dict[int, tuple[float, int]] = {}
+            arrivals: dict[int, tuple[float, int]] = {}  # the best path to each state, and its last edge
             for target in range(len(distance)):
                 for edge in range(offsets[target], offsets[target + 1]):
                     origin, of_edge = edges[edge]
-                    through = best.get(origin, -math.inf) + score[of_edge]
-                    if through > ways.get(target, (-math.inf, -1))[0]:
-                        ways[target] = through, edge
-            best = {target: way[0] for target, way in ways.items()}
-            taken.append({target: way[1] for target, way in ways.items()})
+                    total = best.get(origin, -math.inf) + score[of_edge]
+                    if total > arrivals.get(target, (-math.inf, -1))[0]:
+                        arrivals[target] = total, edge
+            best = {target: total for target, (total, _) in arrivals.items()}
+            taken.append({target: edge for target, (_, edge) in arrivals.items()})
         if not best:
             continue
         fits = {s: total for s, total in best.items() if distance[s] <= int(room[w])} or best
