@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -312,23 +312,10 @@ def _assemble(
     head = model.checkpoint_name("lm_head") + ".weight"
     known = {*wanted, head} if model.shape.tied else set(wanted)  # a tied head may be stored all the same
     fitting = [offer for offer in offers.values() if offer.name in wanted]
-    faults = []
-    for name, shape, kind, _ in fitting:
-        expected = tuple(wanted[name].shape)
-        if shape != expected:
-            faults.append(f"{name} is {shape}, expected {expected}")
-        elif kind not in DTYPES:
-            faults.append(f"{name} is {kind}, expected a floating-point type of 16 bits or more")
-    kinds: dict[str, dict[str, str]] = {}
-    """Type -> a tensor of it, among all tensors; where types may be mixed, among the parts of a parameter."""
-    for offer in reversed(fitting):
-        if offer.dtype in DTYPES and offer.name not in buffers:
-            kinds.setdefault(owner[offer.name] if mixed else "", {})[offer.dtype] = offer.name
-    for names in kinds.values():
-        if dtype is None and stacks and len(names) > 1:
-            both = " and ".join(f"{name} {kind}" for kind, name in sorted(names.items())[:2])
-            advice = "hf_model.to(dtype)" if mixed else "the argument dtype"
-            faults.append(f"{both}, expected tensors of one type; {advice} makes them so")
+    faults = _shape_faults(fitting, wanted)
+    if dtype is None and stacks:
+        typed = [offer for offer in fitting if offer.name not in buffers]
+        faults += _type_faults(typed, owner, mixed)
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - offers.keys())]
     extra = {name for name in offers.keys() - known if not name.endswith(TABLES)}
     faults += [f"{name:.200} is unexpected" for name in sorted(extra)]
@@ -365,6 +352,33 @@ def _assemble(
         _refuse_another_head(offers[head], model.embed.weight, config, source)
     model.tie()
     return model.eval()
+
+
+def _shape_faults(offers: Iterable[Offer], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the shapes of tensors, or with single types."""
+    faults = []
+    for name, shape, dtype, _ in offers:
+        if shape != (expected := tuple(wanted[name].shape)):
+            faults.append(f"{name} is {shape}, expected {expected}")
+        elif dtype not in DTYPES:
+            faults.append(f"{name} is {dtype}, expected a floating-point type of 16 bits or more")
+    return faults
+
+
+def _type_faults(offers: Sequence[Offer], owner: Mapping[str, str], mixed: bool) -> list[str]:
+    """What is wrong with types: those of all tensors, or if `mixed` of the parts of a parameter, differ."""
+    types: dict[str, dict[str, str]] = {}
+    """Parameter, "" unless mixed -> type -> the first tensor of it."""
+    for offer in reversed(offers):
+        if offer.dtype in DTYPES:
+            types.setdefault(owner[offer.name] if mixed else "", {})[offer.dtype] = offer.name
+    faults = []
+    for names in types.values():
+        if len(names) > 1:
+            both = " and ".join(f"{name} {dtype}" for dtype, name in sorted(names.items())[:2])
+            advice = "hf_model.to(dtype)" if mixed else "the argument dtype"
+            faults.append(f"{both}, expected tensors of one type; {advice} makes them so")
+    return faults
 
 
 def _refuse_another_head(head: Offer, embedding: Tensor, config: Mapping[str, Any], source: str) -> None:
