@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -73,18 +74,14 @@ def evaluate(
     model, length = asked.model, asked.length
     config = config.replace(gen_length=length, record=True)
     cache, schedule, _ = check_model(config, model, "none")
-    correct = passes = canvases = to_eos = tokens = padded = 0
-    how = label({"policy": policy, "config": changed})
-    began = time.perf_counter()
+    canvases = to_eos = 0
+    how, totals = label({"policy": policy, "config": changed}), Totals()
 
     def decode(part: Sequence[Encoded]) -> dx.DecodeOutput:
         return dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
 
-    for part, out, kept, right in _answered(decode, asked, how, recording, answers, beyond_end=True):
-        correct += right
-        passes += int(out.nfe.sum())
+    for part, out in _answered(decode, asked, how, totals, recording, answers, beyond_end=True):
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
-        tokens += sum(kept)
         assert out.trajectory is not None
         for i, (each, response) in enumerate(zip(part, out.responses, strict=True)):
             steps = out.trajectory.step[i, : len(response)]
@@ -92,22 +89,11 @@ def evaluate(
             start = len(each.ids) if schedule.aligned else 0
             nfe = out.nfe[i : i + 1]
             to_eos += int(passes_to_eos(steps[None], nfe, ends[None], schedule.block_length, start))
-        padded += int(out.generated.sum())
-    count = len(asked.problems.prompts)
-    of_drafts = {"canvases_mean": ratio(canvases, count)} if draft_size else {}
     return {
-        **_judged(asked, policy, changed, correct, threshold),
-        "nfe_mean": ratio(passes, count),
-        "nfe_to_eos": ratio(to_eos, count),
-        "tokens_per_forward": ratio(tokens, passes),
-        "padded_tokens_per_forward": ratio(padded, passes),
-        "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": length,
+        **_result(asked, policy, changed, totals, threshold=threshold, to_eos=to_eos),
         "block_length": schedule.block_length,
         "cache": cache,
-        "chat": asked.chat,
-        **registry.conditions_of(model),
-        **of_drafts,
+        **({"canvases_mean": ratio(canvases, len(asked.problems.prompts))} if draft_size else {}),
     }
 
 
@@ -145,10 +131,10 @@ def _asked(
     loaded: tuple[Any, Any] | None,
 ) -> Asked:
     """The checked arguments of `evaluate` and its like, with the model loaded."""
-    for field in SET_HERE:
-        if (value := getattr(config, field)) != DEFAULTS[field]:
+    for key in SET_HERE:
+        if (value := getattr(config, key)) != DEFAULTS[key]:
             raise ValueError(
-                f"{field}: expected {DEFAULTS[field]}, since a measurement sets it itself, got {shown(value)}"
+                f"{key}: expected {DEFAULTS[key]}, since a measurement sets it itself, got {shown(value)}"
             )
     if not isinstance(problems, Problems):
         problems = held_out(problems, seed)
@@ -161,10 +147,28 @@ def _asked(
     return Asked(problems, name, model, tokenizer, encode, template is not None, length, batch)
 
 
-def _judged(
-    asked: Asked, policy: str, config: Fields, correct: int, threshold: float | None = None
+@dataclass
+class Totals:
+    """Sums over all answers."""
+
+    right: int = 0
+    passes: int = 0
+    tokens: int = 0
+    """Tokens in front of the ends."""
+    generated: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+
+def _result(
+    asked: Asked,
+    policy: str,
+    config: Fields,
+    totals: Totals,
+    *,
+    threshold: float | None = None,
+    to_eos: int | None = None,
 ) -> dict[str, Any]:
-    """The fields that all results have: model, policy, settings, and the share of right answers."""
+    """The fields that all results have. to_eos: passes until the ends; default: all."""
     count = len(asked.problems.prompts)
     return {
         "model": asked.name,
@@ -172,8 +176,16 @@ def _judged(
         "config": config,
         "threshold": threshold,
         **asked.problems.description,
-        "accuracy": ratio(correct, count),
-        "accuracy_interval": wilson(correct, count),
+        "accuracy": ratio(totals.right, count),
+        "accuracy_interval": wilson(totals.right, count),
+        "nfe_mean": ratio(totals.passes, count),
+        "nfe_to_eos": ratio(totals.passes if to_eos is None else to_eos, count),
+        "tokens_per_forward": ratio(totals.tokens, totals.passes),
+        "padded_tokens_per_forward": ratio(totals.generated, totals.passes),
+        "seconds": round(time.perf_counter() - totals.began, 3),
+        "gen_length": asked.length,
+        "chat": asked.chat,
+        **registry.conditions_of(asked.model),
     }
 
 
@@ -226,45 +238,34 @@ def evaluate_drafter(
     changed = drafter_fields(config, drafter, draft_size)
     asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
     model = asked.model
-    correct = passes = drafts = tokens = layers = 0
+    drafts = layers = 0
     drafted, accepted = list[int](), list[int]()
     loaded_drafter = registry.load_drafter(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
-    began = time.perf_counter()
-    config = config.replace(gen_length=asked.length, record=recording is not None)
+    config, totals = config.replace(gen_length=asked.length, record=recording is not None), Totals()
 
     def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
         seeded = _seeded(config, part)
         return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
     how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
-    for _, out, _, right in _answered(decode, asked, how, recording, answers):
-        correct += right
-        passes, drafts = passes + int(out.nfe.sum()), drafts + int(out.draft_nfe.sum())
-        tokens, layers = tokens + int(out.generated.sum()), layers + int(out.layers.sum())
+    for _, out in _answered(decode, asked, how, totals, recording, answers):
+        drafts, layers = drafts + int(out.draft_nfe.sum()), layers + int(out.layers.sum())
         drafted, accepted = (
             [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
             for old, new in ((drafted, out.drafted), (accepted, out.accepted))
         )
-    count = len(asked.problems.prompts)
+    totals.tokens = totals.generated
     return {
-        **_judged(asked, drafter or PLAIN, changed, correct),
-        "nfe_mean": ratio(passes, count),
-        "nfe_to_eos": ratio(passes, count),
-        "draft_mean": ratio(drafts, count),
-        "tokens_per_forward": ratio(tokens, passes),
-        "padded_tokens_per_forward": ratio(tokens, passes),
+        **_result(asked, drafter or PLAIN, changed, totals),
+        "draft_mean": ratio(drafts, len(asked.problems.prompts)),
         "drafted": drafted,
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
-        "layers": ratio(layers, tokens * model.shape.layers),
-        "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": asked.length,
+        "layers": ratio(layers, totals.generated * model.shape.layers),
         "batch": batch,
-        "chat": asked.chat,
-        **registry.conditions_of(model),
     }
 
 
@@ -281,13 +282,13 @@ def _answered(
     decode: Callable[[Sequence[Encoded]], Output],
     asked: Asked,
     how: str,
+    totals: Totals,
     recording: Recording | None,
     answers: list[Answer] | None = None,
     *,
     beyond_end: bool = False,
-) -> Iterator[tuple[Sequence[Encoded], Output, list[int], int]]:
-    """Decode the prompts in batches; yield each batch, its output, the number of tokens in front of the end
-    of each answer, and how many of its answers are right.
+) -> Iterator[tuple[Sequence[Encoded], Output]]:
+    """Decode the prompts in batches; yield each batch and its output, once it is in `totals`.
 
     how: the decoding in words, for the recording. answers: receives the answers at the end, in the order of
     the problems. beyond_end: the tokens behind the model's own ends are part of the answers.
@@ -307,8 +308,11 @@ def _answered(
         by_number |= {each.number: Answer(each.ids, tokens) for each, tokens in each_answer}
         if recording is not None:
             _record(recording, asked, how, part, texts, out, kept)
-        right = map(asked.problems.checker, (each.prompt.answer for each in part), texts)
-        yield part, out, kept, sum(right)
+        totals.right += sum(map(asked.problems.checker, (each.prompt.answer for each in part), texts))
+        totals.passes += int(out.nfe.sum())
+        totals.tokens += sum(kept)
+        totals.generated += int(out.generated.sum())
+        yield part, out
     if answers is not None:
         answers += [by_number[number] for number in range(len(by_number))]
 
@@ -346,24 +350,12 @@ def evaluate_adaptive(
         return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
 
     how = label({"policy": verifier, "config": changed})
-    correct = passes = verified = tokens = kept = 0
-    began = time.perf_counter()
-    for _, out, _, right in _answered(decode, asked, how, recording):
-        correct, passes = correct + right, passes + int(out.nfe.sum())
+    verified, totals = 0, Totals()
+    for _, out in _answered(decode, asked, how, totals, recording):
         verified += int(out.verifier_nfe.sum())
-        tokens, kept = tokens + int(out.generated.sum()), kept + int(out.kept.sum())
-    count = len(asked.problems.prompts)
     return {
-        **_judged(asked, verifier, changed, correct),
-        "nfe_mean": ratio(passes, count),
-        "nfe_to_eos": ratio(passes, count),
-        "verifier_mean": ratio(verified, count),
-        "tokens_per_forward": ratio(kept, passes),
-        "padded_tokens_per_forward": ratio(tokens, passes),
-        "seconds": round(time.perf_counter() - began, 3),
-        "gen_length": asked.length,
-        "chat": asked.chat,
-        **registry.conditions_of(model),
+        **_result(asked, verifier, changed, totals),
+        "verifier_mean": ratio(verified, len(asked.problems.prompts)),
     }
 
 
