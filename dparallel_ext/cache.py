@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -19,14 +18,11 @@ from .packed import Packing, unpack
 PadTo = Callable[[int], int] | None
 
 
-def fill_up(count: int, parts: int) -> int:
-    """`count` rounded up to a multiple of 8 and, for large counts, to one of `parts` sizes a doubling; 0 is
-    0."""
-    size = max(8, 2 ** ((count - 1).bit_length() - parts.bit_length()))
+def bucket(count: int) -> int:
+    """`count` rounded up to a multiple of 8, and above 64 to one of four sizes a doubling; 0 is 0."""
+    size = max(8, 2 ** ((count - 1).bit_length() - 3))
     return -(-count // size) * size
 
-
-GRAPH_BUCKETS = functools.partial(fill_up, parts=4)
 
 WHOLE = 256
 """The least length of a sequence at which a pass over all of it attends by `varlen_attention` to its packed

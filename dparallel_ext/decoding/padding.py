@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import fast_bfloat16
-from ..cache import GRAPH_BUCKETS, PadTo
+from ..cache import PadTo, bucket
 from ..models import Model
 
 RECORDED = 2**37
@@ -30,7 +30,7 @@ def graph_bucket(count: int, recorded: int) -> int:
     """The rows that `count` rows are padded to on a GPU: four sizes a doubling as far as passes are recorded,
     then multiples of 8.
     """
-    filled = GRAPH_BUCKETS(count)
+    filled = bucket(count)
     return filled if filled <= recorded else -(-count // 8) * 8
 
 
@@ -44,7 +44,7 @@ def row_padding(model: Model) -> PadTo:
     if runs_ahead(model.device):
         return functools.partial(graph_bucket, recorded=recorded_rows(model))
     by_library = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and fast_bfloat16())
-    return GRAPH_BUCKETS if by_library else None
+    return bucket if by_library else None
 
 
 def runs_ahead(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kept
-from ..cache import GRAPH_BUCKETS, KVCache
+from ..cache import KVCache, bucket
 from ..models import Model
 from ..ops.streams import stream_of
 from ..rules import Rule
@@ -125,7 +125,7 @@ class Workspace:
         All else that recorded passes depend on is in their `GraphKey`.
         """
         s = model.shape
-        length = GRAPH_BUCKETS(width)
+        length = bucket(width)
         of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
         size = of_layer * (s.layers if cached else 1)
         if not can_record(device) or not lanes or size > kept.BYTES:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_ids, token_ids, whole
-from dparallel_ext.cache import GRAPH_BUCKETS, KVCache, Span
+from dparallel_ext.cache import KVCache, Span, bucket
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
 
@@ -267,7 +267,7 @@ class Scorer:
         chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
         self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
         # The CPU's matrix library compiles code for each number of rows of 16-bit matrices, and keeps it.
-        self.pad_to = None if model.dtype == torch.float32 else GRAPH_BUCKETS
+        self.pad_to = None if model.dtype == torch.float32 else bucket
 
     def by_masks(
         self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]

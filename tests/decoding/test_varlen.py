@@ -16,7 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import cache as caches
 from dparallel_ext import models
-from dparallel_ext.cache import GRAPH_BUCKETS, Span
+from dparallel_ext.cache import Span, bucket
 from dparallel_ext.decoding.graphs import CudaRecorder, Graphs
 from dparallel_ext.models import attention
 from dparallel_ext.ops.varlen_attention import has_varlen, varlen_attention
@@ -95,7 +95,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("pad_to", [None, GRAPH_BUCKETS], ids=["as it is", "filled"])
+@pytest.mark.parametrize("pad_to", [None, bucket], ids=["as it is", "filled"])
 @pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"])
 @pytest.mark.parametrize("device", ["cpu", *GPUS], indirect=True)
 @torch.no_grad()
@@ -221,7 +221,7 @@ def test_all_rows_are_in_the_launch() -> None:
     """Also the rows that fill up a pass of many sequences, after the last."""
     cache = golden.model("llada_tiny_a").new_cache(9, 256)
     cache.varlen = True
-    metadata = cache.metadata([Span(row, 0, 256, 256) for row in range(9)], GRAPH_BUCKETS)
+    metadata = cache.metadata([Span(row, 0, 256, 256) for row in range(9)], bucket)
     assert len(metadata.positions) == 2560
     assert metadata.cu_seqlens.tolist() == [*range(0, 2305, 256), *[2304] * 7, 2560]
     assert metadata.seqused_k.tolist() == [256] * 9 + [0] * 8
@@ -232,7 +232,7 @@ def test_all_rows_are_in_the_launch() -> None:
     for field in (metadata.q_start, metadata.q_end, metadata.kv_lens, metadata.block_table):
         assert len(field) == 0
     for spans in ([Span(0, 0, 255, 255)], [Span(0, 0, 255, 256), Span(1, 1, 256, 256)]):
-        assert not len(cache.metadata(spans, GRAPH_BUCKETS).seqused_k)
+        assert not len(cache.metadata(spans, bucket).seqused_k)
 
 
 @pytest.mark.parametrize("device", GPUS, indirect=True)
