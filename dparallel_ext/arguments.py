@@ -31,7 +31,7 @@ def described(value: Any) -> str:
 
 
 OURS = ("dparallel_ext", "dparallel", "torch")
-"""Packages whose code, torch's wrappers of ours included, no warning names as its place."""
+"""Packages in which no warning is placed: ours, and torch, which wraps our functions."""
 
 
 def warn(text: str) -> None:
@@ -95,7 +95,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
-    """`value`, one of `choices`. Raises ValueError naming the argument where it is none."""
+    """`value`. Raises ValueError naming the argument unless it is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {shown(value)}")
     return value
@@ -249,7 +249,7 @@ def _first_refused(value: Any) -> str:
 
 
 def _where_ids_are(value: Any) -> str:
-    """What an error says of a text, or of what a tokenizer gives in place of ids; else ""."""
+    """A hint for an error: how to get the ids from a text, or from a tokenizer's output; else ""."""
     if isinstance(value, str):
         return "; encode it with the model's tokenizer first"
     if isinstance(value, Mapping) and "input_ids" in value:

@@ -19,9 +19,10 @@ from torch import Tensor
 from .arguments import check_tensor, described
 
 NOWHERE = -1
-"""In place of a state: the tokens are not the beginning of a response of the form."""
+"""The number in place of a state behind tokens with which no response of the form begins."""
 FAR = 2**62
-"""The distance of a state from which no accepting state can be reached; torch's padding keeps it exactly."""
+"""The distance of a state from which no accepting state can be reached; a power of two, since `F.pad` takes
+a float."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,8 +86,8 @@ class Automaton:
         return state
 
     def without(self, ids: Iterable[int], vocab: int | None = None) -> Automaton:
-        """The form's responses of ids below `vocab`, by default all, and none of `ids`; the same object for
-        the same ids. Raises ValueError if there is no such response.
+        """The automaton of those responses that hold none of `ids`, and no id from `vocab` on (None: any id).
+        It is the same object for the same ids. Raises ValueError if there is no such response.
         """
         size, classes = len(self.token_class), self.transitions.shape[1]
         size = size if vocab is None else min(size, vocab)
@@ -132,7 +133,7 @@ class Automaton:
             self.distance,
             F.pad(onward, (0, 1), value=FAR),
         )
-        # The same for all: recordings do not keep them alive, and another thread may have made them, too.
+        # Recordings do not keep the tables alive; and if another thread has made them meanwhile, those stay.
         return self._tables.setdefault(device, Tables(*(table.to(device) for table in tables)))
 
 
@@ -165,9 +166,8 @@ class Tables(NamedTuple):
         return self.token_class[torch.where((ids >= 0) & (ids < last), ids, last)]
 
     def allowed(self, state: Tensor, left: Tensor) -> Tensor:
-        """(..., K + 1) bool: the classes of tokens that may follow in `state` (...), and behind which `left`
-        (...) more tokens are enough for a response to end; where they are enough behind none, all that may
-        follow."""
+        """(..., K + 1) bool: the classes of tokens that may follow in `state` (...) and leave a response that
+        can end within `left` (...) more tokens; where no class does, all classes that may follow."""
         onward = self.onward[state]
         fits = onward <= left[..., None]
         return fits | (~fits.any(-1, keepdim=True) & (onward < FAR))

@@ -47,9 +47,10 @@ class Span(NamedTuple):
 def block_causal_spans(
     row: int, start: int, end: int, length: int, block_length: int, origin: int = 0
 ) -> list[Span]:
-    """The spans of positions [start, end), of `length` in all, one for each block, that sees up to its end.
+    """The spans of positions [start, end) of a sequence of `length`: one for each block, which sees the
+    positions up to the block's end.
 
-    origin: where a block begins; others begin at multiples of their length before and behind it.
+    origin: a position where a block begins; the blocks before and behind it adjoin.
     """
 
     def end_of_block(position: int) -> int:

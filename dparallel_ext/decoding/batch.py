@@ -384,7 +384,7 @@ class Batch:
         if rule.reads == "response" and schedule.to_the_end:
             start, end = row.columns[0], row.length
         elif start and schedule.shift and schedule.causal and row.layout.start_of_block(start) == start:
-            start += 1  # its logits are the block before's, which passes with cache "block" do not compute
+            start += 1  # its logits are in the block before, which passes with cache "block" do not compute
         elif row.edited and schedule.shift and schedule.keeps and not schedule.causal and row.step_in_block:
             start += 1  # a token that was remasked there would have no logits in the next pass
         first += first > 0 and schedule.shift

@@ -31,8 +31,8 @@ class SequenceWork(NamedTuple):
     ending: tuple[int, int]
     """Columns [start, end) in which an EOS ends the sequence."""
     onward: bool = False
-    """The positions are finished, see those up to themselves, and have the logits for the next one; so with
-    all sequences of a pass."""
+    """Whether the positions are final and see those up to themselves, so that their logits are for the next
+    position; the same for all sequences of a pass."""
 
 
 class GraphKey(NamedTuple):

@@ -150,7 +150,7 @@ class Runner:
             metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=key.onward)
             assert self.kv_cache is not None
             ids = self.tokens[metadata.rows, metadata.positions]
-            if self.known_first:  # all tokens in front of a lane's window are known, masks of a prompt too
+            if self.known_first:  # in front of a lane's window mask tokens are known: the prompt holds them
                 start = edges[:, 0].sum(0)
                 known = (ids != self.mask_id) | (metadata.positions < start[metadata.rows])
                 metadata = metadata.known_first(known)
@@ -183,7 +183,7 @@ class Runner:
             commit_(self.tokens, mask_id=eos, start=ending[0], end=ending[1]).first
             for eos, ending in zip(key.eos_ids, endings, strict=True)
         ]
-        end = [functools.reduce(torch.maximum, ends)] if ends else []  # 0 of other ids' sequences
+        end = [functools.reduce(torch.maximum, ends)] if ends else []  # sequences with another EOS have 0
         return torch.cat((error, *counts, *end))
 
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:

@@ -218,7 +218,7 @@ def _of_tokens(stats: RowStats, token: Tensor, logits: Tensor, temperature: floa
     """The statistics (N,) with the rule's tokens (N,) as samples. logits: (N, V)."""
     ids = torch.stack((token, stats.sample), 1).clamp(min=0)
     z, drawn = logits.gather(1, ids).float().clamp(max=LARGEST).unbind(1)
-    # From the sample's, whose sum is over the ids that could be drawn.
+    # Relative to the sample's log-probability, which is among the ids that could be drawn.
     logprob = (stats.sample_logprob + (z - drawn) / (temperature or 1.0)).clamp(max=0.0)
     confidence = (z - stats.lse.clamp(max=LARGEST)).exp() if temperature else logprob.exp()
     return stats._replace(sample=token, confidence=confidence, sample_logprob=logprob)

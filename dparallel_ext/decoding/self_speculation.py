@@ -239,7 +239,7 @@ class SelfSpeculation(Batch):
         if not self.schedule.keeps:
             return True
         within = covers(self.schedule.computed(after), self.schedule.computed(before))
-        return within and not self.schedule.full(after)  # for that its own pages are too few
+        return within and not self.schedule.full(after)  # which needs more pages of its own
 
     # --- verify, accept, commit ---------------------------------------------------------------------
 

@@ -68,8 +68,8 @@ def llama_shape(
 ) -> ModelConfig:
     """The `ModelConfig` of a config.json in Llama's keys, which Qwen uses too.
 
-    head_dim: if the config has none; None: the width divided by the heads. scalings: those of `rope.SCALINGS`
-    that the family supports.
+    head_dim: for a config that has none; None: the width divided by the number of heads. scalings: those of
+    `rope.SCALINGS` that the family supports.
     """
     fields.check_supported(config, _SUPPORTED)
     c = fields.read(config, _FIELDS)
@@ -111,8 +111,8 @@ def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
 
 
 def _refuse_forgetting(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a window that transformers gives Llama's cache, although Llama's attention has
-    none: its `generate` then has other tokens with the cache than without."""
+    """Raise ValueError for a config that gives transformers' cache a window, which Llama's attention does not
+    have: `generate` with the cache then gives other tokens than without."""
     keys = ("sliding_window", "attention_chunk_size")
     c = fields.read(config, dict.fromkeys((*keys, "max_position_embeddings"), fields.POSITIONS))
     most = c["max_position_embeddings"]

@@ -16,7 +16,7 @@ _ROPE = {
     "llama_4_scaling_beta": 0.1,
 }
 _DEFAULTS = {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8}
-"""What transformers takes for missing keys of a Ministral 3, as `_ROPE` if there is no rotary embedding."""
+"""transformers' defaults for keys that a Ministral 3's config lacks; `_ROPE` for its rotary embedding."""
 
 
 class Mistral(Llama):

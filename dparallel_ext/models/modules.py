@@ -167,12 +167,12 @@ class CachedAttend:  # no ABC: each layer of each pass asks `isinstance`, which 
     """An `Attend` over a cache, which can do some of what comes before it."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None = None) -> Tensor:
-        """norms: of q and k, still to be computed."""
+        """norms: those of q and k, for this call to compute."""
         raise NotImplementedError
 
     def of_product(self, x: Tensor, weights: fused_weights.Joined) -> Tensor | None:
-        """Of x (N, width), by which q, k and v are a product: (N, heads, D); None if they are needed
-        themselves."""
+        """(N, heads, D), as a call gives it, from the x (N, width) of which q, k and v are the product with
+        `weights`; None if q, k and v themselves are needed."""
         raise NotImplementedError
 
 

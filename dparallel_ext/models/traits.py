@@ -64,8 +64,8 @@ def _of_family(family: type[Model], mask_id: int | None, block_length: int | Non
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
-    """(name, model) of native models that an object holds, and, unless it is of a `known` family itself (its
-    own parts then have its config), of models of a known family.
+    """(name, model) of the native models that an object holds, and of models of a known family, unless the
+    object itself is `known` to be of one: its parts have its config then.
     """
     parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).items()
     for name, part in parts:
@@ -77,7 +77,7 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
 def check_diffusion(model: Any, *, decoding: bool = False) -> None:
     """Raise ValueError for an autoregressive model, and for one that has masks behind all known tokens.
 
-    decoding: but not for those that `decode` decodes.
+    decoding: accept those of them that `decode` decodes.
     """
     of_model, inner = traits(model), unwrap(model)
     if of_model.window is not None and not decoding:

@@ -194,8 +194,8 @@ def warn_of_dropout(model: Any, argument: str = "model") -> None:
 
 
 def _replaced(model: Model, name: str) -> bool:
-    """Whether a method has been set on the object that does more than the class's: that is not the class's
-    own, compiled, or under accelerate's, which choose a precision and a device."""
+    """Whether the object has a method of its own that may do more than the class's. The class's own method,
+    compiled, does not, and neither do accelerate's, which choose a precision and a device."""
     method: Any = vars(model).get(name)
     while hasattr(method, "_torchdynamo_orig_callable"):
         method = method._torchdynamo_orig_callable
@@ -247,7 +247,7 @@ def check_tuner(layer: Any, argument: str, advice: str) -> None:
         return
     configs = layer.peft_config.values()
     kind = next(iter(configs)).peft_type.value
-    by_call = type(layer).forward is not kinds[0].forward and kind != "ADALORA"  # which adds to a loss alone
+    by_call = type(layer).forward is not kinds[0].forward and kind != "ADALORA"  # which changes a loss alone
     if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
         kind, by_call = "aLoRA", True
     if by_call:

@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     check_tensor("x", x)
     check_product(x, weight, bias)
     if not _by_kernel(x, weight, bias):
-        # On a CPU, a product of 16-bit rows of odd length reads one element more, which a gap need not hold.
+        # On a CPU torch reads one element behind a 16-bit row of odd length: with a gap there may be none.
         return F.linear(x.contiguous(), weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = _linear(rows, weight, bias, constant)
@@ -89,7 +89,7 @@ def _casts(x: Tensor) -> bool:
 
 
 def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
-    """Whether the kernel of this product can do what comes after it, too."""
+    """Whether the kernel of this product can also compute what follows it, such as `swiglu` or `kv_write`."""
     if x.dtype != torch.bfloat16 or not x.is_cuda:
         return False
     if scale is None:

@@ -51,7 +51,7 @@ class Constrained(Rule):
         last = where.last[:, None]
         end = torch.where(where.read, where.column + 1, where.first[:, None]).amax(1, keepdim=True)
         end = end.clamp(max=last)  # (W, 1)
-        # The cells that the path fills: of the response, and read by the pass, which reads neighbours.
+        # The cells that the path fills: those of the response that the pass reads, which adjoin.
         moves = where.read & (where.column >= where.first[:, None]) & (where.column < end)
         begin = moves.int().argmax(1)
         before = where.start + begin - 1

@@ -37,7 +37,7 @@ class Credit(Rule):
     row = "confidence:0.9"
     greedy = True
     by_row = True
-    without = ("margin",)  # the statistics do not say which id has the second logit, nor so its credit
+    without = ("margin",)  # the statistics do not name the id of the second logit, so its credit is not known
 
     def __post_init__(self) -> None:
         check_fields(self, ("scale", "power"), number)

@@ -39,7 +39,7 @@ def read_filter(file: str | Path) -> tuple[str, tuple[Tensor, ...], dict[str, st
 
 
 def _stat(path: Path) -> os.stat_result:
-    """`path.stat()`; a name that no file can have is that of no file, too."""
+    """`path.stat()`. Raises FileNotFoundError also for a name that no file can have."""
     try:
         return path.stat()
     except ValueError as error:

@@ -103,8 +103,8 @@ class Adapter:
 
 
 def adapted(model: Model, parts: Mapping[str, LowRank]) -> Model:
-    """A model that shares all modules of `model` but some layers, whose places these parts take, before the
-    layers that the model has now."""
+    """A model that shares all modules of `model`, but has these parts in place of the layers they are named
+    after. Each part's `base` becomes the layer that the model has now."""
     result, layers = model, dict(model.named_modules())
     for name, part in parts.items():
         part.base = layers[name]

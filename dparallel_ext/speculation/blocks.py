@@ -72,7 +72,8 @@ class BlockSession(RecordedSession):
         counts: list[int] = []
         for lane, most in zip(lanes, sizes, strict=True):
             start, ends = len(lane.tokens) - 1, lane.length
-            # Rows behind those that are read are seen by them in both directions, but not causally.
+            # All rows of a block see each other, unless they are causal: then none is needed behind the last
+            # that is read.
             rows = min(self._block, ends - start, most + 1 if self._causal else ends)
             counts.append(min(most, rows - 1))
             source += range(len(ids) + 1, len(ids) + 1 + counts[-1])

@@ -41,9 +41,9 @@ class Trees:
     def grow(self, width: int, most: int = WIDEST) -> None:
         self.width, self.most = whole("width", width, 1, most), NODES
         self._trees = [0] * NODES
-        """The number of trees that had an n-th node ..."""
+        """For each n, the number of trees that had an n-th node ..."""
         self._chances = [0.0] * NODES
-        """... and the sum of its chances."""
+        """... and the sum of that node's chances of being accepted."""
 
     def expected(self, size: int) -> float:
         """Tokens of a pass whose draft has `size` nodes, as the chances of the trees so far predict them."""

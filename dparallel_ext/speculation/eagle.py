@@ -327,7 +327,7 @@ class _Session(RecordedSession):
         source: list[int] = []
         for lane, count in zip(lanes, counts, strict=True):
             known = len(lane.tokens) - 1
-            # The draft begins at the last pair, also where it is computed: behind a pass that has raised.
+            # The last pair is computed already where a pass has raised, but the draft needs its row.
             start = min(self._computed[lane.lane], known - 1)
             masks = 0 if mask_id is None else count - 1
             spans.append(Span(lane.lane, start, known + masks, known + masks))

@@ -98,7 +98,7 @@ class PassRows:
         self.sequences = sequences
         self.spans: list[Span] = []
         self.ids: list[int] = []
-        """Of the packed tokens but riders; 0 for a root that the host does not know yet."""
+        """The ids of the packed tokens without riders; 0 for a root that the host does not know yet."""
         self.unknown: list[tuple[int, int]] = []
         """(index in `ids`, the lane whose last token belongs there)"""
         self.source: list[int] = []
@@ -106,13 +106,13 @@ class PassRows:
         self.token: list[int] = []
         self.parent: list[int] = []
         self.keys: list[int] = []
-        """(M, 4): as `accept` takes them."""
+        """(M, 4), as `accept` takes keys."""
         self.groups: dict[tuple[Any, ...], tuple[SamplingGroup, list[int]]] = {}
-        """Each with the edges, (2, B), of its lanes' verified rows."""
+        """Key of a group -> the group, and the edges (2, B) of its lanes' verified rows."""
         self.states: dict[Automaton, dict[int, int]] = {}
-        """Of rows whose choice an automaton constrains, its state in front of the choice."""
+        """Automaton -> row -> its state before the row's choice, for the rows that it constrains."""
         self.left: dict[int, int] = {}
-        """Of these rows, the tokens that may come behind the choice."""
+        """Row -> the tokens that may follow its choice, for the same rows."""
         self.room = [row.room for row in sequences]
         self.bases = [row.known - 1 for row in sequences]
         self.verified = 1

@@ -25,7 +25,7 @@ from torch import Tensor
 from .._C import draft_trees
 
 Ranks = tuple[tuple[float, ...], ...]
-"""a[d][r]"""
+"""a[d][r]: how often the token of rank r among the guesses for depth d is the true one, from 0 to 1."""
 ROUNDS, CLOSE = 200, 1e-7
 """The most rounds of the iteration, and the change at which it ends."""
 SETTLED = 20
@@ -98,7 +98,8 @@ class _Candidates:
         """(M + 1,) the rows that are left for riders."""
 
     def riders(self, worth: Tensor) -> Tensor:
-        """(M + 1, M + 1) int64: behind root and nodes of each tree, as many as its rows allow.
+        """(M + 1, M + 1) int64: the number of riders behind the root and each node of each tree, as its rows
+        allow.
 
         worth: (n,) what the s-th rider behind a node brings if the node is the last.
         """
@@ -115,7 +116,7 @@ class _Candidates:
 
 def plan(ranks: Ranks, budget: int) -> Plan:
     """The trees of at most `budget` rows behind the root, nodes and riders, that bring the most tokens a
-    pass in the steady state; `ranks`: for each depth, as many as ride behind a node at most."""
+    pass in the steady state; `ranks`: a row for each rider that a node may have."""
     most = len(ranks)
     states = [_Candidates(ranks, state, budget) for state in range(most + 1)]
     h = torch.tensor([float(state.worth[-1]) for state in states], dtype=torch.float64, device="cpu")
@@ -149,8 +150,8 @@ def accepted_tokens(trees: Sequence[Tree]) -> float:
         for chance, riders in zip(stop, tree.riders, strict=True):
             step[state, riders] += chance
         worth[state] = sum(node.value for node in tree.nodes)
-    # The mean over passes, which is there for a chain that goes in circles too. That of the chain which stays
-    # where it is in half of its passes is the same, and it settles: 2^SETTLED passes of it.
+    # The mean over passes exists for a chain that goes in circles, too. A chain that stays in its state in
+    # half of its passes has the same mean, and settles: this is its distribution after 2^SETTLED passes.
     passes = 0.5 * (step + torch.eye(count, dtype=torch.float64, device="cpu"))
     for _ in range(SETTLED):
         passes = passes @ passes

@@ -99,7 +99,7 @@ class _Causal(_Session):
         super().__init__(drafter, target_size)
         self._kv_cache = self.model.new_cache(target.slots.shape[2], target.page_size, target.block_table)
         self._pages = target
-        """Makes the metadata: it notices when pages are assigned."""
+        """The target's cache, which makes the metadata, since it knows when pages are assigned."""
         self._cached: list[list[int]] = [[] for _ in range(lanes)]
         """For each lane, the tokens whose keys and values are cached."""
 
