@@ -21,9 +21,15 @@ from .draft import Draft
 from .drafter import DraftKey, Lane, RecordedSession
 
 
-def chain(tree: DraftTree, guesses: Sequence[int]) -> Draft:
-    """The draft of a tree without branches behind a root. guesses: the token of each of the tree's cells."""
-    return Draft(tuple(guesses[cell] for cell in tree.cells))
+class Chains:
+    """The drafts of a drafter of blocks."""
+
+    width = 1
+    """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
+
+    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
+        """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
+        return Draft(tuple(guesses[cell] for cell in tree.cells))
 
 
 class BlockSession(RecordedSession):
@@ -47,8 +53,8 @@ class BlockSession(RecordedSession):
         block: int,
         mask_id: int,
         causal: bool = False,
-        width: int = 1,
-        draft: Callable[[DraftTree, Sequence[int]], Draft] = chain,
+        width: int,
+        draft: Callable[[DraftTree, Sequence[int]], Draft],
         graphs: bool = True,
     ) -> None:
         super().__init__(weights, model, graphs)

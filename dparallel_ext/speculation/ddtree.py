@@ -20,7 +20,7 @@ from .._C import DraftTree
 from ..arguments import whole
 from ..ops.row_topk import MOST as WIDEST
 from .adapter import Adapter
-from .blocks import chain
+from .blocks import Chains
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .self_drafter import SelfDrafter
@@ -31,8 +31,8 @@ WIDTH = 8
 """The default number of guesses of a row."""
 
 
-class Trees:
-    """Before a drafter of blocks in a class's bases: its drafts become trees.
+class Trees(Chains):
+    """A base in front of a drafter of blocks: the drafts become trees.
 
     width: from 1 to `most`, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
     Raises ValueError for another width.
@@ -54,7 +54,7 @@ class Trees:
         for at, chance in enumerate(tree.chances):
             self._trees[at] += 1
             self._chances[at] += chance
-        return chain(tree, guesses)._replace(parents=tuple(tree.parents))
+        return super().draft(tree, guesses)._replace(parents=tuple(tree.parents))
 
 
 class TreeDrafter(Trees, BlockDrafter):

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._C import DraftTree
 from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, Qwen3, fused_weights, rope
@@ -38,9 +37,8 @@ from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
-from .blocks import BlockSession, chain
+from .blocks import BlockSession, Chains
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
-from .draft import Draft
 from .drafter import EMBEDDING, Observation, Placed, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
@@ -167,7 +165,7 @@ class DraftModel(nn.Module):
         return self.norm(x)
 
 
-class BlockDrafter:
+class BlockDrafter(Chains):
     """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
@@ -175,8 +173,6 @@ class BlockDrafter:
         source: names the drafter in errors.
     """
 
-    width = 1
-    """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
     model_class: type[nn.Module] = DraftModel
 
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
@@ -207,10 +203,6 @@ class BlockDrafter:
                 for group in block.groups():  # type: ignore[operator]
                     fused_weights.join(group)
         return placed
-
-    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
-        """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
-        return chain(tree, guesses)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config and weights, see `write_checkpoint`."""

@@ -15,6 +15,7 @@ from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import locate, read_json
 from . import adadecode, dflash, eagle
+from .adapter import Adapter
 from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
 from .ddtree import SelfTrees, TreeDrafter
 from .dflash import BlockDrafter
@@ -26,7 +27,7 @@ from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
 from .riders import drafter_of_riders
-from .self_drafter import SelfDrafter, drafter_of_adapter
+from .self_drafter import SelfDrafter
 from .strided import StridedDrafter
 from .whole_models import ModelDrafter
 
@@ -35,7 +36,7 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **{of.KIND: functools.partial(drafter_of_riders, of) for of in (PromptTokens, HiddenTransfer)},
     adadecode.KIND: adadecode.drafter_of_heads,
     eagle.KIND: eagle.drafter_of_eagle,
-    "lora": drafter_of_adapter,
+    "lora": lambda checkpoint: SelfDrafter(adapter=Adapter(checkpoint)),
 }
 """Kind that a file names -> what makes a drafter of it, or raises ValueError."""
 NAMED: dict[str, Path | Drafter] = {

@@ -9,21 +9,16 @@ A LoRA adapter (arXiv 2106.09685) may take part in the draft alone, as the publi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from .._C import DraftTree
 from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, traits
 from .adapter import Adapter, adapted
-from .blocks import BlockSession, chain
-from .checkpoint import DraftCheckpoint
-from .draft import Draft
+from .blocks import BlockSession, Chains
 
 
-class SelfDrafter:
+class SelfDrafter(Chains):
     """Drafts with the model itself, a block of masks in one pass: the published `linear_spec_generate`.
 
     Args:
@@ -31,9 +26,6 @@ class SelfDrafter:
             has room for. The published code has 32, as in training.
         adapter: takes part in drafts. `load` reads a drafter with one.
     """
-
-    width = 1
-    """As `BlockDrafter.width`."""
 
     def __init__(self, block: int = 32, adapter: Adapter | None = None) -> None:
         if adapter is not None:
@@ -58,17 +50,8 @@ class SelfDrafter:
         if self.adapter is not None:
             self.adapter.check(model)
 
-    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
-        """As `BlockDrafter.draft`."""
-        return chain(tree, guesses)
-
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> BlockSession:
         return _Session(self, model, kv_cache, graphs)
-
-
-def drafter_of_adapter(checkpoint: DraftCheckpoint) -> SelfDrafter:
-    """The drafter of an adapter's directory. Raises ValueError as `Adapter`."""
-    return SelfDrafter(adapter=Adapter(checkpoint))
 
 
 class _Session(BlockSession):
