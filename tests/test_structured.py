@@ -374,20 +374,72 @@ def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a few characters that stand for billions of states, and the next pattern is read again."""
     vocabulary = Vocabulary.of(tokenizer_of("bytes"))
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
-    for pattern in ("([a-z]{1,1000}){1,1000}", "(a|b)*a(a|b){30}"):
-        with pytest.raises(ValueError, match=r"pattern: it took more than 0\.3 s; expected a smaller form"):
-            automaton(pattern, vocabulary)
-        assert automaton("a", vocabulary).distance[0] == 1
+    with pytest.raises(ValueError, match=r"pattern: it took more than 0\.3 s; expected a smaller form"):
+        automaton("(a|b)*a(a|b){30}", vocabulary)
+    assert automaton("a", vocabulary).distance[0] == 1
     several = {f"p{at}": {"type": "string", "pattern": f"(a|b)*a(a|b){{13}}{at}"} for at in range(50)}
     with pytest.raises(ValueError, match=r"schema: its patterns took more than 0\.3 s together"):
         json_pattern({"type": "object", "properties": several})
-    monkeypatch.setattr(sandbox, "SECONDS", 5)
+    monkeypatch.setattr(sandbox, "SECONDS", 100)  # of which a fast machine takes some
     with pytest.raises(ValueError, match="pattern: it took more than 1024 MiB of memory; expected a smaller"):
-        automaton("((a{1000}){1000}){1000}", vocabulary)
+        automaton(r"\pL{20000}", vocabulary)
     assert automaton("a", vocabulary).distance[0] == 1
     monkeypatch.setattr(structured, "MOST", 500)
     with pytest.raises(ValueError, match="pattern: expected one of at most 500 transitions, got more"):
         automaton("[a-z]{1,100}", vocabulary)
+
+
+def test_repetitions_are_multiplied_out_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A billion states are refused without an automaton, whatever time there is."""
+    monkeypatch.setattr(sandbox, "SECONDS", 1e6)
+    message = "pattern: its repetitions allow texts of more than 131,072 characters; expected a smaller form"
+    for pattern in (
+        "(a{1000}){1000}",
+        "([a-z]{1,1000}){1,1000} *",
+        "a*|((b|ca){3}){9999999}{99}",
+        "a{131073}",
+    ):
+        with pytest.raises(ValueError, match=message):
+            automaton(pattern, Vocabulary.of(tokenizer_of("bytes")))
+    schema = {"type": "array", "items": {"type": "string", "minLength": 10**5}, "minItems": 2, "maxItems": 2}
+    with pytest.raises(ValueError, match=message):
+        automaton(json_pattern(schema), Vocabulary.of(tokenizer_of("bytes")))
+    with pytest.raises(
+        ValueError, match="its automaton has more than 131,072 states; expected a smaller form"
+    ):
+        automaton("é{70000}", Vocabulary.of(tokenizer_of("bytes")))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        *(
+            ("", 0),
+            ("a|bcd", 3),
+            ("(a{3}){4}|a", 12),
+            ("(?:ab){2,5}c", 11),
+            ("(?P<n>ab?)+", 2),
+            ("a{2,}?b", 3),
+        ),
+        *(("[]a]{3}", 3), (r"[^]\]a]x", 2), ("[[:alpha:]]{3}", 3), (r"\p{Greek}{3}\x{41}\u0041\pL", 6)),
+        *(("a{3}{4}", 12), ("(?i)ab", 2), ("(?i:ab)c", 3), ("a{0}b", 1), ("(|ab){3}?", 6), ("[0-9]{1,}", 1)),
+        *(("(a{999}){999}" + "{999}" * 9, 2**31), ("(?x)a b", 0), ("[a[bc]]", 0), ("(?=a)", 0)),
+        *(("(a", 0), ("a)", 0), ("a{", 0), ("\\", 0), ("[a", 0)),
+    ],
+)
+def test_the_length_of_a_pattern(pattern: str, length: int) -> None:
+    assert sandbox.length_of(pattern) == length
+
+
+def test_any_character_many_times() -> None:
+    """Among the characters of such a pattern is the one that stands for a text's end."""
+    vocabulary = Vocabulary.of(tokenizer_of("bytes"))
+    for pattern in (".{30}", "[^a]{1,200}", r"(?s:\D{40})"):
+        table = sandbox.shared.automaton_of(pattern)
+        assert len(table["next"]) < 2000
+        form = automaton(pattern, vocabulary)
+        assert form.distance[0] > 0
+        assert all(byte > 0 for _, onward in table["next"] for byte, _ in onward)
 
 
 def test_text_of_a_schema_is_guessed_as_its_tokenizer_writes_it() -> None:

@@ -30,9 +30,8 @@ CHARACTERS = 2**24
 """The most characters of an answer, such as a rendered prompt."""
 MEMORY = 2**30
 """Bytes of the process's address space, of which Python and jinja2 take about a tenth."""
-
-
-TOO_MUCH_MEMORY = f"it took more than {MEMORY / 2**20:.0f} MiB of memory"
+LENGTH = 2**17
+"""The longest text that a pattern may have (see `length_of`), and the most states of its automaton."""
 
 
 class Refused(ValueError):
@@ -40,7 +39,7 @@ class Refused(ValueError):
 
 
 class Exceeded(Refused):
-    """Raised if what runs in the process takes more time or memory than its limits."""
+    """Raised if what runs in the process takes more time or memory than its limits, or is too large."""
 
 
 class Sandbox:
@@ -109,11 +108,11 @@ class Sandbox:
                 if code == -signal.SIGPROF:
                     raise Exceeded(f"it took more than {SECONDS:g} s")
                 if code == -signal.SIGABRT:  # so ends Rust where memory is refused
-                    raise Exceeded(TOO_MUCH_MEMORY)
+                    raise Exceeded(_too_much_memory())
                 raise Refused(f"its process ended (status {code})")
         reply: dict[str, Any] = json.loads(answer)
         if "error" in reply:
-            raise (Exceeded if reply["error"] == TOO_MUCH_MEMORY else Refused)(reply["error"])
+            raise (Exceeded if reply.get("exceeded") else Refused)(reply["error"])
         return reply
 
     def _exchange(self, line: bytes) -> bytes:
@@ -150,6 +149,10 @@ class Sandbox:
 
 shared = Sandbox()
 """This process's sandbox, for callers that need none of their own."""
+
+
+def _too_much_memory() -> str:
+    return f"it took more than {MEMORY / 2**20:.0f} MiB of memory"
 
 
 # --- the other process --------------------------------------------------------------------------
@@ -198,22 +201,73 @@ def environment() -> Any:
     return sandbox
 
 
+PART = re.compile(
+    r"""(?P<open>\((?:\?(?:P?<[^>]*>|[imsUuR-]*:))?(?!\?))
+    | (?P<close>\)) | (?P<or>\|) | (?P<flags>\(\?[imsUuR-]+\))
+    | (?P<repeat>(?:[*+?]|\{(?P<least>[0-9]{0,9})(?:,(?P<most>[0-9]{0,9}))?\})\??)
+    | (?P<one>\\[pP]\{[^}]*\} | \\[xuU]\{[^}]*\} | \\[pP]. | \\x.. | \\u.{4} | \\U.{8} | \\.
+        | \[\^?\]?(?:[^\[\]\\]|\\.|\[:\^?[a-z]+:\])*\] | [^\[({\\])""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def length_of(pattern: str) -> int:
+    """The length of the longest text that matches, in characters, where a part that repeats without bound
+    does so as seldom as it may; at most 2^31. 0 for a pattern with what is not followed here: the flag x,
+    classes in classes, and what is no pattern.
+
+    An automaton of texts that all have an end has as many states at least.
+    """
+    # Of each open group: its longest alternative, the last alternative without its last part, and that part.
+    groups, at = [[0, 0, 0]], 0
+    while part := PART.match(pattern, at):
+        at, group = part.end(), groups[-1]
+        if part["repeat"]:
+            group[2] = min(group[2] * int(part["most"] or part["least"] or 1), 2**31)
+            continue
+        if part["open"]:
+            groups.append([0, 0, 0])
+            continue
+        if part["or"]:
+            groups[-1] = [max(group[0], group[1] + group[2]), 0, 0]
+            continue
+        length = 1 if part["one"] else 0
+        if part["close"]:
+            longest, before, last = groups.pop()
+            if not groups:
+                return 0
+            length, group = max(longest, before + last), groups[-1]
+        group[1:] = min(group[1] + group[2], 2**31), length
+    longest, before, last = groups[0]
+    return max(longest, before + last) if at == len(pattern) and len(groups) == 1 else 0
+
+
+class TooLarge(ValueError):
+    """Raised in the process for what has no place in an answer."""
+
+
 def automaton_of(pattern: str) -> dict[str, Any]:
     """See `Sandbox.automaton_of`."""
     from outlines_core import Index, Vocabulary
 
+    if length_of(pattern) > LENGTH:
+        raise TooLarge(f"its repetitions allow texts of more than {LENGTH:,} characters")
     # NUL stands for the end of a text, so that no text holds it. Without such an end the library would leave
     # out ways on from a text that matches already ("a|abc").
-    end, library_end = 0, 256
-    vocabulary = Vocabulary(library_end, {bytes([byte]): [byte] for byte in range(256)})
-    # A NUL in front, too: the library searches for the pattern at every place of a text, though it keeps the
-    # first alone. Of JSON in JSON each place begins another text, which takes minutes; behind a NUL none
-    # does. Where there may be an anchor, which is refused, the pattern itself has to stand at the beginning.
-    begin = "" if re.search(r"(?<!\[)\^|\\\[\^|\$|\\[AzbB<>]", pattern) else r"\x00"
+    end, begun, library_end = 0, 256, 257
+    tokens = {bytes([byte]): [byte] for byte in range(256)}
+    # The library searches for the pattern at every place of a text, though it keeps the first alone. Each
+    # place of ".{30}" or of JSON in JSON begins another text, which takes minutes. So three NUL stand in
+    # front, and the first of them may be all that is found: behind a match the search ends, and a longer text
+    # is preferred. The three are a token, since the library would take the second for a text's end.
+    # Where there may be an anchor, which is refused, the pattern itself has to stand at the beginning.
+    anchored = re.search(r"(?<!\[)\^|\\\[\^|\$|\\[AzbB<>]", pattern)
+    before, behind = ("", "") if anchored else (r"\x00(?:\x00\x00", "|)")
+    vocabulary = Vocabulary(library_end, tokens if anchored else {**tokens, b"\0\0\0": [begun]})
     # "a)|(b" is a pattern in a group, and none by itself. So each is first read without a group, beside a \b,
     # which the library refuses in a pattern that it could read, before it makes an automaton. The group ends
     # in a line of its own that matches nothing more: with the flag x a pattern may end in a comment.
-    for text in (rf"\b|{pattern}", f"{begin}(?:{pattern}(?x)\n)\\x00"):
+    for text in (rf"\b|{pattern}", f"{before}(?:{pattern}(?x)\n)\\x00{behind}"):
         try:
             index = Index(text, vocabulary)
         except ValueError as error:
@@ -229,15 +283,23 @@ def automaton_of(pattern: str) -> dict[str, Any]:
             raise
     over = index.get_final_states()
     found, first = index.get_transitions(), index.get_initial_state()
-    if begin:
-        first = found.pop(first)[end]
+    if not anchored:
+        first = found[first][begun]
+    onward: dict[int, list[tuple[int, int]]] = {first: []}
+    waiting = [first]
+    while waiting:  # only what texts without NUL reach
+        state = waiting.pop()
+        onward[state] = [(byte, to) for byte, to in found.get(state, {}).items() if end < byte < begun]
+        for _, to in onward[state]:
+            if to not in onward:
+                onward[to] = []
+                waiting.append(to)
+        if len(onward) > LENGTH:
+            raise TooLarge(f"its automaton has more than {LENGTH:,} states")
     return {
         "first": first,
-        "final": [state for state, steps in found.items() if steps.get(end) in over],
-        "next": [
-            (state, [(byte, to) for byte, to in steps.items() if end < byte < library_end])
-            for state, steps in found.items()
-        ],
+        "final": [state for state in onward if found.get(state, {}).get(end) in over],
+        "next": [*onward.items()],
     }
 
 
@@ -289,15 +351,17 @@ def work(requests: IO[bytes], answers: IO[bytes]) -> None:
             made = answer_to(asked)
             answer = json.dumps(made)
             if (size := len(made.get("text", answer))) > asked["characters"]:
-                raise ValueError(f"it made {size:,} characters, more than {asked['characters']:,}")
+                raise TooLarge(f"it made {size:,} characters, more than {asked['characters']:,}")
         except ImportError as error:
             needed, extra = (
                 ("jinja2 3.1.6 or later", "cli") if "source" in asked else ("outlines_core", "structured")
             )
             command = f'pip install "dparallel-ext[{extra}]"'
             answer = json.dumps({"error": f"{needed} must be installed; {command} does it ({error})"})
+        except TooLarge as error:
+            answer = json.dumps({"error": str(error), "exceeded": True})
         except MemoryError:
-            answer = json.dumps({"error": TOO_MUCH_MEMORY})
+            answer = json.dumps({"error": _too_much_memory(), "exceeded": True})
         except Exception as error:  # whatever the template does
             answer = json.dumps({"error": str(error)[:1000] or type(error).__name__})
         finally:

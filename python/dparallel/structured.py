@@ -103,43 +103,46 @@ def automaton(
     onward, final = dict(found["next"]), {*found["final"]}
     numbers = {state: at for at, state in enumerate(dict.fromkeys([found["first"], *onward]))}
     dead = len(numbers)
-    table = [[dead] * 256 for _ in range(dead + 1)]
+    columns = {byte: [dead] * (dead + 1) for steps in onward.values() for byte, _ in steps}
     for state, steps in onward.items():
         for byte, to in steps:
-            table[numbers[state]][byte] = numbers.get(to, dead)
+            columns[byte][numbers[state]] = numbers.get(to, dead)
     accepting = [state in final for state in numbers]
-    return _over_tokens(table, [*accepting, False], vocabulary, ends)
+    return _over_tokens(columns, [*accepting, False], vocabulary, ends)
 
 
 def _over_tokens(
-    table: list[list[int]], accepting: list[bool], vocabulary: Vocabulary, ends: Sequence[int]
+    columns: dict[int, list[int]], accepting: list[bool], vocabulary: Vocabulary, ends: Sequence[int]
 ) -> Automaton:
-    """The automaton over tokens of one over bytes. table: [state][byte], whose last state is dead.
+    """The automaton over tokens of one over bytes. columns: [byte][state], of bytes that lead somewhere; the
+    last state is dead.
 
     A text is a function from states to states. A vocabulary's texts have few different ones, so each is
     computed once, and the tokens with the same one, that begin a text alike, are a class.
     """
-    dead, over = len(table) - 1, len(table)
-    columns = [*zip(*table, strict=True)]  # [byte][state]
-    functions = [tuple(range(len(table)))]
+    states = len(accepting)
+    dead, over = states - 1, states
+    functions = [tuple(range(states))]
     numbers = {functions[0]: 0}
     onward: dict[tuple[int, int], int] = {}
 
     def number(function: tuple[int, ...]) -> int:
         if function not in numbers:
-            if (len(functions) + 1) * len(table) > MOST:
+            if (len(functions) + 1) * states > MOST:
                 raise ValueError(f"pattern: expected one of at most {MOST:,} transitions, got more")
             numbers[function] = len(functions)
             functions.append(function)
         return numbers[function]
 
-    nothing = number((dead,) * len(table))
+    nothing = number((dead,) * states)
 
     def of_text(text: bytes) -> int:
         at = 0
         for byte in text:
             if at == nothing:
                 break
+            if byte not in columns:
+                return nothing
             if (at, byte) not in onward:
                 onward[at, byte] = number(tuple(map(columns[byte].__getitem__, functions[at])))
             at = onward[at, byte]

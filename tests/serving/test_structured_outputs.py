@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from asking import EOS, MODEL, PROMPT, PROMPTS, bad_request, chat, decoded, joined
 from dparallel import sandbox, structured
+from dparallel.serving import service
 from openai import OpenAI
 from server_here import serving
 
@@ -152,8 +155,51 @@ def test_nothing_follows_an_answer_of_a_form(client: OpenAI) -> None:
 def test_a_pattern_of_billions_of_states_is_refused(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
     with bad_request("structured_outputs", "structured_outputs: pattern: it took more than"):
-        chat(client, **by_pattern("([a-z]{1,1000}){1,1000}"))
+        chat(client, **by_pattern("(a|b)*a(a|b){30}"))
     assert chat(client, **by_pattern("sam|finally")).choices[0].message.content in ("sam", "finally")
+
+
+def test_known_forms_wait_for_no_other_and_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "FORMS", 2)
+    made, going_on, waited = [], threading.Event(), threading.Event()
+    going_on.set()
+    with serving() as running, concurrent.futures.ThreadPoolExecutor() as threads:
+        make = running.service.forms_sandbox.automaton_of
+
+        def recorded(pattern: str) -> dict[str, Any]:
+            made.append(pattern)
+            if not going_on.is_set():
+                waited.set()
+                assert going_on.wait(60)
+            return make(pattern)
+
+        monkeypatch.setattr(running.service.forms_sandbox, "automaton_of", recorded)
+
+        def ask(pattern: str) -> str:
+            body = {
+                "model": MODEL,
+                "prompt": PROMPT,
+                "max_tokens": 8,
+                "structured_outputs": {"regex": pattern},
+            }
+            status, answer = running.ask(body)
+            assert status == 200, answer
+            return str(answer["choices"][0]["text"])
+
+        for pattern in ("sam", "finally", "sam", "first", "sam"):  # "finally" is the one to go
+            assert ask(pattern) == pattern
+        assert made == ["sam", "finally", "first"]
+        (model,) = running.service.models.values()
+        assert [form.text for form in model.forms] == ["first", "sam"]
+        going_on.clear()
+        new = threads.submit(ask, "finally")
+        assert waited.wait(60)
+        try:
+            assert ask("sam") == "sam"
+        finally:
+            going_on.set()
+        assert new.result() == "finally"
+        assert made == ["sam", "finally", "first", "finally"]
 
 
 def test_a_model_without_end_token_takes_no_form(odd_client: OpenAI) -> None:

@@ -286,16 +286,16 @@ class ModelService:
             pattern = structured.json_pattern(form.text, sandbox) if form.kind == "json" else form.text
             return structured.automaton(pattern, self.texts_of_tokens, self.ends, sandbox)
 
-        async with self.service.forming:  # so that forms, which wait for each other, use one thread
-            found = self.forms.pop(form, None)
-            if found is None:
-                try:
-                    found = await self.service.elsewhere(make)
-                except ValueError as error:
-                    raise ApiError(400, f"{name}: {error}", param=name) from error
-            self.forms[form] = found
-            if len(self.forms) > FORMS:
-                del self.forms[next(iter(self.forms))]
+        if form not in self.forms:
+            async with self.service.forming:  # so that new forms, which wait for each other, use one thread
+                if form not in self.forms:
+                    try:
+                        self.forms[form] = await self.service.elsewhere(make)
+                    except ValueError as error:
+                        raise ApiError(400, f"{name}: {error}", param=name) from error
+        found = self.forms[form] = self.forms.pop(form)  # now the latest
+        if len(self.forms) > FORMS:
+            del self.forms[next(iter(self.forms))]
         return found
 
     @functools.cached_property
