@@ -214,7 +214,7 @@ class DecodeConfig:
                 raise ValueError(
                     f"{name}: expected one value or {expected}, as many as {first} has, got {count}"
                 )
-        decided(self, next(iter(lengths.values()), 1), self.cache or "none")
+        decider(self, next(iter(lengths.values()), 1), self.cache or "none")
 
     @property
     def end_id(self) -> int | None:
@@ -324,7 +324,7 @@ def _listed(value: Any) -> Any:
 # --- what decides ------------------------------------------------------------------------------
 
 
-class Decided(NamedTuple):
+class Decider(NamedTuple):
     """What decides which tokens a pass commits."""
 
     rule: Rule | None
@@ -337,7 +337,7 @@ class Decided(NamedTuple):
     """Each row's selector; empty unless the rows come from a threshold."""
 
 
-def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
+def decider(config: DecodeConfig, size: int, cache: str) -> Decider:
     """What decides for `size` sequences. Raises ValueError naming the field that does not fit."""
     rule, row = _rule(config)
     threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
@@ -371,7 +371,7 @@ def decided(config: DecodeConfig, size: int, cache: str) -> Decided:
             )
         if rule is not None and score in rule.without:
             raise ValueError(f"selector: {type(rule).__name__} has no {score} to rank by")
-    return Decided(rule, steps if threshold is None else None, rows, selectors)
+    return Decider(rule, steps if threshold is None else None, rows, selectors)
 
 
 def _row_of(config: DecodeConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,8 +103,8 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """Runs passes: the first of a key eagerly; the second is recorded, and it and all later ones are
-    replayed.
+    """Recordings of passes, for `run_pass`: the first of a key runs eagerly; the second is recorded, and it
+    and all later ones are replayed.
 
     If recording fails, all later passes run eagerly, with a warning in the log.
     """
@@ -123,31 +123,17 @@ class Graphs:
             self.addresses = addresses
             self.recordings.clear()
 
-    def run(
-        self, key: Hashable, inputs: Tensor, compute: Compute, *, device: torch.device, held: Any = None
-    ) -> Tensor:
-        """compute(inputs), replayed where it can be.
-
-        key: all that the launches depend on beside the values of `inputs`; None: run eagerly, in turn.
-        inputs: (n,) int64 on the CPU. held: what must live as long as the recording.
-        """
-        if self.recorder is None:
-            return compute(inputs.to(device, non_blocking=True))
-        with self.recorder.turn():
-            if key is None:
-                return compute(inputs.to(device, non_blocking=True))
-            met, recording = key in self.recordings, self.recordings.pop(key, None)
-            if met and recording is None:
-                recording = self._record(inputs.to(device, non_blocking=True), compute, held)
-            self.recordings[key] = recording
-            if len(self.recordings) > LIMIT:
-                del self.recordings[next(iter(self.recordings))]
-            if recording is None:
-                return compute(inputs.to(device, non_blocking=True))
-            recording.inputs.copy_(inputs, non_blocking=True)
-            recording.replay()
-            self.replays += 1
-            return recording.result.clone()  # the next replay, of any key, may write there
+    def recording_of(
+        self, key: Hashable, inputs: Tensor, compute: Compute, device: torch.device, held: Any
+    ) -> Recorded | None:
+        """The recording of a key, for `run_pass`; None the first time, and if recording fails."""
+        met, recording = key in self.recordings, self.recordings.pop(key, None)
+        if met and recording is None:
+            recording = self._record(inputs.to(device, non_blocking=True), compute, held)
+        self.recordings[key] = recording
+        if len(self.recordings) > LIMIT:
+            del self.recordings[next(iter(self.recordings))]
+        return recording
 
     def _record(self, inputs: Tensor, compute: Compute, held: Any) -> Recorded | None:
         assert self.recorder is not None
@@ -173,7 +159,20 @@ def run_pass(
     device: torch.device,
     held: Any,
 ) -> Tensor:
-    """As `Graphs.run`; eagerly where nothing can be recorded."""
-    if graphs is None or graphs.addresses is None:
-        return compute(inputs.to(device, non_blocking=True))
-    return graphs.run(key, inputs, compute, device=device, held=held)
+    """compute(inputs), replayed where it can be.
+
+    graphs: None: nothing can be recorded. key: all that the launches depend on beside the values of `inputs`;
+    None: run eagerly, in turn. inputs: (n,) int64 on the CPU. held: what must live as long as the recording.
+    """
+    recorder = None if graphs is None or graphs.addresses is None else graphs.recorder
+    with nullcontext() if recorder is None else recorder.turn():
+        if graphs is None or recorder is None or key is None:
+            recording = None
+        else:
+            recording = graphs.recording_of(key, inputs, compute, device, held)
+        if graphs is None or recording is None:
+            return compute(inputs.to(device, non_blocking=True))
+        recording.inputs.copy_(inputs, non_blocking=True)
+        recording.replay()
+        graphs.replays += 1
+        return recording.result.clone()  # the next replay, of any key, may write there

@@ -15,7 +15,7 @@ from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from ..rules import Rule
 from ..rules.constrained import Constrained
-from .config import ACTIVE, DecodeConfig, decided
+from .config import ACTIVE, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
 from .sequence import Settings
 
@@ -98,7 +98,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     ValueError if the config has values for another number of sequences, and for fields that do not fit the
     model or each other.
     """
-    rule, steps, rows, selectors = decided(config, size, cache)
+    rule, steps, rows, selectors = decider(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
     if model_traits.window is not None and (config.infill or automaton is not None):
         raise ValueError(

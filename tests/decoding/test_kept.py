@@ -24,7 +24,7 @@ import dparallel_ext as dx
 from dparallel_ext import kept, models
 from dparallel_ext.decoding import graphs as recording
 from dparallel_ext.decoding import workspace
-from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs
+from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs, run_pass
 
 pytest_plugins = ["taping"]
 
@@ -221,6 +221,10 @@ def test_recordings_of_a_gpu_outlive_a_decode(device: str, seen_graphs: list[Gra
     assert torch.equal(dx.decode(model, prompts, **SETTINGS).sequences, expected)
 
 
+def run_on_cpu(graphs: Graphs, key: Any, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    return run_pass(graphs, key, inputs, compute, device=torch.device("cpu"), held=None)
+
+
 def test_forms_are_forgotten() -> None:
     """The least recently used form goes, and with it what its recording held."""
 
@@ -234,11 +238,11 @@ def test_forms_are_forgotten() -> None:
             return lambda: result.copy_(compute(numbers)), result  # type: ignore[return-value]
 
     recorder = Count()
-    graphs, cpu = Graphs(recorder), torch.device("cpu")
+    graphs = Graphs(recorder)
+    graphs.drop_stale([0])
 
     def run(form: int, number: int) -> int:
-        got = graphs.run(form, torch.tensor([number]), lambda n: n.sum()[None].float() + form, device=cpu)
-        return int(got)
+        return int(run_on_cpu(graphs, form, torch.tensor([number]), lambda n: n.sum()[None].float() + form))
 
     for number in range(4):
         assert run(1000, number) == 1000 + number
@@ -260,17 +264,17 @@ def test_forms_are_forgotten() -> None:
 @pytest.mark.parametrize("how", ["evicted", "moved"])
 def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: str) -> None:
     """torch's allocator refuses it, which would be the end of all recordings."""
-    cpu = torch.device("cpu")
-    graphs = Graphs(CudaRecorder(cpu))
+    graphs = Graphs(CudaRecorder(torch.device("cpu")))
+    graphs.drop_stale([])
     number = torch.ones(1, dtype=torch.int64)
     for around in range(3):
         for _ in range(3):
-            assert int(graphs.run("again", number, lambda n: n + 1, device=cpu)) == 2
+            assert int(run_on_cpu(graphs, "again", number, lambda n: n + 1)) == 2
         if how == "moved":
             graphs.drop_stale([around])
         else:
             for form in range(LIMIT):
-                graphs.run((around, form), number, lambda n: n + 1, device=cpu)
+                run_on_cpu(graphs, (around, form), number, lambda n: n + 1)
         assert "again" not in graphs.recordings
         assert not any(TapeGraph.pools.values())
     assert graphs.recorder is not None
@@ -279,7 +283,7 @@ def test_a_pool_without_recordings_is_not_used_again(taped: list[Graphs], how: s
     # A pool that a recording holds serves the next.
     for form in ("one", "two"):
         for _ in range(2):
-            graphs.run(form, number, lambda n: n + 1, device=cpu)
+            run_on_cpu(graphs, form, number, lambda n: n + 1)
     assert list(TapeGraph.pools.values()) == [0, 0, 0, 2]
 
 
