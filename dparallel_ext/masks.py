@@ -32,6 +32,7 @@ def semi_autoregressive_masks(
     *,
     mask_id: int,
     block_length: int | None = 32,
+    aligned: bool = False,
     mask_ratio: float | Tensor = 0.5,
     lengths: Tensor | None = None,
     eps: float = 1e-3,
@@ -53,6 +54,9 @@ def semi_autoregressive_masks(
         mask_id: the mask token.
         block_length: tokens of a block, from the end of the prompt on; None: the whole response is one block
             (Dream as published).
+        aligned: whether blocks count from column 0 instead, as those of most block-causal models do
+            (`models.Traits.aligned_blocks`): the first block of a response may be the rest of a block that
+            begins in the prompt.
         mask_ratio: a number or (B,), in [0, 1].
         lengths: (B,) int64: the column where each row's response ends; default T. Columns beyond it stay.
         eps: see above, in [0, 1].
@@ -78,6 +82,7 @@ def semi_autoregressive_masks(
     mask_id = whole("mask_id", mask_id, 0)
     if block_length is not None:
         block_length = whole("block_length", block_length, 1)
+    instance("aligned", aligned, bool)
     eps = number("eps", eps, 0, 1)
     try:
         ratio = torch.as_tensor(mask_ratio, dtype=torch.float32, device=device)
@@ -102,12 +107,12 @@ def semi_autoregressive_masks(
         draws = torch.rand(batch, 1 + length, generator=generator, device=on).to(device)
 
     size = block_length or max(1, length)
-    response = (end - start).clamp(min=0)  # (B,)
-    blocks = (response + size - 1) // size
+    origin = start - start % size if aligned else start  # (B,): where the response's first block begins
+    blocks = torch.where(start < end, (end - origin + size - 1) // size, 0)
     block = (draws[:, 0] * blocks).long().minimum(blocks - 1)  # -1 where there is none
     column = torch.arange(length, device=device)
-    first = (start + block * size)[:, None]
-    inside = (column < end[:, None]) & (block >= 0)[:, None]  # (B, T)
+    first = (origin + block * size)[:, None]
+    inside = (start[:, None] <= column) & (column < end[:, None]) & (block >= 0)[:, None]  # (B, T)
     later = inside & (column >= first + size)
     within = inside & (column >= first) & ~later
     probability = ((1 - eps) * ratio + eps).expand(batch)[:, None]

@@ -23,24 +23,28 @@ def drawn(seed: int) -> torch.Generator:
     block_length=st.sampled_from([1, 3, 8, 32, None]),
     ratio=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     padded=st.booleans(),
+    aligned=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_every_row_is_as_the_definition_says(batch, length, block_length, ratio, padded, seed) -> None:
+def test_every_row_is_as_the_definition_says(
+    batch, length, block_length, ratio, padded, aligned, seed
+) -> None:
     ids = torch.randint(0, 90, (batch, length), generator=drawn(seed))
     prompts = torch.randint(0, length + 1, (batch,), generator=drawn(seed + 1))
     ends = torch.randint(0, length + 1, (batch,), generator=drawn(seed + 2)) if padded else None
     pair = dx.semi_autoregressive_masks(
-        ids, prompts, mask_id=MASK, block_length=block_length, mask_ratio=ratio, lengths=ends,
-        generator=drawn(seed),
+        ids, prompts, mask_id=MASK, block_length=block_length, aligned=aligned, mask_ratio=ratio,
+        lengths=ends, generator=drawn(seed),
     )  # fmt: skip
     for b in range(batch):
         start, end = int(prompts[b]), length if ends is None else int(ends[b])
         size = block_length or max(1, length)
-        number = -(-max(0, end - start) // size)
+        origin = start // size * size if aligned else start
+        number = -(-(end - origin) // size) if start < end else 0
         block = int(pair.block[b])
         assert (0 <= block < number) if number else block == -1
         for t in range(length):
-            where = (t - start) // size if start <= t < end else -1
+            where = (t - origin) // size if start <= t < end else -1
             here = number > 0 and where == block
             later = number > 0 and where > block
             assert bool(pair.active[b, t]) + bool(pair.reverse_active[b, t]) == here
@@ -101,6 +105,7 @@ def test_the_input_is_left_alone() -> None:
         ({"block_length": 0}, "block_length: expected"),
         ({"block_length": 2.5}, "block_length: expected a whole number >= 1, got 2.5"),
         ({"block_length": True}, "block_length: expected"),
+        ({"aligned": 1}, "aligned: expected"),
         ({"mask_id": -1}, "mask_id: expected a whole number >= 0, got -1"),
         ({"mask_id": None}, "mask_id: expected"),
         ({"prompt_lengths": torch.tensor([True, False])}, r"prompt_lengths: expected int64 \(2,\)"),

@@ -355,6 +355,32 @@ def test_views_depend_on_seed_step_and_row_alone(tmp_path: Path):
     assert torch.equal(trainer.views(Collator(1)(rows), 5)["active"], batch["active"])
 
 
+def test_a_block_causal_model_trains_on_states_that_decoding_has(tmp_path: Path):
+    """One of the model's own blocks, which count from position 0, has masks; all before it is known."""
+    model = golden.model("sdar_tiny_a")
+    size = model.block_length
+    assert size is not None
+    rows = [
+        {"input_ids": list(range(5, 30)), "prompt_length": prompt, "index": index}
+        for index, prompt in enumerate([*range(1, 10)] * 8)
+    ]
+    views = trainer_of(model, tmp_path, block_length=size).views(Collator(1)(rows), step=3)
+    several = 0
+    for ids, active, prompt in zip(views["input_ids"], views["active"], [*range(1, 10)] * 16, strict=True):
+        columns = active.nonzero()[:, 0].tolist()
+        if not columns:
+            continue
+        (block,) = {column // size for column in columns}
+        masked = (ids == model.mask_id).nonzero()[:, 0].tolist()
+        assert masked[0] >= max(prompt, block * size)
+        later = max(prompt, (block + 1) * size)
+        assert masked == [*columns, *range(later, 25)]
+        several += prompt // size < block
+    assert several > 20
+    with pytest.warns(UserWarning, match=rf"block_length: {size + 1} tokens .* give block_length={size}"):
+        trainer_of(model, tmp_path, block_length=size + 1)
+
+
 def test_every_pass_over_a_micro_batch_has_the_same_dropout(tmp_path: Path):
     """The tokens that are counted before the first gradient are those whose entropies are summed then."""
     model = run_trainer.model(dropout=0.5).train()

@@ -51,7 +51,8 @@ class CertaintyForcingArguments(TrainingArguments):
     gate: str = "correct"
     """The active tokens whose entropy counts: "correct", those whose argmax is the label, or "all"."""
     block_length: int | None = 32
-    """Tokens of a block; None: the whole response is one block."""
+    """Tokens of a block; None: the whole response is one block. For a block-causal model its own, which are
+    the blocks that decoding fills one by one: they count from position 0 where the model's do."""
     mask_ratio: Any = 0.5
     """The probability that a token of the active block is masked; or [low, high]: drawn uniformly for each
     row, then cut to 1, so that a high above 1 gives a share of fully masked blocks."""
@@ -140,6 +141,12 @@ class CertaintyForcingTrainer(Trainer):
         self.traits = dx.models.traits(model)
         if self.traits.mask_id is None:
             raise ValueError("model: its config has no mask_token_id; models.load(mask_id=) sets one")
+        if self.traits.block_length not in (None, self.args.block_length):
+            warn(
+                f"block_length: {self.args.block_length} tokens are masked at once, and the model is "
+                f"block-causal with blocks of {self.traits.block_length}, which it decodes one by one; give "
+                f"block_length={self.traits.block_length}, unless several blocks are to be active"
+            )
         base = dx.models.unwrap(model)
         self.takes_attention_mask = "attention_mask" in inspect.signature(base.forward).parameters
         self.lm_head = plain_head(base)
@@ -203,6 +210,7 @@ class CertaintyForcingTrainer(Trainer):
             batch["prompt_lengths"].cpu(),
             mask_id=self.traits.mask_id,
             block_length=self.args.block_length,
+            aligned=self.traits.block_length is not None and self.traits.aligned_blocks,
             mask_ratio=torch.tensor(ratio).clamp(max=1),
             lengths=lengths,
             generator=generators,
