@@ -1,5 +1,6 @@
 // The cache and the attention over it: kv_write, linear_kv_write, kv_move, block_attention.
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -51,8 +52,8 @@ struct Written {
     args.v_layout = layout_of(v_rows, "v_cache", q);
     own_memory(k_cache, "k_cache");
     own_memory(v_cache, "v_cache");
-    DP_CHECK(k_cache.numel() == 0 || k_cache.data_ptr() != v_cache.data_ptr(),
-             "v_cache: expected memory of its own, got that of k_cache");
+    const int64_t size = element_size(args.dtype);
+    own_memory(Memory(v_cache, "v_cache", size), Memory(k_cache, "k_cache", size));
     const int64_t dim = q.size(2);
     args.count = q.size(0);
     args.q_heads = q.size(1);
@@ -72,6 +73,15 @@ struct Written {
     args.rotary_dim = 2 * half;
     args.k_cache = k_rows.data_ptr();
     args.v_cache = v_rows.data_ptr();
+  }
+  // `others`: what else the op reads or writes.
+  void check_apart(std::initializer_list<Memory> others) const {
+    const int64_t size = element_size(args.dtype);
+    const Memory keys(k_cache, "k_cache", size), values(v_cache, "v_cache", size);
+    for (const Memory& other : others) {
+      own_memory(keys, other);
+      own_memory(values, other);
+    }
   }
   void write_back() {
     dparallel::write_back(k_cache, k_rows);
@@ -97,8 +107,11 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   expect_heads(q_rows, "q", count, q.size(1), dim, q);
   expect_heads(k, "k", count, heads, dim, q);
   expect_heads(v, "v", count, heads, dim, q);
-  DP_CHECK(q.numel() == 0 || (k.data_ptr() != q.data_ptr() && v.data_ptr() != q.data_ptr()),
-           "q: expected memory of its own, which is rotated in place, got that of k or v");
+  const int64_t size = element_size(args.dtype);
+  const Memory queries(q, "q", size), keys(k, "k", size), values(v, "v", size);
+  own_memory(queries, keys);
+  own_memory(queries, values);
+  written.check_apart({queries, keys, values});
   args.q = q_rows.data_ptr();
   args.k = k.data_ptr();
   args.v = v.data_ptr();
@@ -141,6 +154,7 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
   Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
+  written.check_apart({Memory(x, "x", element_size(written.args.dtype))});
   if constexpr (Backend::kHostReads) check_contents(written.args);
   Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
                            cuda::linear_kv_write_scratch>(

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -118,6 +119,86 @@ inline void own_memory(const Tensor& t, const char* name) {
              " elements at a stride of ", stride);
     span += stride * (size - 1);
   }
+}
+
+// The bytes from a tensor's first element to its last, with other tensors' between them.
+struct Memory {
+  const Tensor& tensor;
+  const char* name;
+  int64_t element_size;
+  const char *begin, *end;  // the same of an empty tensor
+
+  Memory(const Tensor& t, const char* name, int64_t element_size)
+      : tensor(t),
+        name(name),
+        element_size(element_size),
+        begin(static_cast<const char*>(t.data_ptr())),
+        end(begin) {
+    if (t.numel() == 0) return;
+    end += element_size;
+    for (int64_t d = 0; d < t.dim(); ++d) end += (t.size(d) - 1) * t.stride(d) * element_size;
+  }
+};
+
+// The steps of one tensor's strides less those of another's, by descending strides: the two have an
+// element in common if the distance of their first ones is a sum of such steps.
+class StepsBetween {
+ public:
+  StepsBetween(const Memory& a, const Memory& b) {
+    add(a, 1);
+    add(b, -1);
+    std::sort(steps_.begin(), steps_.begin() + count_,
+              [](const Steps& x, const Steps& y) { return x.stride > y.stride; });
+    // In bytes: elements of one size may lie askew.
+    steps_[count_++] = {1, 1 - b.element_size, a.element_size - 1};
+  }
+
+  // With strides that both have, as rows of one buffer, it tries two numbers of steps of each.
+  bool make(int64_t distance, size_t from = 0) const {
+    if (from == count_) return distance == 0;
+    int64_t below = 0, above = 0;  // what the smaller strides reach
+    for (size_t i = from + 1; i < count_; ++i) {
+      below += steps_[i].least * steps_[i].stride;
+      above += steps_[i].most * steps_[i].stride;
+    }
+    const auto& [stride, least, most] = steps_[from];
+    const int64_t first = std::max(least, (distance - above) / stride - 1);
+    const int64_t last = std::min(most, (distance - below) / stride + 1);
+    for (int64_t n = first; n <= last; ++n) {
+      const int64_t left = distance - n * stride;
+      if (below <= left && left <= above && make(left, from + 1)) return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Steps {
+    int64_t stride, least, most;
+  };
+
+  void add(const Memory& memory, int64_t sign) {
+    for (int64_t d = 0; d < memory.tensor.dim(); ++d) {
+      const int64_t stride = memory.tensor.stride(d) * memory.element_size,
+                    count = memory.tensor.size(d) - 1;
+      if (stride == 0 || count == 0) continue;
+      size_t at = 0;
+      while (at < count_ && steps_[at].stride != stride) ++at;
+      if (at == count_) steps_[count_++] = {stride, 0, 0};
+      (sign > 0 ? steps_[at].most : steps_[at].least) += sign * count;
+    }
+  }
+
+  std::array<Steps, 16> steps_{};
+  size_t count_ = 0;
+};
+
+// What is changed in place shares no element with another argument; both of at most 6 dimensions.
+inline void own_memory(const Memory& changed, const Memory& other) {
+  if (changed.end <= other.begin || other.end <= changed.begin) return;
+  DP_CHECK(changed.begin == changed.end || other.begin == other.end ||
+               !StepsBetween(changed, other).make(other.begin - changed.begin),
+           changed.name, ": expected memory of its own, which is changed in place, got some of ",
+           other.name);
 }
 
 // `rows`: `t`, or the copy that a kernel has changed in its place.

@@ -256,6 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<
     count = positions.has_value() ? length_of(*positions, "positions") : all.batch * all.length;
     expect(*commit, "commit", ScalarType::Bool, {count}, tokens);
     expect(*token, "token", ScalarType::Long, {count}, tokens);
+    own_memory(Memory(tokens, "tokens", sizeof(int64_t)), Memory(*token, "token", sizeof(int64_t)));
   }
   if (positions.has_value()) expect(*positions, "positions", ScalarType::Long, {count}, tokens);
   const Windows windows = windows_of(lane, start, end, all.batch, tokens);

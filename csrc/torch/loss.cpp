@@ -137,11 +137,15 @@ struct Rows {
 };
 
 Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature, double kl_weight,
-             double l1_weight) {
+             double l1_weight, bool inplace) {
+  if (inplace) own_memory(student, "student");
+  const Tensor given = student;  // not a copy that the kernel changes in its place
   const Logits own = logits_of(student, true, "student");
   check_form(teacher, "teacher", student.scalar_type(), sizes_of(student));
   check_device(teacher, "teacher", student, "student");
   const Logits other = logits_of(teacher, true, "teacher");
+  const int64_t size = element_size(own.dtype);
+  if (inplace) own_memory(Memory(given, "student", size), Memory(teacher, "teacher", size));
   const int64_t count = row_count(student);
   expect(active, "active", ScalarType::Bool, {count}, student);
   check_temperature("temperature", temperature);
@@ -154,8 +158,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, Tensor active,
                                                      double temperature, double kl_weight,
                                                      double l1_weight, bool inplace) {
-  if (inplace) own_memory(student, "student");
-  const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight);
+  const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight, inplace);
   Tensor divergence = torch::stable::new_empty(student, {rows.count}, rows.real);
   Tensor saved = torch::stable::new_empty(student, {rows.count, kDistillationSaved}, rows.real);
   Tensor error = torch::stable::new_empty(student, {rows.count}, ScalarType::Long);
@@ -177,7 +180,8 @@ template <class Backend>
 void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature,
                  double kl_weight, double l1_weight, Tensor& saved, Tensor& grad_divergence,
                  void* grad) {
-  const Rows rows = rows_of(student, teacher, active, temperature, kl_weight, l1_weight);
+  const Rows rows =
+      rows_of(student, teacher, active, temperature, kl_weight, l1_weight, grad == nullptr);
   expect(saved, "saved", rows.real, {rows.count, kDistillationSaved}, student);
   expect(grad_divergence, "grad_divergence", rows.real, {rows.count}, student);
   const DistillationBackwardArgs args{rows.student, rows.teacher,     data<Flag>(active),
@@ -207,7 +211,6 @@ template <class Backend>
 void distillation_loss_backward_(Tensor student, Tensor teacher, Tensor active, double temperature,
                                  double kl_weight, double l1_weight, Tensor saved,
                                  Tensor grad_divergence) {
-  own_memory(student, "student");
   Tensor rows = student;
   gradient_of<Backend>(rows, teacher, active, temperature, kl_weight, l1_weight, saved,
                        grad_divergence, nullptr);

@@ -73,8 +73,8 @@ def kv_write(
     rotated, over all D dimensions and with the roundings of `rms_norm`. On a GPU the squares are added in
     another order than there. A row's results do not depend on other rows.
 
-    Any strides, without overlaps in the tensors that are changed; rows (H, D) of q, k and v, and the last
-    dimension of a cache, are copied if they are not contiguous. No gradient.
+    Any strides; no element of the tensors that are changed is another's too. Rows (H, D) of q, k and v, and
+    the last dimension of a cache, are copied if they are not contiguous. No gradient.
 
     Args:
         q: (N, H, D) float32, bfloat16 or float16; changed in place.

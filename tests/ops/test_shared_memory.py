@@ -1,0 +1,106 @@
+"""Memory of arguments that are changed in place: of their own, whatever their strides."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import OF_AN_OP, everywhere
+from test_op_inputs import MASK, copied, documented, examples, op_of
+
+import dparallel_ext as dx
+
+
+@everywhere
+def test_arguments_of_kv_write_share_no_element() -> None:
+    _, given = documented(torch.float32)["kv_write"]
+    pages, heads, size, dim = given["k_cache"].shape
+    whole = torch.zeros(2 * pages + 1, heads, size, dim)
+    rows = torch.zeros(
+        len(given["q"]) + 1, given["q"].shape[1], dim
+    )  # a row behind the other's, or half of one
+    for changed, name, of in (
+        ({"k_cache": whole[: pages + 1][:pages], "v_cache": whole[1 : pages + 1]}, "v_cache", "k_cache"),
+        ({"q": rows[1:], "k": rows[:-1, : given["k"].shape[1]]}, "q", "k"),
+        ({"q": rows[:-1], "v": rows.flatten()[dim:][: given["v"].numel()].view_as(given["v"])}, "q", "v"),
+    ):
+        before = {key: value.clone() for key, value in changed.items()}
+        with pytest.raises(ValueError, match=rf"{name}: expected memory of its own, .* got some of {of}"):
+            dx.kv_write(**{**given, **changed})
+        assert all(torch.equal(value, before[key]) for key, value in changed.items())
+    for name in ("q", "k", "v"):
+        for cache in ("k_cache", "v_cache"):
+            place = whole[:pages].flatten()[4 : 4 + given[name].numel()].view_as(given[name])
+            with pytest.raises(ValueError, match=rf"{cache}: expected memory of its own, .* some of {name}"):
+                dx.kv_write(**{**given, cache: whole[:pages], name: place})
+    # Rows of one buffer, and pages that take turns, have no element in common.
+    fused = torch.randn(len(given["q"]), given["q"].shape[1] + 2 * heads, dim)
+    q, k, v = fused.split((given["q"].shape[1], heads, heads), 1)
+    dx.kv_write(**{**given, "q": q, "k": k, "v": v, "k_cache": whole[:-1:2], "v_cache": whole[1::2]})
+
+
+@everywhere
+def test_whatever_strides_the_arguments_of_kv_write_have() -> None:
+    """Their elements, one by one, say whether they overlap."""
+    rng, refused = random.Random(5), 0
+    where = {"positions": torch.arange(3), "slot_mapping": torch.arange(3)}
+    where["cos"], where["sin"] = dx.rope_table(9, 2, device=where["positions"].device)
+    for _ in range(300):
+        memory = torch.zeros(400)
+        views = []
+        for heads in (4, 2):
+            strides = rng.choice(
+                [(2 * heads, 2, 1), (12, 2, 1), (24, 2, 1), (30, 7, 1), (2, 24, 1), (36, 5, 2)]
+            )
+            views.append(memory.as_strided((3, heads, 2), strides, rng.randrange(60)))
+        numbers = [
+            {
+                view.storage_offset() + sum(i * s for i, s in zip(at, view.stride(), strict=True))
+                for at in itertools.product(*map(range, view.shape))
+            }
+            for view in views
+        ]
+        q, k = views
+        call = functools.partial(dx.kv_write, v=torch.zeros(3, 2, 2), **where)
+        caches = {"k_cache": torch.zeros(1, 2, 3, 2), "v_cache": torch.zeros(1, 2, 3, 2)}
+        contiguous = k.stride(2) == 1 and k.stride(1) == 2  # else it is copied, and nothing is shared
+        if numbers[0].isdisjoint(numbers[1]) or not contiguous:
+            call(q, k, **caches)
+            continue
+        refused += 1
+        with pytest.raises(ValueError, match=r"q: expected memory of its own, .* got some of k"):
+            call(q, k, **caches)
+    assert 30 < refused < 270
+
+
+@everywhere
+def test_what_is_read_is_not_what_is_changed() -> None:
+    for name in ("distillation_loss", "distillation_loss_backward_"):
+        student, _, *others = examples(torch.float32)[name]
+        memory = torch.randn(len(student) + 1, *student.shape[1:], device=student.device)
+        if name == "distillation_loss":
+            others.append(True)  # inplace
+        for at, share in ((0, student), (1, memory[1:])):
+            call = [memory[:-1] if at else student, share, *others]
+            with pytest.raises(OF_AN_OP, match=r"student: expected memory of its own, .* some of teacher"):
+                op_of(name)(*call)
+    ids = torch.full((8,), 5)
+    ids[:4] = MASK
+    with pytest.raises(ValueError, match=r"tokens: expected memory of its own, .* got some of token"):
+        dx.commit_(ids[:4].view(2, 2), commit=ids[:4] == MASK, token=ids[1:5], mask_id=MASK)
+    dx.commit_(ids[:4].view(2, 2), commit=ids[:4] == MASK, token=ids[4:], mask_id=MASK)
+    assert ids.tolist() == [5] * 8
+    call = copied(examples(torch.float32)["linear_kv_write"])
+    names = [argument.name for argument in op_of("linear_kv_write").default._schema.arguments]
+    x, cache = call[0], call[names.index("k_cache")]
+    for name in ("k_cache", "v_cache"):
+        memory = torch.zeros(x.numel() + cache.numel(), device=x.device)
+        shared = [*call]
+        shared[0] = memory[: x.numel()].view_as(x)
+        shared[names.index(name)] = memory[x.numel() - 1 :][: cache.numel()].view_as(cache)
+        with pytest.raises(OF_AN_OP, match=rf"{name}: expected memory of its own, .* got some of x"):
+            op_of("linear_kv_write")(*shared)
+    op_of("linear_kv_write")(*call)
