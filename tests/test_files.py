@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import json
 import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from drafters import exits
 from tokenizers import Tokenizer
 
 import dparallel_ext as dx
+from dparallel_ext.models.files import replace_model
 
 
 def test_a_newline_alone_ends_a_line(tmp_path: Path):
@@ -210,6 +215,60 @@ def test_a_state_that_is_none_is_named(tmp_path: Path):
         state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
         with pytest.raises(ValueError, match=r"out: .*state\.pt is not the state of a run"):
             train.train(tmp_path, train.Settings(steps=1), progress=False)
+
+
+def test_saves_into_one_directory_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's save, begun when one has put its weights there and not yet its config."""
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    others: list[threading.Thread] = []
+    replace, lock, ended_or_waits = os.replace, fcntl.flock, threading.Event()
+
+    def save(name: str) -> None:
+        replace_model(tmp_path, {"name": name}, lambda file: file.write_text(name))
+        ended_or_waits.set()
+
+    def replacing_config(source: Any, target: Any) -> None:
+        if Path(target) == config and not others:
+            others.append(threading.Thread(target=save, args=("second",)))
+            others[0].start()
+            assert ended_or_waits.wait(60)
+        replace(source, target)
+
+    def locking(descriptor: int, how: int) -> None:
+        if others:
+            ended_or_waits.set()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(os, "replace", replacing_config)
+    monkeypatch.setattr(fcntl, "flock", locking)
+    save("first")
+    others[0].join()
+    assert json.loads(config.read_text())["name"] == weights.read_text() == "second"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_turn_is_one_process_s_own(tmp_path: Path) -> None:
+    """Processes that read, think and write count right in a directory; a killed one's turn is over."""
+    count, file = tmp_path / "count", tmp_path / "turn"
+    count.write_text("0")
+    program = f"""
+import time, sys
+from pathlib import Path
+from dparallel_ext.models.files import in_turn
+count = Path({str(count)!r})
+for _ in range(20):
+    with in_turn(Path({str(file)!r})):
+        number = int(count.read_text())
+        time.sleep(0.002)
+        count.write_text(str(number + 1))
+"""
+    file.touch()  # as a killed process leaves it
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    assert count.read_text() == "60"
+    assert not file.exists()
 
 
 def test_a_checkpoint_counts_once_it_is_saved_to_its_end(tmp_path: Path):

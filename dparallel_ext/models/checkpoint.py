@@ -221,10 +221,12 @@ def save(
     """Write config.json and model.safetensors in the layout of the family's published checkpoints.
 
     `dtype`: the file's, by default the model's. `state_dict`: tensors to write in place of the model's own,
-    such as gathered shards. Each file appears whole or not at all, config.json last.
+    such as gathered shards: all of them. Each file appears whole or not at all, config.json last. Saves into
+    one directory wait for each other, in several threads and processes too.
 
     Raises ValueError for another dtype than of floating point, for a path that is no directory or cannot be
-    written to, and for a model that is not ours, is quantised, under adapters or not loaded.
+    written to, for a state_dict that lacks a tensor or has another's, and for a model that is not ours, is
+    quantised, under adapters or not loaded.
     """
     _check_dtype(dtype)
     if state_dict is not None:
@@ -239,14 +241,20 @@ def save(
             "model: its layers have adapters, and no published layout has such weights; save them by "
             "save_pretrained, or merge them before"
         )
-    directory = files.directory("path", path)
     dtype = dtype or model.dtype
     tied = model.checkpoint_name("lm_head") + ".weight" if model.shape.tied else None
     buffers = dict(model.named_buffers())  # which keep their own dtype
-    state = state_dict or {**dict(model.named_parameters()), **buffers}
+    state = {**dict(model.named_parameters()), **buffers} if state_dict is None else state_dict
+    if state_dict is not None:
+        known = model.state_dict().keys()
+        faults = [f"{name} is missing" for name in sorted(known - state.keys() - {tied})]
+        faults += [f"{name:.200} is unexpected" for name in sorted(state.keys() - known)]
+        if faults:
+            raise ValueError(f"state_dict: expected the model's tensors, but {'; '.join(faults[:5])}")
     for name, held in state.items():
         if held.is_meta:
             raise ValueError(f"model: expected weights, but {name} is on the meta device, without numbers")
+    directory = files.directory("path", path)
     tensors = {
         stored: tensor.contiguous()
         for name, held in state.items()

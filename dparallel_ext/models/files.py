@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import functools
 import json
 import os
@@ -397,9 +399,10 @@ def replacing(file: str | Path) -> Iterator[Path]:
 
 def replace_model(directory: Path, config: Mapping[str, Any], write: Callable[[Path], object]) -> None:
     """Write config.json, and model.safetensors by `write`. Each appears whole or not at all, config.json
-    last, and at no moment are weights there with another model's config."""
+    last, and at no moment are weights there with another model's config. Threads and processes that write
+    into one directory do so one after another."""
     weights, file = directory / "model.safetensors", directory / "config.json"
-    with replacing(file) as new_file:
+    with in_turn(directory / f"model.lock{PARTIAL}"), replacing(file) as new_file:
         new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         flush(new_file)
         with replacing(weights) as new_weights:
@@ -408,6 +411,30 @@ def replace_model(directory: Path, config: Mapping[str, Any], write: Callable[[P
             flush(new_weights)
             if file.exists() and file.read_bytes() != new_file.read_bytes():
                 file.unlink()
+
+
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """A context in which one thread of one process is at a time, of those that name this file, which is there
+    meanwhile. Without a wait on a file system that has no locks."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with contextlib.suppress(FileNotFoundError):  # whoever was in front has removed it
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def flush(file: Path) -> None:

@@ -92,6 +92,17 @@ def test_what_is_no_dtype_and_no_model_is_named(tmp_path: Path) -> None:
         models.save(torch.nn.Linear(1, 1), tmp_path / "saved")
     with pytest.raises(ValueError, match="state_dict: expected Mapping, got list"):
         models.save(model, tmp_path / "saved", state_dict=[])  # type: ignore[arg-type]
+    state = model.state_dict()
+    name = min(state)
+    for tensors, said in (
+        ({}, f"expected the model's tensors, but {name} is missing; "),
+        ({**state, "another": state[name]}, "expected the model's tensors, but another is unexpected"),
+    ):
+        with pytest.raises(ValueError, match=f"state_dict: {said}"):
+            models.save(model, tmp_path / "saved", state_dict=tensors)
+    assert not (tmp_path / "saved").exists() or not [*(tmp_path / "saved").iterdir()]
+    models.save(model, tmp_path / "again", state_dict={**state, name: state[name] + 1})
+    assert torch.equal(models.load(tmp_path / "again").state_dict()[name], state[name] + 1)
     assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got '9223372036854775808'"):
         golden.model("llada_tiny_a", device=2**63)
