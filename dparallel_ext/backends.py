@@ -34,7 +34,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 def warn_without_kernels(device: torch.device | str | None) -> None:
     """Warn, before tensors are moved there, if this build has no kernels for `device`."""
-    kind = torch.device(device or "cpu").type
+    kind = torch.device("cpu" if device is None else device).type
     info = _C.build_info()
     if kind in ("cpu", "meta", *info["backends"].split()):
         return
@@ -48,7 +48,7 @@ def fast_bfloat16(device: torch.device | str | None = None) -> bool:
     On a CPU it does with instructions for them (AMX, AVX512-BF16, Arm's BF16). Without these it converts the
     numbers first, or uses a loop, which is five (AVX-512) or ten (AVX2) times slower.
     """
-    return torch.device(device or "cpu").type != "cpu" or _cpu_multiplies_bfloat16()
+    return torch.device("cpu" if device is None else device).type != "cpu" or _cpu_multiplies_bfloat16()
 
 
 @functools.cache

@@ -91,6 +91,12 @@ def test_bfloat16_is_fast_where_a_clock_says_so():
     assert backends.fast_bfloat16("cpu") == (seconds[torch.bfloat16] < 2 * seconds[torch.float32])
 
 
+def test_an_empty_device_is_none():
+    for call in (backends.fast_bfloat16, backends.warn_without_kernels):
+        with pytest.raises(RuntimeError, match="Device string must not be empty"):
+            call("")
+
+
 def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch):
     """A CPU without bfloat16 products would take longer; a dtype that is given is obeyed."""
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):

@@ -106,7 +106,8 @@ def iter_log_likelihoods(
     model = native(model)
     check_diffusion(model)
     of_model = traits(model)
-    method = method or ("monte_carlo" if of_model.block_length is None else "left_to_right")
+    if method is None:
+        method = "monte_carlo" if of_model.block_length is None else "left_to_right"
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     for name, value in (("samples", samples), ("batch_size", batch_size)):

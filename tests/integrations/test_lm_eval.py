@@ -22,6 +22,7 @@ import setuptools
 import torch
 from conftest import ROOT, golden
 from dparallel import registry
+from dparallel.integrations.arguments import batch_size_of
 from dparallel.likelihood import Likelihood, answer_masks, iter_log_likelihoods, log_likelihoods
 from dparallel.toy import tasks
 
@@ -310,6 +311,7 @@ def test_teacher_prefers_right_answers() -> None:
     ("options", "said"),
     [
         ({"method": "exact"}, "method: expected one of"),
+        ({"method": ""}, "method: expected one of .* got ''"),
         ({"samples": 0}, "samples: expected a whole number >= 1, got 0"),
         ({"batch_size": 2.0}, "batch_size: expected a whole number >= 1, got 2.0"),
         ({"block_length": 8}, "block_length: only for block-causal models"),
@@ -333,6 +335,13 @@ def test_bad_arguments(options: dict[str, Any], said: str) -> None:
         iter_log_likelihoods(golden.model("llada_tiny_a", dtype=torch.float64), [[1]], [[2]])
     with pytest.raises(ValueError, match="block_length: expected a whole number >= 1, got 0"):
         iter_log_likelihoods(golden.model("sdar_tiny_a"), [[1]], [[2]], block_length=0)
+
+
+def test_a_batch_size_of_0_is_none() -> None:
+    assert batch_size_of(None, None) == 1
+    assert batch_size_of("3", None) == 3
+    with pytest.raises(ValueError, match="batch_size: expected a whole number >= 1 or 'auto', got 0"):
+        batch_size_of(0, None)
 
 
 def test_entry_point_names_a_class_that_is_there() -> None:
@@ -531,6 +540,8 @@ def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFi
     [
         ({"policy": "entropie:1"}, "policy: expected"),
         ({"cache": "block"}, "cache: expected"),
+        ({"cache": ""}, "cache: expected one of .* got ''"),
+        ({"batch_size": 0}, "batch_size: expected a whole number >= 1 or 'auto', got 0"),
         ({"likelihood": "exact"}, "method: expected one of"),
         ({"mc_num": 0}, "mc_num: expected a whole number >= 1, got 0"),
         ({"gen_length": "long"}, "gen_length: expected a whole number >= 1, got 'long'"),

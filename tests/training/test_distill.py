@@ -436,6 +436,8 @@ def test_merging_adds_the_product_and_keeps_the_layout(adapter: Path, tmp_path: 
     assert not (out / "held_out.json").exists()  # the base's accuracy
     assert not (adapter / "held_out.json").exists()
     assert evaluate.evaluate(str(out), "entropy:0.5", problems=2)["problems"] == 2
+    with pytest.raises(ValueError, match="model: expected builtin:NAME, a directory or ORG/NAME, got ''"):
+        adapters.merge(adapter, tmp_path / "none", model="")
     # Adapters were once written by our own names of the modules.
     old, model = tmp_path / "old", registry.load()[0]
     shutil.copytree(adapter, old)

@@ -44,7 +44,7 @@ def batch_size_of(value: int | str | None, largest: int | None) -> int:
     if isinstance(value, str) and value.startswith("auto"):
         return min(AUTO_BATCH_SIZE, int(largest or AUTO_BATCH_SIZE))
     try:
-        size = int(value or 1)
+        size = 1 if value is None else int(value)
     except ValueError:
         size = 0
     if size < 1:

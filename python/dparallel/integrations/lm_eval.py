@@ -134,7 +134,7 @@ class DParallelLM(TemplateLM):
         causal = traits(self.model).block_length is not None
         self.decoding = DecodeConfig(
             rule=policy,
-            cache=cache or ("block" if causal else "none"),
+            cache=("block" if causal else "none") if cache is None else cache,
             block_length=block_length,
             sub_block_length=sub_block_length,
             refresh=refresh,

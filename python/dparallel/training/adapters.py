@@ -79,13 +79,13 @@ def merge(
     if any((directory / file).exists() for file in FILES):
         raise ValueError(f"out: expected a directory without an adapter's files, got {directory}")
     config, tensors = _read(adapter)
-    name = model or config.base_model_name_or_path
-    if not name:
+    name = config.base_model_name_or_path if model is None else model
+    if model is None and not name:
         raise ValueError("model: the adapter does not name its base, so give one")
     try:
         source = registry.directory_of(str(name))
     except FileNotFoundError as error:
-        if model:
+        if model is not None:
             raise
         reason = str(error).removeprefix("model: ")
         raise FileNotFoundError(
