@@ -5,6 +5,7 @@ from .distance import Distance
 from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
+from .leading import Leading
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
 from .spec import KINDS, ONE, Kind, describe, file_of, menu, parse
@@ -20,6 +21,7 @@ __all__ = [
     "Function",
     "FunctionRule",
     "Kind",
+    "Leading",
     "Learned",
     "Prophet",
     "Rule",

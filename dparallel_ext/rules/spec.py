@@ -14,6 +14,7 @@ from .early import Prophet, SchED
 from .edit import Edit
 from .end_of_text import EndOfText
 from .filter_file import NAMED
+from .leading import Leading
 from .learned import Learned
 from .protocol import Function, Rule
 
@@ -56,6 +57,7 @@ KINDS: dict[str, Kind] = {
         0,
         "commits H + PENALTY x distance from the first mask < TAU nats (WeDLM)",
     ),
+    "leading": Kind(Leading, (), 0, "commits what the row chooses in front of what it does not (SDLM)"),
     "edit": Kind(
         Edit,
         (("mask", float), ("edit", float), ("edits", int)),

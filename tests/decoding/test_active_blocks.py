@@ -224,9 +224,10 @@ def test_an_engine_opens_one_block_of_what_is_for_one(llada: models.Model) -> No
             assert (found.tokens, found.nfe) == (alone.responses[0].tolist(), int(alone.nfe))
 
 
-def test_distance_moves_only_in_blocks_that_must(llada: models.Model) -> None:
-    """With nothing below `tau` a pass commits one token, in the front block."""
-    settings = {"gen_length": 16, "block_length": 8, "rule": "distance:0,0"}
+@pytest.mark.parametrize("rule", ["distance:0,0", "leading+entropy:0"])
+def test_a_rule_moves_only_in_blocks_that_must(llada: models.Model, rule: str) -> None:
+    """With nothing below the threshold a pass commits one token, in the front block."""
+    settings = {"gen_length": 16, "block_length": 8, "rule": rule}
     settings |= {"active_blocks": 2, "open_at": 0.0, "activate_at": 1.0}
     assert int(dx.decode(llada, PROMPTS[0], **settings).nfe) == 16
 

@@ -123,6 +123,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("sdar_tiny_a", {"cache": "block", "rule": "sched:0.4,0.1,cosine", "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "threshold": 2.0, "block_length": 8, "active_blocks": 3}),
     ("llada_tiny_a", {"cache": "dual", "rule": "distance:3,0.1", "block_length": 8, "active_blocks": 2}),
+    ("llada_tiny_a", {"cache": "dual", "rule": "leading+entropy:4", "block_length": 8, "active_blocks": 2}),
     (
         "llada_tiny_a",
         {"cache": "none", "rule": "credit+confidence:0.03", "block_length": 8, "active_blocks": 2},

@@ -124,6 +124,38 @@ def test_distance_is_its_formula(llada: models.Model, tau: float, penalty: float
     assert (several > 0) == (tau > 0)
 
 
+@pytest.mark.parametrize(
+    ("by", "row"),
+    [(0.6, "confidence:0.4"), (1.0, "confidence:0.8"), (0.6, "entropy:2.0"), (1.0, "entropy:0.5")],
+)
+def test_leading_is_its_formula(llada: models.Model, row: str, by: float) -> None:
+    """Masks in front of the first that the row does not choose, or else the first; the row alone commits
+    others, too."""
+    model, counts = Sharp(llada, by), set()
+    selector, _, threshold = row.partition(":")
+    for prompt in PROMPTS:
+
+        def decide(z: Tensor, x: Tensor, masked: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            at = masked.nonzero()[:, 0].tolist()
+            p, entropy = z.softmax(1).amax(1), -(z.softmax(1) * z.log_softmax(1)).sum(1)
+            sure = p >= float(threshold) if selector == "confidence" else entropy <= float(threshold)
+            run = next((i for i, column in enumerate(at) if not sure[column]), len(at))
+            counts.add((min(run, 3), int(sure[at].sum()) > run))
+            commit = torch.zeros_like(masked)
+            commit[at[: max(1, run)]] = True
+            return commit, argmax(z)
+
+        expected, passes = plain(model, prompt, 32, 16, decide)
+        settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "mask_id": MASK, "record": True}
+        out = dx.decode(model, prompt, rule=f"leading+{row}", **settings)
+        assert torch.equal(out.sequences[0], expected)
+        assert int(out.nfe) == passes
+        assert out.trajectory is not None
+        assert out.trajectory.step[0].tolist() == sorted(out.trajectory.step[0].tolist())
+    assert {run for run, _ in counts} >= {0, 1}
+    assert any(more for _, more in counts)
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
 @pytest.mark.parametrize("by", [0.6, 1.0])
 def test_sched_is_its_formula(llada: models.Model, kind: Any, by: float) -> None:
@@ -557,6 +589,7 @@ def test_hidden_states_are_asked_for_by_name(llada: models.Model) -> None:
 RULES = [
     "edit:0.03,0.04,5",
     "distance:3,0.1",
+    "leading+confidence:0.03",
     "credit+confidence:0.03",
     "credit+entropy:3",
     "sched:0.3,0.05",
