@@ -70,6 +70,19 @@ def known_first(known: Tensor, all_known: Tensor, earlier: Tensor) -> Tensor:
     return torch.where(known, all_known & earlier, all_known | earlier)
 
 
+def runs_joined(masked: Tensor) -> Tensor:
+    """(B, L, L) bool: what tokens see where a run of masks and the token in front of it see each other. No
+    other token sees them, and each sees the other tokens up to itself.
+
+    masked: (B, L) bool, whether each token is a mask.
+    """
+    position = torch.arange(masked.shape[1], device=masked.device)
+    joined = masked | F.pad(masked[:, 1:], (0, 1))
+    in_front = torch.where(joined, -1, position).cummax(1).values
+    same_run = joined[:, :, None] & (in_front[:, :, None] == in_front[:, None])
+    return torch.where(joined[:, None], same_run, position[:, None] >= position)
+
+
 @dataclass(frozen=True)
 class AttentionMetadata:
     """What one forward pass computes: spans of any sequences and lengths, packed.
@@ -116,19 +129,24 @@ class AttentionMetadata:
         }
         return replace(self, **moved)
 
-    def known_first(self, known: Tensor) -> AttentionMetadata:
+    def known_first(self, known: Tensor, *, both_ways: bool = False) -> AttentionMetadata:
         """A copy in which each span's tokens see each other as `known_first` says, and all in front of it.
 
         known: (N,) bool. A span has at most `WORD` tokens, and sees no slots behind them. It is computed on
         the device, without waiting for it.
+        both_ways: a span's other tokens, which are its last, see each other.
         """
         row = torch.arange(len(known), device=known.device)
         ends = self.q_end.cummax(0).values  # those of padding are 0
         span = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
         place = (row - self.q_start[span]).clamp(max=WORD - 1)  # that of padding may be beyond
-        bit = torch.where(known & (row < ends[-1]), 1 << place, 0)
-        all_known = torch.zeros_like(ends).index_add_(0, span, bit)
-        words = known_first(known, all_known[span], ~(-2 << place))
+        if both_ways:
+            last = (self.q_end - self.q_start - 1).clamp(min=0)[span]
+            words = ~(-2 << torch.where(known, place, last))
+        else:
+            bit = torch.where(known & (row < ends[-1]), 1 << place, 0)
+            all_known = torch.zeros_like(ends).index_add_(0, span, bit)
+            words = known_first(known, all_known[span], ~(-2 << place))
         return replace(self, ancestors=words[:, None])
 
 

@@ -131,9 +131,10 @@ class DecodeConfig:
     (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal ones (BD3LM) with "block", and
     see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
     models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone, which an engine
-    must be told: by default it decodes that model autoregressively. WeDLM has "window" alone: passes fill
-    the first `block_length` masks, wherever blocks end, without `infill`, `automaton`, `steps` and rules that
-    read more than those masks."""
+    must be told: by default it decodes that model autoregressively. WeDLM and SDLM have "window" alone:
+    passes fill the first `block_length` masks, wherever blocks end, without `infill`, `automaton`, `steps`
+    and rules that read more than those masks; SDLM's commit the longest run of what a policy row chooses
+    from the first mask on, and take no other rule."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1

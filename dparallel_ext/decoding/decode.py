@@ -52,7 +52,7 @@ class DecodeOutput:
     nfe_published: Tensor
     """(B,) int64: passes of the published loops, which run some that change nothing: with "prefix" and "dual"
     where a block was complete after its full pass, with "block" to prefill and to store each block, with
-    "window" to prefill and to store the last tokens."""
+    "window" (WeDLM) to prefill and to store the last tokens."""
     trajectory: Trajectory | None = field(default=None, repr=False)
     """With `record`: when each token of the response was committed, and how sure the model was."""
     logprobs: Tensor | None = field(default=None, repr=False)

@@ -150,10 +150,12 @@ class Runner:
             metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=key.onward)
             assert self.kv_cache is not None
             ids = self.tokens[metadata.rows, metadata.positions]
-            if self.known_first:  # in front of a lane's window mask tokens are known: the prompt holds them
-                start = edges[:, 0].sum(0)
-                known = (ids != self.mask_id) | (metadata.positions < start[metadata.rows])
-                metadata = metadata.known_first(known)
+            if self.known_first:  # all tokens in front of a lane's window are known, masks of a prompt too
+                shift = self.packer.shift  # then the token in front of the window is of the window
+                known = metadata.positions < edges[:, 0].sum(0)[metadata.rows] - shift
+                if not shift:
+                    known |= ids != self.mask_id
+                metadata = metadata.known_first(known, both_ways=bool(shift))
             with own_precision(self.model, self.tokens.device):
                 x = self.model.step(ids, self.kv_cache, metadata)
                 x = x[source]

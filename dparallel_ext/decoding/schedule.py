@@ -12,8 +12,8 @@
     Sliding    what is not stored, up to the window's end      `block_length` columns from the first mask on
 
 The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2,
-WeDLM). The front block is the first that is not complete. Passes of the published loops that change nothing
-are in `compat`.
+WeDLM, SDLM). The front block is the first that is not complete. Passes of the published loops that change
+nothing are in `compat`.
 """
 
 from __future__ import annotations
@@ -275,9 +275,10 @@ class SubBlock(Block):
 
 
 class Sliding(Schedule):
-    """Masks in a window that begins at the first mask, behind all known tokens (WeDLM). A token is final once
-    no mask is in front of it, and the next pass stores it; known tokens between masks are computed in every
-    pass.
+    """Masks in a window that begins at the first mask, behind all known tokens (WeDLM, SDLM). A token is
+    final once no mask is in front of it, and the next pass stores it; known tokens between masks are computed
+    in every pass. With shifted logits (SDLM) the token in front of the first mask is computed with the
+    window, and stored by the pass after that.
 
     Blocks say when tokens are streamed and where a response ends. The window may reach into the block after
     the front one, so both are open.
@@ -290,7 +291,7 @@ class Sliding(Schedule):
     shared = True
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
-        return s.num_cached, self.front_window(s).end
+        return s.num_cached, self.front_window(s).end - self.shift
 
     def spans(self, lane: int, s: SequenceState) -> list[Span]:
         # Cut from the end, so that the window is in one span.
@@ -299,7 +300,7 @@ class Sliding(Schedule):
         return [Span(lane, a, b, b) for a, b in itertools.pairwise(cuts)]
 
     def stored(self, s: SequenceState) -> int:
-        return s.first_mask
+        return max(0, s.first_mask - self.shift)
 
     def windows(self, s: SequenceState) -> list[Window]:
         return [self.front_window(s)]
@@ -311,8 +312,8 @@ class Sliding(Schedule):
         return len(s.open) < self.most_open and s.block_index + len(s.open) < len(s.blocks)
 
     def published_prefills(self, layout: Layout) -> int:
-        # One over the prompt, and, though not in front, one in which the last tokens are stored.
-        return 1 + (layout.columns[0] > 0) if layout.columns else 0
+        # Not shifted, one over the prompt, and, though not in front, one in which the last tokens are stored.
+        return 1 + (layout.columns[0] > 0) if layout.columns and not self.shift else 0
 
 
 CACHES = ("none", "prefix", "dual", "block", "window")

@@ -13,7 +13,7 @@ from ..automaton import Automaton
 from ..cache import WORD
 from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
-from ..rules import Rule
+from ..rules import Leading, Rule
 from ..rules.constrained import Constrained
 from .config import ACTIVE, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
@@ -105,6 +105,8 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             f"{'infill' if config.infill else 'automaton'}: does not go with {type(model).__name__}, whose "
             "masks are a window behind the text"
         )
+    if model_traits.leading:
+        rule = _leading(model, rule)
     left_to_right = model_traits.causal and cache != "block"
     if automaton is not None:
         mask_id = model_traits.mask_id if config.mask_id is None else config.mask_id
@@ -166,6 +168,16 @@ def _constrained(config: DecodeConfig, rule: Rule | None, automaton: Automaton) 
             f"most probable way, got {config.temperature}"
         )
     return Constrained(automaton)
+
+
+def _leading(model: Any, rule: Rule | None) -> Leading:
+    """The rule of a model whose masks are committed from left to right. Raises ValueError for another."""
+    if rule is None or isinstance(rule, Leading):
+        return Leading()
+    raise ValueError(
+        f"rule: {type(rule).__name__} does not go with {type(model).__name__}, which commits from left to "
+        f"right what a policy row chooses, so expected a policy row, as 'confidence:0.9', got {shown(rule)}"
+    )
 
 
 def drawn_seed(temperature: float) -> int:

@@ -104,10 +104,10 @@ class Engine:
             the keys and values that this one keeps are of the weights before.
         config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
             no cache, a diffusion model has "dual", a block-causal one "block" (`decode`: "none"), and WeDLM
-            "window". Its cache, block_length, sub_block_length, refresh, active_blocks, open_at, activate_at,
-            batch_invariant, graphs and mask_id hold for every request. With an autoregressive model, or a
-            verifier, fields about masks stay at their defaults, and `eos_id` None stands for the model's own
-            end tokens, see `speculate`.
+            and SDLM "window". Its cache, block_length, sub_block_length, refresh, active_blocks, open_at,
+            activate_at, batch_invariant, graphs and mask_id hold for every request. With an autoregressive
+            model, or a verifier, fields about masks stay at their defaults, and `eos_id` None stands for the
+            model's own end tokens, see `speculate`.
         drafter, draft_size: for an autoregressive model, see `speculate`. With a diffusion model `draft_size`
             is `decode`'s: each pass guesses the next ones, and the guesses have lanes and pages of their own.
         verifier, mixture, window, lookahead: for a diffusion model, which then decodes each request as

@@ -20,6 +20,7 @@ from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
+from .sdlm import SDLM
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
 from .wedlm import WeDLM
 from .wrappers import check_call, for_decoding, logits_of, native, own_precision, unwrap, warn_of_dropout
@@ -29,6 +30,7 @@ __all__ = [
     "IDLM",
     "RND1",
     "SDAR",
+    "SDLM",
     "A2DLlama",
     "A2DQwen2",
     "A2DQwen3",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kept
 from ..arguments import check_tensor, described, warn
-from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first
+from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, token_ids
@@ -54,8 +54,8 @@ class Model(Expected):
     block_causal_too: ClassVar[bool] = False
     aligned_blocks: ClassVar[bool] = True
     onward: ClassVar[bool] = False
-    window: ClassVar[int | None] = None
-    """See `Traits`."""
+    window: int | None = None
+    """See `Traits`; the family's, unless the config says another."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
 
@@ -66,6 +66,7 @@ class Model(Expected):
         self.config = Config(config)
         s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
+        self.window = s.window or type(self).window
         published = self.released_mask_id(s.embedding_size)
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
@@ -391,7 +392,10 @@ class Model(Expected):
             earlier = (block[:, None] >= block)[None, None]
         if self.window is not None:
             known = input_ids != (-1 if self.mask_id is None else self.mask_id)
-            earlier = known_first(known[:, :, None], known[:, None], position[:, None] >= position)[:, None]
+            upto = position[:, None] >= position
+            earlier = known_first(known[:, :, None], known[:, None], upto)[:, None]
+            if self.shift:
+                earlier = runs_joined(~known)[:, None]
         if attention_mask is None:
             return earlier  # None for a causal model too: attention has an option for it
         check_tensor("attention_mask", attention_mask)

@@ -94,6 +94,8 @@ class ModelConfig:
     """Queries and keys of each head are normalised before the rotary embedding (Qwen3)."""
     block_length: int | None = None
     """Length of a block-causal model's blocks; None for others."""
+    window: int | None = None
+    """The masks of a window, see `Traits`, where the config says it."""
     experts: ExpertsConfig | None = None
 
     @property
@@ -172,9 +174,11 @@ class Traits:
     """Whether cache "block" decodes an autoregressive model block-causally: finished positions see those up
     to themselves, as in its other passes, and the last of them gives the next block's first token."""
     window: int | None = None
-    """The masks that the published decoder computes in a pass; None for other models. With a number, masks
-    come behind all known tokens: a known token sees the known tokens up to itself, a mask all known tokens
-    and the masks up to itself (WeDLM), and cache "window" decodes the model."""
+    """The masks that the published decoder fills in a pass; None for other models. With a number, masks come
+    behind all known tokens, and cache "window" decodes the model. A known token sees the known tokens up to
+    itself. Without `shift` a mask sees all known tokens and the masks up to itself (WeDLM). With `shift` a
+    window's masks and the token in front of them see each other, and masks are committed from left to right
+    (SDLM)."""
 
     def __post_init__(self) -> None:
         """`mask_id` is checked where it is used, since a caller may name another."""
@@ -184,12 +188,16 @@ class Traits:
         for name in ("block_length", "sub_block_length", "window"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, whole(name, size, 1))
-        for name in ("shift", "causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
+        for name in ("causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
             if self.window is not None and (value := getattr(self, name)):
                 raise ValueError(
-                    f"{name}: does not go with a window, whose masks see all known tokens and predict "
-                    f"themselves, got {shown(value)}"
+                    f"{name}: does not go with a window, whose masks see all known tokens, got {shown(value)}"
                 )
+
+    @property
+    def leading(self) -> bool:
+        """Whether `decode` commits masks from left to right alone."""
+        return self.window is not None and self.shift
 
 
 @dataclass

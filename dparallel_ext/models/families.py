@@ -18,9 +18,10 @@ from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
+from .sdlm import SDLM
 from .wedlm import WeDLM
 
-DECISIVE = ("model_type", "num_experts", "use_regular_causal")
+DECISIVE = ("model_type", "num_experts", "use_regular_causal", "text_mask_token_id")
 """The keys of a config.json by which its family is known."""
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[Model]] = {
     "rnd1": RND1,
     "Fast_dLLM_Qwen": FastDLLM,
     "wedlm": WeDLM,
+    "sdlm": SDLM,
     "a2d-llama": A2DLlama,
     "a2d-qwen2": A2DQwen2,
     "a2d-qwen3": A2DQwen3,
@@ -54,6 +56,8 @@ def family_of(config: Mapping[str, Any]) -> type[Model] | None:
         name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
     if name == "sdar" and config.get("use_regular_causal"):
         name = "idlm"  # which is published under SDAR's name
+    if name == "qwen2" and config.get("text_mask_token_id") is not None:
+        name = "sdlm"  # which is published under Qwen2's name
     return FAMILIES.get(name) if isinstance(name, str) else None
 
 

@@ -16,6 +16,7 @@ from .base import Model
 from .config import Traits
 from .families import DECISIVE, FAMILIES, family_of
 from .fast_dllm import FastDLLM
+from .sdlm import SDLM
 from .wrappers import stated_traits, unwrap
 
 
@@ -32,7 +33,7 @@ def traits(model: Any) -> Traits:
     if (stated := stated_traits(inner)) is not None:
         return stated
     if isinstance(inner, Model):
-        return _of_family(type(inner), inner.mask_id, inner.block_length)
+        return _of_family(type(inner), inner.mask_id, inner.block_length, inner.window)
     if not callable(inner):
         raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
     config = getattr(inner, "config", None)
@@ -40,11 +41,13 @@ def traits(model: Any) -> Traits:
     candidates = [
         getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))
     ]
+    candidates.append(getattr(config, "text_mask_token_id", None))
     candidates.append(family.released_mask_id(getattr(config, "vocab_size", None)))
     mask_id, block_length = next((candidate for candidate in candidates if candidate is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
         block_length = getattr(config, "bd_size", None) or 32
-    result = _of_family(family, mask_id, block_length)
+    window = getattr(config, "block_size", None) if family is SDLM else None
+    result = _of_family(family, mask_id, block_length, window or family.window)
     for name, part in _held(inner, known=family is not Model):
         inside = traits(part)
         if replace(inside, mask_id=None) != replace(result, mask_id=None):
@@ -58,9 +61,12 @@ def traits(model: Any) -> Traits:
     return result
 
 
-def _of_family(family: type[Model], mask_id: int | None, block_length: int | None) -> Traits:
-    of_class = {field.name for field in fields(Traits)} - {"mask_id", "block_length"}
-    return Traits(mask_id, block_length=block_length, **{name: getattr(family, name) for name in of_class})
+def _of_family(
+    family: type[Model], mask_id: int | None, block_length: int | None, window: int | None
+) -> Traits:
+    of_config: dict[str, Any] = {"mask_id": mask_id, "block_length": block_length, "window": window}
+    of_class = {field.name for field in fields(Traits)} - set(of_config)
+    return Traits(**of_config, **{name: getattr(family, name) for name in of_class})
 
 
 def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:

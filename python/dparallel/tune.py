@@ -313,7 +313,7 @@ def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
     config, shape = models.config_of(registry.directory_of(name))
     family = models.family_of(config)
     if family is not None and family.window is not None:
-        return {"block_length": (family.window,), "active_blocks": (1,), "cache": ("window",)}
+        return {"block_length": (shape.window or family.window,), "active_blocks": (1,), "cache": ("window",)}
     if family is not None and family.onward:
         return {"cache": ("block",)}
     of_model = shape.block_length  # of a block-causal model

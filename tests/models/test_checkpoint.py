@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.models import SDAR, A2DQwen3, Dream, FastDLLM, LLaDA, WeDLM, checkpoint, files
+from dparallel_ext.models import SDAR, SDLM, A2DQwen3, Dream, FastDLLM, LLaDA, WeDLM, checkpoint, files
 
 CONFIG = golden.json("llada_tiny_a", "config")
 TENSORS = golden.tensors("llada_tiny_a")
@@ -112,7 +112,7 @@ QWEN = {
     ("family", "config", "mask"),
     [
         *((Dream, QWEN, 151666), (SDAR, QWEN, 151669), (A2DQwen3, QWEN, 151669)),
-        *((FastDLLM, QWEN, 151665), (WeDLM, QWEN, 151665), (LLaDA, CONFIG, 126336)),
+        *((FastDLLM, QWEN, 151665), (WeDLM, QWEN, 151665), (SDLM, QWEN, 151665), (LLaDA, CONFIG, 126336)),
     ],
 )
 def test_the_published_mask_where_nothing_names_one(

@@ -174,7 +174,7 @@ def test_ids_with_holes_are_those_of_the_files(tmp_path: Path) -> None:
     ("name", "family"),
     [
         *(("Qwen2TokenizerFast", "Dream"), ("DreamTokenizer", "Dream"), (None, "Dream")),
-        *((None, "a2d-qwen2"), (None, "a2d-qwen3"), (None, "wedlm")),
+        *((None, "a2d-qwen2"), (None, "a2d-qwen3"), (None, "wedlm"), (None, "sdlm")),
     ],
 )
 def test_the_class_that_it_is(tmp_path: Path, name: str | None, family: str) -> None:

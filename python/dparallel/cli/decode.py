@@ -69,7 +69,9 @@ def decode(
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[
         str | None,
-        typer.Option(help="none (default), prefix, dual, block (block-causal), or window (WeDLM's default)"),
+        typer.Option(
+            help="none (default), prefix, dual, block (block-causal), or window (WeDLM's, SDLM's default)"
+        ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (default), or below 1e-5: greedy")] = None,
     top_p: Annotated[

@@ -124,7 +124,8 @@ def evaluate(
     batch: int = 100,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
     cache: Annotated[
-        str | None, typer.Option(help="none (default), prefix, dual, block, or window (WeDLM's default)")
+        str | None,
+        typer.Option(help="none (default), prefix, dual, block, or window (WeDLM's, SDLM's default)"),
     ] = None,
     mask_id: MaskOption = None,
     chat: ChatOption = None,

@@ -66,7 +66,8 @@ def serve(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="none, prefix, dual, block, window; default: dual, block-causal models: block, WeDLM: window"
+            help="none, prefix, dual, block, window; default: dual, block-causal models: block, WeDLM and "
+            "SDLM: window"
         ),
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
