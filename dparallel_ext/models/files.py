@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -397,11 +397,16 @@ def replacing(file: str | Path) -> Iterator[Path]:
             raise
 
 
-def replace_model(directory: Path, config: Mapping[str, Any], write: Callable[[Path], object]) -> None:
-    """Write config.json, and model.safetensors by `write`. Each appears whole or not at all, config.json
-    last, and at no moment are weights there with another model's config. Threads and processes that write
-    into one directory do so one after another."""
-    weights, file = directory / "model.safetensors", directory / "config.json"
+def replace_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    write: Callable[[Path], object],
+    names: Sequence[str] = ("config.json", "model.safetensors"),
+) -> None:
+    """Write the config, and the weights by `write`, to files of these names. Each appears whole or not at
+    all, the config last, and at no moment are weights there with another model's config. Threads and
+    processes that write into one directory do so one after another."""
+    file, weights = (directory / name for name in names)
     with in_turn(directory / f"model.lock{PARTIAL}"), replacing(file) as new_file:
         new_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         flush(new_file)

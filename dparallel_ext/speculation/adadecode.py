@@ -148,7 +148,7 @@ class AdaDecode:
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `checkpoint.write_checkpoint`."""
-        write_checkpoint(path, self.layout.config, self.heads, dtype)
+        write_checkpoint(path, self.layout.config, self.heads.state_dict(), dtype)
 
 
 def drafter_of_heads(checkpoint: DraftCheckpoint) -> AdaDecode:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import Model, fused_weights
 from ..models.fields import NO, Field, check_supported, read
 from ..ops.inputs import DTYPES
-from .checkpoint import DraftCheckpoint
+from .checkpoint import OURS, DraftCheckpoint, Origin, check_target, write_checkpoint
 
 _RANK = Field(int, most=2**14)
 _FIELDS = {"r": _RANK, "lora_alpha": Field(float, least=0, most=2**20), "use_rslora": NO}
@@ -32,15 +34,14 @@ class LowRank(nn.Module):
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
-        self.base = base
-        self.down, self.up = (nn.Parameter(t, requires_grad=False) for t in (down, up))
+        self.base, self.down, self.up = base, down, up
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
-        low = F.linear(x, self.down)
+        low = F.linear(x, self.down.to(x.dtype))
         if self.only is not None:
             low = low.masked_fill(~self.only, 0.0)
-        return fused_weights.apply(self.base, x) + F.linear(low, self.up)
+        return fused_weights.apply(self.base, x) + F.linear(low, self.up.to(x.dtype))
 
 
 class Adapter:
@@ -51,6 +52,7 @@ class Adapter:
 
     def __init__(self, checkpoint: DraftCheckpoint) -> None:
         self.source, config = checkpoint.source, checkpoint.config
+        self.config, self.origin = config, Origin.of(config)
         check_supported(config, _SUPPORTED)
         c = read(config, _FIELDS)
         factor = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
@@ -81,7 +83,9 @@ class Adapter:
             raise ValueError(f"{self.source}: expected tensors LAYER.lora_A.weight and lora_B, {names}")
 
     def check(self, model: Model) -> None:
-        """Raise ValueError for a layer that the model does not have, or that has another shape."""
+        """Raise ValueError for a layer that the model does not have, or that has another shape, and for
+        another model than that of the training, if the file names one."""
+        check_target(self.source, self.origin, model)
         layers = dict(model.named_modules())
         for name, (down, up) in self.pairs.items():
             layer: Any = layers.get(name)
@@ -96,10 +100,21 @@ class Adapter:
     def of(self, model: Model) -> dict[str, LowRank]:
         """The adapted layers by name, with weights in the dtype and on the device of the model."""
         layers = dict(model.named_modules())
-        return {
-            name: LowRank(layers[name], *(t.to(model.device, model.dtype) for t in pair))
+
+        def there(t: Tensor) -> nn.Parameter:
+            return nn.Parameter(t.to(model.device, model.dtype), requires_grad=False)
+
+        return {name: LowRank(layers[name], *map(there, pair)) for name, pair in self.pairs.items()}
+
+    def save(self, path: str | Path, ours: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Write the adapter, see `write_checkpoint`. ours: what only this library knows of it."""
+        tensors = {
+            f"{_PREFIX}{name}.{leaf}.weight": t
             for name, pair in self.pairs.items()
+            for leaf, t in zip(("lora_A", "lora_B"), pair, strict=True)
         }
+        in_weights = {"lora_alpha": self.config["r"], "use_rslora": False}  # the factor
+        write_checkpoint(path, {**self.config, **in_weights, OURS: dict(ours)}, tensors, dtype)
 
 
 def adapted(model: Model, parts: Mapping[str, LowRank]) -> Model:

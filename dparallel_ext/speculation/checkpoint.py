@@ -1,7 +1,8 @@
 """Files of drafters with weights: config.json and model.safetensors in a directory, or one .safetensors file.
 
 config.json has a key `OURS` for what the published layouts have no place for: the kind of drafter, the model
-that it was trained for, and the chat template of its training.
+that it was trained for, and the chat template of its training. A LoRA adapter's directory has PEFT's files
+instead. PEFT warns of keys that it does not know, so there `OURS` is in the metadata of the weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ..ops.inputs import DTYPES
 
 OURS = "dparallel"
 """The key of config.json for what the published layout has no place for."""
+WHOLE = ("config.json", "model.safetensors")
+"""The files of a drafter's directory."""
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 """The files of a LoRA adapter, as PEFT writes them."""
 METADATA = "config"
@@ -97,9 +100,8 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
     is_file = is_single_file(path)
     directory = path.parent if is_file else files.locate(path)
-    config_file, weights = "config.json", "model.safetensors"
-    if not is_file and any((directory / name).is_file() for name in ADAPTER):
-        config_file, weights = ADAPTER
+    adapter = not is_file and any((directory / name).is_file() for name in ADAPTER)
+    config_file, weights = ADAPTER if adapter else WHOLE
     file = path if is_file else directory / weights
     if not os.path.isfile(file):
         others = [] if is_file else sorted(other.name for other in directory.glob("*.bin"))
@@ -109,12 +111,16 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     try:
         # Tensors made outside inference mode can be trained or copied anywhere.
         with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
-            config = _of_metadata(file, opened.metadata()) if is_file else None
+            metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
-    if config is None:
+    if is_file:
+        config = _of_metadata(file, metadata, METADATA)
+    else:
         config = files.read_json(directory / config_file, required=True)
+    if adapter and OURS in metadata:
+        config[OURS] = _of_metadata(file, metadata, OURS)
     return DraftCheckpoint(str(path), config, tensors)
 
 
@@ -123,22 +129,22 @@ def is_single_file(path: Path) -> bool:
     return path.suffix == ".safetensors" and not os.path.isdir(path)
 
 
-def _of_metadata(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(METADATA)
+def _of_metadata(file: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        config = json.loads(text or "")
+        content = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"path: {file} is no drafter: its metadata has no config, as `save` writes it")
-    return config
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {file} is no drafter: its metadata has no {key}, as `save` writes it")
+    return content
 
 
 def write_checkpoint(
-    path: str | Path, config: Mapping[str, Any], model: nn.Module, dtype: torch.dtype
+    path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Write one file if the path ends in .safetensors, else a directory in the layout of the published
-    checkpoints, see `files.replace_model`. Each file appears whole or not at all.
+    checkpoints, or of an adapter if the config is one's, see `files.replace_model`. Each file appears whole
+    or not at all.
 
     Raises ValueError for a dtype that `DraftCheckpoint.fill` does not take, and for a path that cannot be
     written to.
@@ -147,17 +153,21 @@ def write_checkpoint(
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
     path = files.as_path("path", path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
-    tensors = {
+    stored = {
         name: t.to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True).contiguous()
-        for name, t in model.state_dict().items()
+        for name, t in tensors.items()
     }
     if is_single_file(path):
         files.directory("path", path.parent)
         with files.replacing(path) as file:
-            file.write_bytes(save(tensors, {METADATA: json.dumps(config)}))
-    else:
-        weights = save(tensors, {"format": "pt"})
-        files.replace_model(files.directory("path", path), config, lambda file: file.write_bytes(weights))
+            file.write_bytes(save(stored, {METADATA: json.dumps(config)}))
+        return
+    names, metadata = WHOLE, {"format": "pt"}
+    if "peft_type" in config:
+        names, metadata[OURS] = ADAPTER, json.dumps(config.pop(OURS))
+        del config["torch_dtype"]
+    weights = save(stored, metadata)
+    files.replace_model(files.directory("path", path), config, lambda file: file.write_bytes(weights), names)
 
 
 def check_target(source: str, origin: Origin, model: Model, **sizes: int) -> None:

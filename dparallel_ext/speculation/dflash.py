@@ -206,7 +206,7 @@ class BlockDrafter(Chains):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config and weights, see `write_checkpoint`."""
-        write_checkpoint(path, self.model.config, self.model, dtype)
+        write_checkpoint(path, self.model.config, self.model.state_dict(), dtype)
 
 
 def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:

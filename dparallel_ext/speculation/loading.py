@@ -14,7 +14,7 @@ from ..arguments import number, shown, whole
 from ..models import FAMILIES
 from ..models import load as load_model
 from ..models.files import locate, read_json
-from . import adadecode, dflash, eagle
+from . import adadecode, dflash, eagle, strided
 from .adapter import Adapter
 from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
 from .ddtree import SelfTrees, TreeDrafter
@@ -37,6 +37,7 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     adadecode.KIND: adadecode.drafter_of_heads,
     eagle.KIND: eagle.drafter_of_eagle,
     "lora": lambda checkpoint: SelfDrafter(adapter=Adapter(checkpoint)),
+    strided.KIND: strided.drafter_of_masks,
 }
 """Kind that a file names -> what makes a drafter of it, or raises ValueError."""
 NAMED: dict[str, Path | Drafter] = {
@@ -50,8 +51,8 @@ models too; a drafter of your own has the name that you give it here."""
 
 
 def load(path: str | Path) -> Drafter:
-    """Read a drafter with weights: a directory with config.json and model.safetensors, or one .safetensors
-    file, of any of `KINDS`.
+    """Read a drafter with weights: a directory with config.json and model.safetensors, one of a LoRA adapter,
+    or one .safetensors file, of any of `KINDS`.
 
     A directory may be one of the published DFlash checkpoints (z-lab), or a published EAGLE-3 or P-EAGLE head
     in safetensors (SafeAILab, SpecForge, ModelOpt, NeMo, speculators), by ORG/NAME too, see `models.locate`.
@@ -114,12 +115,13 @@ def drafter_of(
                 return EagleTrees(blocks.model, blocks.source)
             return TreeDrafter(blocks.model, blocks.source)
         if name == "strided" and argument:
-            with_adapter = drafter_of(argument, device)
-            if type(with_adapter) is not SelfDrafter or with_adapter.adapter is None:
+            of = drafter_of(argument, device)
+            adapter = getattr(of, "adapter", None)
+            if type(of) not in (SelfDrafter, StridedDrafter) or adapter is None:
                 raise ValueError(
                     f'drafter: expected the path of a LoRA adapter behind "strided:", got {shown(argument)}'
                 )
-            return StridedDrafter(adapter=with_adapter.adapter)
+            return of if isinstance(of, StridedDrafter) else StridedDrafter(adapter=adapter)
     if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         try:
             if _is_model(value):

@@ -114,7 +114,7 @@ class RiderDrafter(Planned):
 
     def __init__(self, birth: Birth, ranks: Ranks, source: str = "drafter") -> None:
         instance("birth", birth, Birth)
-        super().__init__(_checked(ranks, birth.most))
+        super().__init__(checked("ranks", ranks, birth.most))
         self.birth, self.source = birth.eval().requires_grad_(False), source
         self.on = Placed(self.birth)
 
@@ -134,11 +134,12 @@ class RiderDrafter(Planned):
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `write_checkpoint`."""
         config = {**self.birth.config, "ranks": [list(row) for row in self.ranks]}
-        write_checkpoint(path, config, self.birth, dtype)
+        write_checkpoint(path, config, self.birth.state_dict(), dtype)
 
 
-def _checked(ranks: Any, riders: int) -> Ranks:
-    """`ranks` as tuples. Raises ValueError unless they are shares for each rider."""
+def checked(argument: str, ranks: Any, riders: int) -> Ranks:
+    """`ranks` as tuples, see `Planned`. Raises ValueError naming the argument unless they are shares for each
+    rider."""
     rows = ranks if isinstance(ranks, (list, tuple)) else ()
     fits = len(rows) == riders and all(
         isinstance(row, (list, tuple))
@@ -149,7 +150,7 @@ def _checked(ranks: Any, riders: int) -> Ranks:
     )
     if not fits:
         raise ValueError(
-            f"config: ranks: expected for each of {riders} riders up to {GUESSES} shares of sum at most 1, "
+            f"{argument}: expected for each of {riders} riders up to {GUESSES} shares of sum at most 1, "
             f"got {ranks!r:.80}"
         )
     return tuple(tuple(float(share) for share in row) for row in rows)
@@ -159,9 +160,7 @@ def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDraf
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
     with shapes_only():
         birth = of(checkpoint.config)
-    if "ranks" not in checkpoint.config:
-        raise ValueError("config: 'ranks' is missing")
-    ranks = _checked(checkpoint.config["ranks"], birth.most)
+    ranks = checked("config: ranks", checkpoint.config.get("ranks"), birth.most)
     checkpoint.fill(birth)
     return RiderDrafter(birth, ranks, checkpoint.source)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,20 +22,27 @@ from torch import Tensor
 from ..arguments import instance, number, whole
 from ..cache import KVCache
 from ..models import IDLM, Model
+from ..models.fields import Field, read
 from .adapter import Adapter, LowRank, adapted
-from .riders import MOST, Planned, RiderSession, likeliest
+from .checkpoint import OURS, DraftCheckpoint
+from .riders import MOST, Planned, RiderSession, checked, likeliest
+from .trees import Ranks
+
+KIND = "strided"
 
 
 class Masks:
     """Riders that are masks, see `drafter.Riders` and `drafter.Adapting`. They do not keep the model alive.
 
-    parts: the layers of an adapter, by name.
+    parts: the layers of an adapter, by name. guesses: tokens that a mask guesses.
     """
 
     layer = 0
 
-    def __init__(self, model: Model, mask_id: int, most: int, parts: Mapping[str, LowRank]) -> None:
-        self.most, self._mask, self._parts = most, mask_id, parts
+    def __init__(
+        self, model: Model, mask_id: int, most: int, parts: Mapping[str, LowRank], guesses: int = 1
+    ) -> None:
+        self.most, self._mask, self._parts, self._guesses = most, mask_id, parts, guesses
         self._target = weakref.ref(model)
         self.begin()
 
@@ -49,7 +57,7 @@ class Masks:
         return model.embedded(torch.full_like(numbers, self._mask)).sum
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
-        return likeliest(logits, rows, suppress, 1)
+        return likeliest(logits, rows, suppress, self._guesses)
 
     def through(self, model: Model, riding: Tensor) -> Model:
         for part in self._parts.values():
@@ -68,6 +76,8 @@ class StridedDrafter(Planned):
             has too.
         chance: from 0 to 1, of a guess to be right where those before it are; drafts have the best shape for
             it. 0.9 is the paper's for N = 4, and with it a `draft_size` of 2 (N - 1) has the published rows.
+            Or the measured ranks of each mask, see `Planned`, as `dparallel drafter` writes them: drafts are
+            then trees of guesses.
 
     Raises ValueError for other values.
     """
@@ -78,14 +88,20 @@ class StridedDrafter(Planned):
         adapter: Adapter | None = None,
         *,
         mask_id: int | None = None,
-        chance: float = 0.9,
+        chance: float | Ranks = 0.9,
     ) -> None:
         if adapter is not None:
             instance("adapter", adapter, Adapter)
         self.stride, self.adapter = whole("stride", stride, 2, 17), adapter
         self.mask_id = mask_id if mask_id is None else whole("mask_id", mask_id, 0)
-        super().__init__(((number("chance", chance, 0.0, 1.0),),) * (self.stride - 1))
-        self.most = min(MOST, self.stride**2 - 1)
+        masks = self.stride - 1
+        if isinstance(chance, (list, tuple)):
+            super().__init__(checked("chance", chance, masks))
+        else:
+            super().__init__(((number("chance", chance, 0.0, 1.0),),) * masks)
+        self._guesses = max(map(len, self.ranks))
+        nodes = sum(self._guesses**depth for depth in range(self.stride))
+        self.most = min(MOST, nodes * self.stride - 1)  # each node has its masks
 
     def __repr__(self) -> str:
         adapter = self.adapter and self.adapter.source
@@ -118,7 +134,33 @@ class StridedDrafter(Planned):
         mask_id = self._mask_of(model)
         assert mask_id is not None
         parts = {} if self.adapter is None else self.adapter.of(model)
-        return _Session(self, Masks(model, mask_id, self.stride - 1, parts), lanes, parts)
+        masks = Masks(model, mask_id, self.stride - 1, parts, self._guesses)
+        return _Session(self, masks, lanes, parts)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the adapter as PEFT does, with stride, mask token and ranks beside it, see
+        `write_checkpoint`. Raises ValueError if there is none."""
+        if self.adapter is None:
+            raise ValueError("adapter: expected one to write, got None")
+        ours = {
+            **self.adapter.origin.ours[OURS],
+            "kind": KIND,
+            "num_riders": self.stride - 1,
+            "mask_token_id": self.mask_id,
+            "ranks": self.ranks,
+        }
+        self.adapter.save(path, ours, dtype)
+
+
+def drafter_of_masks(checkpoint: DraftCheckpoint) -> StridedDrafter:
+    """The drafter that `StridedDrafter.save` wrote. Raises ValueError naming the config key that does not
+    fit, and as `Adapter`."""
+    ours = checkpoint.config[OURS]
+    fields = {"num_riders": Field(int, most=16), "mask_token_id": Field(int, None, least=0)}
+    values = read(ours, fields, within=OURS)
+    riders = values["num_riders"]
+    ranks = checked(f"config: {OURS}: ranks", ours.get("ranks"), riders)
+    return StridedDrafter(riders + 1, Adapter(checkpoint), mask_id=values["mask_token_id"], chance=ranks)
 
 
 class _Session(RiderSession):

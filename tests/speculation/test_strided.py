@@ -305,11 +305,31 @@ def test_what_is_refused(adapter: Path, tmp_path: Path) -> None:
         ({"stride": 1}, "stride: expected a whole number >= 2, got 1"),
         ({"stride": 18}, "stride: expected a whole number <= 17"),
         ({"chance": 1.5}, "chance: expected a number from 0 to 1, got 1.5"),
+        ({"chance": ((0.5,),) * 2}, "chance: expected for each of 3 riders up to 10 shares"),
+        ({"chance": ((0.5, 0.6),) * 3}, "chance: expected for each of 3 riders .* of sum at most 1"),
         ({"mask_id": -1}, "mask_id: expected a whole number >= 0"),
         ({"adapter": str(adapter)}, "adapter: expected Adapter, got str"),
     ):
         with pytest.raises(ValueError, match=said):
             StridedDrafter(**arguments)
+
+
+def test_measured_ranks_make_trees() -> None:
+    """Of the tokens that masks rank first; of a chain's ranks, chains."""
+    assert StridedDrafter(chance=((0.9,),) * 3).most == StridedDrafter().most == 15
+    heard = Heard(chance=((0.4, 0.3), (0.3, 0.2), (0.3, 0.2)))
+    assert heard.most == 59
+    settings: dict[str, Any] = {"gen_length": 60, "eos_id": -1}
+    expected, chains = (
+        dx.speculate(ours(), PROMPTS[0], drafter=drafter, draft_size=15, **settings)
+        for drafter in (None, StridedDrafter(chance=0.4))
+    )
+    trees = dx.speculate(ours(), PROMPTS[0], drafter=heard, draft_size=15, **settings)
+    assert torch.equal(trees.sequences, expected.sequences)
+    assert trees.nfe.sum() < chains.nfe.sum() < expected.nfe.sum()
+    tree = heard.drafts[1][0]
+    assert tree.parents[:2] == (0, 0)
+    assert len({*tree.tokens[:2]}) == 2
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0])

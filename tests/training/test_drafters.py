@@ -19,7 +19,7 @@ from dparallel.training.drafters.adadecode import ExitSettings
 from dparallel.training.drafters.blocks import BlockSettings as Settings
 from dparallel.training.drafters.common import Settings as AnySettings
 from dparallel.training.drafters.common import Target
-from dparallel.training.drafters.riders import PromptSettings, TransferSettings
+from dparallel.training.drafters.riders import PromptSettings, StridedSettings, TransferSettings
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -37,6 +37,7 @@ OF_KIND: dict[str, Any] = {
     **{kind: replace(TINY, kind=kind) for kind in blocks.KINDS},
     "ppd": PromptSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2),
     "hidden_transfer": TransferSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2),
+    "strided": StridedSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2, rank=4),
     "adadecode": EXITS,
 }
 MASK = tasks.vocabulary().index(tasks.MASK)
@@ -52,7 +53,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(target: Path, out: Path, settings: AnySettings = TINY, **more: Any) -> dict[str, Tensor]:
     given = {"data": "builtin:40", "evaluate": 0, "save_every": 2, "progress": False, **more}
     drafters.run(str(target), out, settings=settings, **given)
-    return load_file(out / "model.safetensors")
+    return load_file(out / drafters.KINDS[settings.kind].file)
 
 
 @pytest.mark.parametrize("kind", drafters.KINDS)
@@ -73,7 +74,8 @@ def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
         with pytest.raises(KeyboardInterrupt):
             run(target, tmp_path / "part", settings)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
-    assert not (tmp_path / "part" / "model.safetensors").exists()
+    file = drafters.KINDS[kind].file
+    assert not (tmp_path / "part" / file).exists()
     with monkeypatch.context() as patch:  # the answers are there
         patch.setattr(answers, "answer_all", None)
         resumed = run(target, tmp_path / "part", settings)
@@ -88,7 +90,7 @@ def test_same_settings_same_drafter_and_a_stopped_run_goes_on_as_if_it_had_not(
     (tmp_path / "part" / "state.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not the state of a run"):
         run(target, tmp_path / "part", settings)
-    after = load_file(tmp_path / "part" / "model.safetensors")
+    after = load_file(tmp_path / "part" / file)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
 
 
@@ -297,7 +299,7 @@ def test_what_riders_cannot_be_trained_by_is_named(target: Path, tmp_path: Path)
         run(target, tmp_path / "out", riders, data="builtin:9")
     for kind, option, owners in (
         ("ppd", "layer", "hidden_transfer, not to ppd"),
-        ("dflash", "riders", "ppd, hidden_transfer, not to dflash"),
+        ("dflash", "riders", "ppd, hidden_transfer, strided, not to dflash"),
     ):
         args = ["drafter", str(target), str(tmp_path / "none"), "--kind", kind, f"--{option}", "1"]
         found = CliRunner().invoke(cli.app, args)

@@ -154,7 +154,7 @@ def drafter(
     target: Annotated[str, typer.Argument(help="an autoregressive model: builtin:NAME, a directory, ...")],
     out: Annotated[Path, typer.Argument(help="the drafter's directory; an interrupted run in it is resumed")],
     kind: Annotated[
-        str, typer.Option(help="dflash, parallelspec, ppd, hidden_transfer or adadecode")
+        str, typer.Option(help="dflash, parallelspec, ppd, hidden_transfer, strided or adadecode")
     ] = "dflash",
     data: Annotated[
         str | None,
@@ -196,15 +196,24 @@ def drafter(
     ] = None,
     riders: Annotated[
         int | None,
-        typer.Option(help="for ppd and hidden_transfer: tokens to guess beyond the next; default 3"),
+        typer.Option(help="for ppd, hidden_transfer and strided: tokens to guess beyond the next; default 3"),
     ] = None,
     soften: Annotated[
         float | None,
-        typer.Option(help="for ppd and hidden_transfer: divides their logits in the loss; default 3 and 1"),
+        typer.Option(
+            help="for ppd, hidden_transfer and strided: divides their logits in the loss; default 3, 1 and 1"
+        ),
     ] = None,
     layer: Annotated[
         int | None,
         typer.Option(help="for hidden_transfer: the layer before which riders join; default: the middle one"),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="for strided: of the adapter; default 128")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            help='for strided: the layers to adapt, as "q_proj,v_proj"; default: all of attention and MLPs'
+        ),
     ] = None,
     loss: Annotated[
         str | None, typer.Option(help="for dflash and parallelspec: d-pace (default) or exp")
@@ -222,7 +231,8 @@ def drafter(
 ) -> None:
     """Train a drafter for `speculate` on a model's own answers.
 
-    The kinds are DFlash, ParallelSpec, prompt tokens (PPD), Hidden Transfer, and AdaDecode's heads.
+    The kinds are DFlash, ParallelSpec, prompt tokens (PPD), Hidden Transfer, adapters of masks (I-DLM's
+    R-ISD), and AdaDecode's heads.
     """
     from ..training import drafters
 
@@ -233,7 +243,8 @@ def drafter(
             **{"steps": steps, "batch": batch, "anchors": anchors, "temperature": temperature, "seed": seed},
             **{"layers": layers, "block": block, "taps": _numbers("taps", taps)},
             **{"exits": _numbers("exits", exits), "gamma": gamma, "most": most},
-            **{"riders": riders, "soften": soften, "layer": layer},
+            **{"riders": riders, "soften": soften, "layer": layer, "rank": rank},
+            "target_modules": None if target_modules is None else (*target_modules.split(","),),
             **{"mask_id": mask_id, "loss": loss, "dtype": dtype, "gen_length": length},
         }
         settings = drafters.settings_of(kind, **{k: v for k, v in fields.items() if v is not None})

@@ -21,6 +21,13 @@ PREFIX = "base_model.model."
 """The text that PEFT puts before the names of weights."""
 
 
+def lora_names(model: Model) -> dict[str, str]:
+    """`LORA_TARGETS` that the model's family has -> the checkpoint's names, without the layer's."""
+    return {
+        o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS if o in model.NAMES
+    }
+
+
 def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
     """The model with a fresh PEFT adapter, by default on the published layers.
 
@@ -30,9 +37,7 @@ def with_lora(model: Model, settings: Mapping[str, Any], base: str) -> Any:
 
     if unknown := sorted(set(settings) - {f.name for f in fields(LoraConfig)}):
         raise ValueError(f"lora: no setting {unknown} in peft.LoraConfig")
-    theirs = {
-        o: model.checkpoint_name(f"blocks.0.{o}").rpartition(".")[2] for o in LORA_TARGETS if o in model.NAMES
-    }
+    theirs = lora_names(model)
     modules = [name for name, _ in model.named_modules()]
     targets = [
         o for o, module_name in theirs.items() if any(name.endswith(f".{module_name}") for name in modules)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.models import files as checkpoints
-from dparallel_ext.speculation.checkpoint import Origin
+from dparallel_ext.speculation.checkpoint import WHOLE, Origin
 from dparallel_ext.speculation.drafter import Drafter
 
 from ... import registry
@@ -120,11 +120,13 @@ class Target:
         """The origin for a drafter's file."""
         return Origin(kind, models.fingerprint(self.model), _name_of(self.template))
 
-    def mask_id(self, mask_id: int | None) -> int:
-        """The id of a token that appears in no text. Raises ValueError if there is none."""
+    def mask_id(self, mask_id: int | None, published: int | None = None) -> int:
+        """The id of a token that appears in no text; published: where the model and its tokenizer have none.
+        Raises ValueError if there is none."""
         token = self.model.mask_id if mask_id is None else mask_id
         if token is None and self.has_files:
             token = checkpoints.mask_token_id(registry.directory_of(self.name))
+        token = published if token is None else token
         if token is None:
             raise ValueError(
                 f"mask_id: {self.name} has no mask token; name an id that its text does not use (--mask-id), "
@@ -158,6 +160,8 @@ class Trainee(ABC):
     SETTINGS: ClassVar[type[Settings]]
     config: dict[str, Any]
     """The drafter's config.json."""
+    file: ClassVar[str] = WHOLE[1]
+    """The name of the drafter's weights."""
     module: nn.Module
     """The trained module, made by `build`, on the target's device."""
     measured: ClassVar[int] = 0

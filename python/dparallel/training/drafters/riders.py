@@ -1,4 +1,4 @@
-"""Trains drafters with riders: prompt tokens (PPD) and Hidden Transfer.
+"""Trains drafters with riders: prompt tokens (PPD), Hidden Transfer, and adapters of masks (I-DLM's R-ISD).
 
 A step puts a chain of riders, one for each distance, behind random places of the target's answers. A rider
 sees the text up to its place and the riders before it. It learns the target's distribution in the row of the
@@ -7,7 +7,8 @@ true token at the rider's position, by KL(target || rider) with weight .8^i at d
 `soften`, since only their order is used: the few numbers of a prompt token cannot lower the head's
 confidence, and at `soften` 1 most of the loss is from places where the next tokens cannot be known (300 steps
 for `builtin:causal`: the first rider's best token is right in 38% at 1, in 49% at 3). Maps of Hidden Transfer
-can, and are better at 1. Only the kind's own parameters get a gradient.
+can, and are better at 1. Only the kind's own parameters get a gradient: of an adapter, which takes part in
+the rows of masks alone (2604.11035), its matrices.
 
 At the end the ranks are measured on answers that were not trained on: how often the true token is a rider's
 most probable one, the second, and so on. The drafter's trees are built from these ranks.
@@ -17,20 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
-from dparallel_ext.models import rope
+from dparallel_ext.models import IDLM, rope
 from dparallel_ext.models.modules import rotate
-from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
-from dparallel_ext.speculation.riders import GUESSES, Birth, config_of
+from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter, StridedDrafter, strided
+from dparallel_ext.speculation.adapter import Adapter, LowRank
+from dparallel_ext.speculation.checkpoint import ADAPTER, DraftCheckpoint
+from dparallel_ext.speculation.drafter import Adapting, Riders
+from dparallel_ext.speculation.riders import GUESSES, config_of
 
-from .common import Answer, Settings, Target, Trainee, drawn, places_of
+from ..adapters import lora_names
+from .common import Answer, Saved, Settings, Target, Trainee, drawn, places_of
 
 DECAY = 0.8
 """The weight of a rider relative to the one before it."""
@@ -74,26 +79,48 @@ class TransferSettings(RiderSettings):
             check_fields(self, ("layer",), whole, 1)
 
 
+@dataclass(frozen=True)
+class StridedSettings(RiderSettings):
+    KINDS = (strided.KIND,)
+    kind: str = strided.KIND
+    muon_lr: float = 1e-2
+    rank: int = 128
+    """Of the adapter's matrices. The released adapter has 128. PEFT's factor alpha / rank is 1: to Muon and
+    AdamW another one would be another rate."""
+    target_modules: tuple[str, ...] | None = None
+    """The adapted layers, by our names or the checkpoint's; None: all of `adapters.LORA_TARGETS`."""
+    mask_id: int | None = None
+    """The token that the riders are; None: the model's or its tokenizer's, else that of I-DLM's releases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, ("rank",), whole, 1, 2**14)
+
+
 class _Riders(Trainee):
-    module: Birth
     measured = 200
 
     def __init__(self, target: Target, settings: RiderSettings) -> None:
         self._target, self._settings = target.model, settings
         self.config = config_of(target.model, settings.riders, target.origin(settings.kind))
 
+    @property
+    def riders(self) -> Any:
+        """The `Riders` of the module's parameters."""
+        return self.module
+
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
         some, generator = drawn(answers, self._settings, step)
         placed = place(some, self._settings.riders, self._settings.anchors, generator)
-        student, teacher, _ = logits_of(self.module, self._target, placed)
+        student, teacher, _ = logits_of(self.riders, self._target, placed)
         student = student / self._settings.soften
         kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
         distance = placed.asked.nonzero()[:, 2].to(kl.device)
         weight = DECAY**distance
         return (kl.sum(-1) * weight).sum() / weight.sum()
 
-    def drafter(self, source: str, measured: Sequence[Answer]) -> RiderDrafter:
-        return RiderDrafter(self.module, ranks_of(self.module, self._target, measured), source)
+    def drafter(self, source: str, measured: Sequence[Answer]) -> Saved:
+        return RiderDrafter(self.riders, ranks_of(self.riders, self._target, measured), source)
 
 
 class Prompts(_Riders):
@@ -131,6 +158,65 @@ class Transfers(_Riders):
         return module
 
 
+class Strides(_Riders):
+    SETTINGS = StridedSettings
+    module: nn.ParameterList
+    """Of each adapted layer down and up, see `LowRank`."""
+    file = ADAPTER[1]
+    _settings: StridedSettings
+
+    def __init__(self, target: Target, settings: StridedSettings) -> None:
+        super().__init__(target, settings)
+        released = IDLM.released_mask_id(target.model.shape.embedding_size)
+        self.mask_id = target.mask_id(settings.mask_id, released)
+        self._layers = linear_layers(target.model, settings.target_modules)
+        self.config = {
+            **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": target.name},
+            **{"r": settings.rank, "lora_alpha": settings.rank},
+            "target_modules": sorted({name.rpartition(".")[2] for name in self._layers}),
+            **target.origin(settings.kind).ours,
+        }
+
+    def build(self) -> nn.ParameterList:
+        """As PEFT begins: up is zero, so that the masks are the model's own."""
+        rank, module = self._settings.rank, nn.ParameterList()
+        for layer in self._layers.values():
+            bound = layer.in_features**-0.5
+            module.append(torch.empty(rank, layer.in_features).uniform_(-bound, bound))
+            module.append(torch.zeros(layer.out_features, rank))
+        return module
+
+    @property
+    def riders(self) -> strided.Masks:
+        layers = zip(self._layers.items(), self.module[::2], self.module[1::2], strict=True)
+        parts = {name: LowRank(layer, down, up) for (name, layer), down, up in layers}
+        return strided.Masks(self._target, self.mask_id, self._settings.riders, parts)
+
+    def drafter(self, source: str, measured: Sequence[Answer]) -> StridedDrafter:
+        ranks = ranks_of(self.riders, self._target, measured)
+        names = [f"{layer}.lora_{leaf}.weight" for layer in self._layers for leaf in "AB"]
+        tensors = {name: p.detach() for name, p in zip(names, self.module, strict=True)}
+        adapter = Adapter(DraftCheckpoint(source, self.config, tensors))
+        return StridedDrafter(self._settings.riders + 1, adapter, mask_id=self.mask_id, chance=ranks)
+
+
+def linear_layers(model: models.Model, wanted: Sequence[str] | None) -> dict[str, nn.Linear]:
+    """The linear layers that `wanted` names, see `StridedSettings.target_modules`, by the checkpoint's names.
+    Raises ValueError naming the argument for a layer that no block has, and for none."""
+    present = {o: leaf for o, leaf in lora_names(model).items() if any(hasattr(b, o) for b in model.blocks)}
+    known = {*present, *present.values()}
+    chosen = known if wanted is None else {*wanted}
+    if not chosen or chosen - known:
+        got = next(iter(sorted(chosen - known)), None)
+        raise ValueError(f"target_modules: expected some of {[*present.values()]}, got {got!r:.80}")
+    return {
+        model.checkpoint_name(f"blocks.{index}.{o}"): getattr(block, o)
+        for index, block in enumerate(model.blocks)
+        for o, leaf in present.items()
+        if hasattr(block, o) and {o, leaf} & chosen
+    }
+
+
 class Placed(NamedTuple):
     """Answers and riders behind some places of each: B sequences, A places, n riders behind each."""
 
@@ -153,15 +239,15 @@ def place(
     return Placed(ids, places, there[..., None] & (target < ends[..., None]))
 
 
-def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
+def logits_of(riders: Riders, model: models.Model, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
     """For the R riders with a token to guess: their logits (R, V) float32, the target's logits (R, V) in the
     rows of the true tokens at their positions, and the true tokens (R,) int64 that they guess."""
-    device, n = model.device, birth.most
+    device, n = model.device, riders.most
     ids, places, asked = (each.to(device) for each in placed)
     length, s = ids.shape[1], model.shape
     cos, sin = rope.table(length + n, s.head_dim, s.rope_theta, s.rope_scaling, device)
     with torch.no_grad():
-        known, stream, hidden = context_of(model, ids, birth.layer, cos, sin)
+        known, stream, hidden = context_of(model, ids, riders.layer, cos, sin)
         positions = places[..., None] + 1 + torch.arange(n, device=device)  # (B, A, n)
         rows = positions.clamp(max=length - 1)
         true = ids.gather(1, (rows + 1).clamp(max=length - 1).flatten(1)).view_as(rows)[asked]
@@ -169,14 +255,17 @@ def logits_of(birth: Birth, model: models.Model, placed: Placed) -> tuple[Tensor
         teacher = model.head(hidden[at[asked], rows[asked]]).float()
         nodes = stream[at[..., 0], places]  # (B, A, width)
     numbers = torch.arange(n, device=device).expand(*places.shape, n)
-    x = birth.born(nodes[:, :, None].expand(-1, -1, n, -1).float(), numbers).flatten(1, 2)  # (B, A n, width)
+    of_riders = nodes[:, :, None].expand(-1, -1, n, -1).flatten(0, 2).float()
+    x = riders.born(of_riders, numbers.flatten()).view(len(ids), -1, s.width)  # (B, A n, width)
     row = torch.arange(x.shape[1], device=device)
     same_chain = (row[:, None] // n == row // n) & (row[:, None] >= row)
     seen = torch.arange(length, device=device) <= places.repeat_interleave(n, 1)[..., None]  # (B, A n, L)
     visible = torch.cat((seen, same_chain.expand(len(ids), -1, -1)), -1)[:, None]
     turn = [t[positions.flatten(1)][:, :, None] for t in (cos, sin)]  # (B, A n, 1, head_dim / 2)
     x = x.to(model.dtype)
-    for block, of_layer in zip(list(model.blocks)[birth.layer :], known, strict=True):
+    if isinstance(riders, Adapting):
+        model = riders.through(model, torch.ones(1, 1, dtype=torch.bool, device=device))  # all of x
+    for block, of_layer in zip(list(model.blocks)[riders.layer :], known, strict=True):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, known: tuple[Tensor, Tensor] = of_layer) -> Tensor:
             q, k = (rotate(t.to(turn[0].dtype), *turn).to(v.dtype) for t in (q, k))
@@ -218,18 +307,19 @@ def context_of(
 
 
 def ranks_of(
-    birth: Birth, model: models.Model, answers: Sequence[Answer], batch: int = 16
+    riders: Riders, model: models.Model, answers: Sequence[Answer], batch: int = 16
 ) -> tuple[tuple[float, ...], ...]:
     """For each rider of a chain, how often the true token was its most probable one, its second, ..."""
-    count = min(GUESSES, birth.vocabulary)
-    hits = torch.zeros(birth.most, count)
-    total = torch.zeros(birth.most, 1)
+    count = min(GUESSES, model.shape.embedding_size)
+    hits = torch.zeros(riders.most, count)
+    total = torch.zeros(riders.most, 1)
     for first in range(0, len(answers), batch):
-        placed = place(answers[first : first + batch], birth.most, None)
+        placed = place(answers[first : first + batch], riders.most, None)
         with torch.no_grad():
-            student, _, true = logits_of(birth, model, placed)
+            student, _, true = logits_of(riders, model, placed)
         matches = (student.topk(count).indices == true[:, None]).float().cpu()
         distance = placed.asked.nonzero()[:, 2]
         hits.index_add_(0, distance, matches)
         total.index_add_(0, distance, torch.ones(len(matches), 1))
-    return tuple(tuple(round(share, 5) for share in row) for row in (hits / total.clamp(min=1)).tolist())
+    shares = (hits / total.clamp(min=1) * 1e5).floor().double() / 1e5  # downwards: their sum is at most 1
+    return tuple(map(tuple, shares.tolist()))

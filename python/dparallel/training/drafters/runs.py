@@ -26,7 +26,13 @@ from . import adadecode, blocks, riders
 from .answers import BATCH, answers_of, kept_answers, prompts_of
 from .common import Answer, Saved, Settings, Target, Trainee
 
-TRAINEES: tuple[type[Trainee], ...] = (blocks.Blocks, riders.Prompts, riders.Transfers, adadecode.Exits)
+TRAINEES: tuple[type[Trainee], ...] = (
+    blocks.Blocks,
+    riders.Prompts,
+    riders.Transfers,
+    riders.Strides,
+    adadecode.Exits,
+)
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
@@ -59,9 +65,10 @@ def run(
 ) -> dict[str, Any]:
     """Train a drafter for `target`, or resume an interrupted run in `out`.
 
-    `out` receives config.json and model.safetensors (bfloat16: the drafter, `speculate(drafter=out)`),
-    training.json (the report) and, for resuming, answers-NNNNN.safetensors and, every `save_every` steps,
-    state.pt. A resumed run continues exactly as if it had not been stopped; only `steps` may change.
+    `out` receives config.json and model.safetensors, or an adapter's files (bfloat16: the drafter,
+    `speculate(drafter=out)`), training.json (the report) and, for resuming, answers-NNNNN.safetensors and,
+    every `save_every` steps, state.pt. A resumed run continues exactly as if it had not been stopped; only
+    `steps` may change.
 
     Args:
         target: an autoregressive model by its name for `registry.load`.
@@ -109,7 +116,7 @@ def run(
             )
         drafter.save(directory)
         report |= {"target": target, "data": data, "answers": len(answers)}
-        report["bytes"] = (directory / "model.safetensors").stat().st_size
+        report["bytes"] = (directory / trainee.file).stat().st_size
         if judged:
             report["held_out"] = judge(model, drafter, judged, settings.gen_length)
         files.write_json(directory / "training.json", report)
