@@ -27,7 +27,8 @@ _PREFIX = "base_model.model."
 
 
 class LowRank(nn.Module):
-    """A layer's output and up(down(x)). down: (r, in), up: (out, r), with the adapter's factor in it."""
+    """A layer's output and up(down(x)). down: (r, in), up: (out, r), with the adapter's factor in it; in the
+    dtype of x, or under training in float32."""
 
     only: Tensor | None = None
     """(N, 1) bool: the rows of x (N, in) that are adapted; None: all."""

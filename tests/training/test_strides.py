@@ -227,8 +227,8 @@ def test_what_it_cannot_be_trained_by_is_named(tmp_path: Path) -> None:
         ({"rank": 2**14 + 1}, "rank: expected a whole number <= 16384"),
         ({"riders": 17}, "riders: expected a whole number <= 16"),
         ({"mask_id": 13}, "mask_id: expected one of the model's 13 token ids, got 13"),
-        ({"target_modules": ("q", "lm_head")}, rf"target_modules: {layers}, got 'lm_head'"),
-        ({"target_modules": ()}, rf"target_modules: {layers}, got None"),
+        ({"target_modules": ("q", "lm_head")}, rf"target_modules: {layers}, got \('q', 'lm_head'\)"),
+        ({"target_modules": ()}, rf"target_modules: {layers}, got \(\)"),
         ({"kind": "ppd"}, r"kind: expected one of \['strided'\], got 'ppd'"),
     ]
     for change, message in cases:

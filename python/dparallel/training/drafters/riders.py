@@ -207,8 +207,7 @@ def linear_layers(model: models.Model, wanted: Sequence[str] | None) -> dict[str
     known = {*present, *present.values()}
     chosen = known if wanted is None else {*wanted}
     if not chosen or chosen - known:
-        got = next(iter(sorted(chosen - known)), None)
-        raise ValueError(f"target_modules: expected some of {[*present.values()]}, got {got!r:.80}")
+        raise ValueError(f"target_modules: expected some of {[*present.values()]}, got {wanted!r:.80}")
     return {
         model.checkpoint_name(f"blocks.{index}.{o}"): getattr(block, o)
         for index, block in enumerate(model.blocks)
