@@ -27,9 +27,6 @@ import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.speculation import StridedDrafter, drafter_of
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
 MASK = 12
 SIZES = {
     **{"vocab_size": 13, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -44,21 +41,13 @@ TEXTS = [
 
 
 @functools.cache
-def theirs() -> Any:
-    """transformers' Qwen3 with random weights."""
-    torch.manual_seed(1)
-    of = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, pad_token_id=None))
-    with torch.no_grad():
-        for p in of.parameters():
-            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.35)
-    return of.eval().requires_grad_(False)
-
-
-@functools.cache
 def ours() -> models.Model:
-    """The same weights."""
+    """Random weights, large enough that every token tells."""
+    torch.manual_seed(1)
     model = models.Qwen3({"model_type": "qwen3", **SIZES})
-    model.load_state_dict(theirs().state_dict())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.35)
     return model.eval().requires_grad_(False)
 
 
@@ -78,17 +67,20 @@ def test_the_loss_is_that_of_pefts_adapter_in_the_rows_of_masks(
     tmp_path: Path, target_modules: tuple[str, ...] | None
 ) -> None:
     """KL to what the model says at the true tokens; keys and values of the text are the model's own."""
+    transformers, peft = map(pytest.importorskip, ("transformers", "peft"))
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, pad_token_id=None)).eval()
+    theirs.load_state_dict(ours().state_dict())
     trainee = trainee_of(replace(SETTINGS, target_modules=target_modules))
     trainee.drafter("it", TEXTS).save(tmp_path, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs()), str(tmp_path)).eval()
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path)).eval()
     inside = {name for name, _ in adapted.named_parameters() if "lora_" in name}
     assert len(inside) == 2 * 2 * (7 if target_modules is None else 2)
 
     @torch.no_grad()
     def expected_of(text: Tensor) -> Tensor:
-        cache = theirs()(text[None], use_cache=True).past_key_values
+        cache = theirs(text[None], use_cache=True).past_key_values
         return adapted(torch.full((1, 3), MASK), past_key_values=cache).logits[0]
 
     generator = torch.Generator().manual_seed(5)
