@@ -132,23 +132,7 @@ def accept(
 
 
 @register_fake("accept")
-def _(  # type: ignore[no-untyped-def]
-    logits,
-    draft,
-    parent,
-    q_start,
-    q_end,
-    room,
-    eos_ids,
-    mask_id,
-    suppress,
-    temperature,
-    top_p,
-    top_k,
-    keys,
-    max_q_len,
-    counters,
-):
+def _(logits: Tensor, q_start: Tensor, max_q_len: int) -> tuple[Tensor, ...]:
     lanes = q_start.shape[0]
     return (
         logits.new_empty((lanes,), dtype=torch.int64),

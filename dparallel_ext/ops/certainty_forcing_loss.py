@@ -185,7 +185,7 @@ def real_dtype(logits: Tensor) -> torch.dtype:
 
 
 @register_fake("certainty_forcing_loss")
-def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     n, real = labels.shape[0], real_dtype(logits)
     return (
         logits.new_empty((n,), dtype=real),
@@ -197,16 +197,12 @@ def _(logits, labels, active, temperature, ce_temperature, inplace=False):  # ty
 
 
 @register_fake("certainty_forcing_loss_backward")
-def _(  # type: ignore[no-untyped-def]
-    logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
-):
+def _(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @register_fake("certainty_forcing_loss_backward_")
-def _(  # type: ignore[no-untyped-def]
-    logits, labels, active, temperature, ce_temperature, saved, grad_nll, grad_entropy
-):
+def _() -> None:
     return None
 
 

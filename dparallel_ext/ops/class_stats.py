@@ -34,7 +34,7 @@ def class_stats(logits: Tensor, ids: Tensor, offsets: Tensor) -> RowStats:
 
 
 @register_fake("class_stats")
-def _(logits, ids, offsets):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     rows, classes = logits.shape[:-1].numel(), offsets.shape[0] - 1
     tokens, fields, _ = row_outputs(logits, rows * classes, 0)
     return tokens.view(len(tokens), rows, classes), fields.view(len(fields), rows, classes)

@@ -146,9 +146,7 @@ def check_divergence(
 
 
 @register_fake("distillation_loss")
-def _(  # type: ignore[no-untyped-def]
-    student, teacher, active, temperature, kl_weight, l1_weight, inplace=False
-):
+def _(student: Tensor, active: Tensor) -> tuple[Tensor, ...]:
     n, real = active.shape[0], real_dtype(student)
     return (
         student.new_empty((n,), dtype=real),
@@ -158,16 +156,12 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @register_fake("distillation_loss_backward")
-def _(  # type: ignore[no-untyped-def]
-    student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
-):
+def _(student: Tensor) -> Tensor:
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
 @register_fake("distillation_loss_backward_")
-def _(  # type: ignore[no-untyped-def]
-    student, teacher, active, temperature, kl_weight, l1_weight, saved, grad_divergence
-):
+def _() -> None:
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,8 @@ Kernel = Callable[..., Any]
 
 
 def register_fake(name: str) -> Callable[[Kernel], Kernel]:
-    """Decorates the fake kernel of the op `name`: it is called for inputs that are on one device alone.
+    """Decorates the fake kernel of the op `name`, whose parameters are those of the op's arguments that it
+    reads. It is called for inputs that are on one device alone.
 
     If any input is on "meta", torch calls the fake kernel in place of the real one. Inputs on another device
     would then get results that nobody has written, or stay unchanged where the op changes them.
@@ -21,7 +22,8 @@ def register_fake(name: str) -> Callable[[Kernel], Kernel]:
     arguments = [a.name for a in getattr(torch.ops.dparallel, name).default._schema.arguments]
 
     def decorate(kernel: Kernel) -> Kernel:
-        @functools.wraps(kernel)
+        wanted = inspect.signature(kernel).parameters
+
         def checked(*args: Any, **kwargs: Any) -> Any:
             inputs = {**dict(zip(arguments, args, strict=False)), **kwargs}
             tensors = [(n, t.device) for n, t in inputs.items() if isinstance(t, Tensor)]
@@ -29,7 +31,7 @@ def register_fake(name: str) -> Callable[[Kernel], Kernel]:
             for other, its in others:
                 if its != device:
                     raise ValueError(f"{other}: expected on {device} as {first}, got {its}")
-            return kernel(*args, **kwargs)
+            return kernel(**{argument: inputs[argument] for argument in wanted})
 
         torch.library.register_fake(f"dparallel::{name}", checked)
         return kernel

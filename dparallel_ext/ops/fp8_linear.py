@@ -85,10 +85,10 @@ def fp8_linear(
 
 
 @register_fake("fp8_linear")
-def _(x, weight, scale, bias, constant=False):  # type: ignore[no-untyped-def]
+def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @register_fake("fp8_widen")
-def _(weight, scale, like):  # type: ignore[no-untyped-def]
+def _(weight: Tensor, like: Tensor) -> Tensor:
     return like.new_empty(weight.shape)

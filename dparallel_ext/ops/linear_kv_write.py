@@ -123,6 +123,6 @@ def write_product(
 
 
 @register_fake("linear_kv_write")
-def _(x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant=False):  # type: ignore[no-untyped-def]
+def _(x: Tensor, weight: Tensor, k_cache: Tensor) -> Tensor:
     _, kv_heads, _, dim = k_cache.shape
     return x.new_empty((x.shape[0], weight.shape[0] // dim - 2 * kv_heads, dim))

@@ -267,9 +267,7 @@ def row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, 
 
 
 @register_fake("row_stats")
-def _(  # type: ignore[no-untyped-def]
-    logits, rows, mask_id, suppress, ids, temperature, top_p, top_k, keys, counters
-):
+def _(logits: Tensor, rows: Tensor | None, ids: Tensor | None) -> tuple[Tensor, ...]:
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     gathered = logits.new_empty((count, 0 if ids is None else ids.shape[-1]), dtype=torch.float32)
     return *row_outputs(logits, count, count), gathered

@@ -72,7 +72,7 @@ def row_topk(
 
 
 @register_fake("row_topk")
-def _(logits, k, rows, mask_id, suppress, counters):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, k: int, rows: Tensor | None) -> tuple[Tensor, ...]:
     count = logits.shape[:-1].numel() if rows is None else rows.shape[0]
     return (
         logits.new_empty((count, k), dtype=torch.int64),

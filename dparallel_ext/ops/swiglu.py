@@ -43,5 +43,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 @register_fake("swiglu")
-def _(gate, up):  # type: ignore[no-untyped-def]
+def _(gate: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)

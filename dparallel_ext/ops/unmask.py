@@ -156,23 +156,7 @@ def unmask_(
 
 
 @register_fake("unmask_")
-def _(  # type: ignore[no-untyped-def]
-    tokens,
-    logits,
-    positions,
-    lane,
-    start,
-    end,
-    policy,
-    mask_id,
-    suppress,
-    temperature,
-    top_p,
-    top_k,
-    keys,
-    position_offset,
-    counters,
-):
+def _(logits: Tensor, start: Tensor) -> tuple[Tensor, ...]:
     windows = start.shape[0]
     return (
         logits.new_empty((windows,), dtype=torch.int64),
