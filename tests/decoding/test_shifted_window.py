@@ -276,7 +276,7 @@ def test_sampled_tokens_are_of_their_rows() -> None:
         ({"block_length": 65}, "block_length: expected a window of at most 64 masks, got 65"),
         ({"block_length": 8, "sub_block_length": 4}, "sub_block_length: a window is filled as a whole"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_does_not_go_with_it_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
