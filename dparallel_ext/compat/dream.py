@@ -86,7 +86,7 @@ def diffusion_generate(
     if left := {name: value for name, value in others.items() if name not in _UNREAD and value is not None}:
         name, value = next(iter(left.items()))
         raise ValueError(f"{name}: not an option of Dream's diffusion_generate (see `decode`), got {value!r}")
-    inputs = prompts_of("inputs", inputs, (2,))
+    inputs = prompts_of("inputs", inputs, model, (2,))
     options = _read_options(
         model,
         inputs.shape[1],

@@ -77,7 +77,7 @@ def generate(
     """
     if isinstance(steps, Tensor):
         raise ValueError("steps: expected a whole number, got a Tensor; give attention_mask by its name")
-    prompt, cfg_scale = prompts_of("prompt", prompt), number("cfg_scale", cfg_scale)
+    prompt, cfg_scale = prompts_of("prompt", prompt, model), number("cfg_scale", cfg_scale)
     for name, token, read in (
         ("eos_id", eos_id, logits_eos_inf or confidence_eos_eot_inf),
         ("eot_id", eot_id, confidence_eos_eot_inf),
@@ -137,7 +137,7 @@ def generate_with_prefix_cache(
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes from the block's start on, which read the prefix's
     keys and values of the full pass (Fast-dLLM)."""
-    prompt = prompts_of("prompt", prompt)
+    prompt = prompts_of("prompt", prompt, model)
     return _generate("prefix", **locals())
 
 
@@ -155,7 +155,7 @@ def generate_with_dual_cache(
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes over the block alone, which read the prefix's and
     suffix's keys and values of the full pass (Fast-dLLM)."""
-    prompt = prompts_of("prompt", prompt)
+    prompt = prompts_of("prompt", prompt, model)
     return _generate("dual", **locals())
 
 

@@ -404,7 +404,7 @@ class Model(Expected):
                 f"attention_mask: expected bool or whole numbers {tuple(input_ids.shape)} as input_ids, "
                 f"got {described(attention_mask)}"
             )
-        visible = attention_mask.to(torch.bool)
+        visible = attention_mask.to(input_ids.device, torch.bool)
         on_cpu = visible.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and visible.numel() and not bool((seen := visible.any(1)).all()):
             row = int(seen.int().argmin())

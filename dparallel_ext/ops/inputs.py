@@ -18,14 +18,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of the kernels."""
 WIDE_DTYPES = (*DTYPES, torch.float64)
 """Dtypes of the losses and the attention."""
-_DEVICES = {"cpu", *_C.build_info()["backends"].split()}
+DEVICES = {"cpu", *_C.build_info()["backends"].split()}
 
 
 def compiled(first: Tensor, *others: Tensor) -> bool:
     """Whether the ops can compute with these inputs: of one dtype, on a built backend, without a gradient."""
     if torch.is_grad_enabled() or first.dtype not in DTYPES:
         return False
-    if not first.is_cpu and first.device.type not in _DEVICES:
+    if not first.is_cpu and first.device.type not in DEVICES:
         return False
     for other in others:  # noqa: SIM110 (every layer of every pass asks: `all` would take twice as long)
         if other.dtype != first.dtype:
