@@ -377,7 +377,12 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_unused: object) -> None:
-        self.close(cancel=kind is not None)
+        """Finish the requests, or cancel them if the block raised, or if the wait is interrupted."""
+        try:
+            self.close(cancel=kind is not None)
+        except BaseException:
+            self._close(cancel=True)
+            raise
 
     def _cancel(self, id: int) -> None:
         self.core.cancel(id)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import signal
 import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from engines import BLOCK, LLADA, SDAR, Gate, alone, some_prompts, until
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.engine.core import EngineCore
 from dparallel_ext.models import Model
 
 
@@ -222,6 +225,54 @@ def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
     closing.join(60)
     assert not closing.is_alive()
     assert {len(h.events.all) and h.events.all[-1].finish_reason for h in handles} == {"cancelled"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("raises", [None, ValueError, KeyboardInterrupt, "while it waits"])
+def test_the_end_of_a_with_block(monkeypatch: pytest.MonkeyPatch, raises: Any) -> None:
+    """Without an error requests are finished; with one, or with Ctrl-C meanwhile, they are cancelled."""
+    began, closing, close = threading.Event(), threading.Event(), EngineCore.close
+
+    def closes(core: EngineCore, cancel: bool) -> None:
+        close(core, cancel)
+        closing.set()
+
+    def at_a_pass(_: dx.Draft) -> None:
+        began.set()
+        first = not closing.is_set()
+        assert closing.wait(60)
+        if first and raises == "while it waits":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            until(lambda: len(closed) > 1)
+
+    closed: list[bool] = []
+    monkeypatch.setattr(
+        EngineCore, "close", lambda core, cancel: (closed.append(cancel), closes(core, cancel))
+    )
+    error = KeyboardInterrupt if raises == "while it waits" else raises
+    raised = (
+        nullcontext() if error is None else pytest.raises(error, match="in the block" * (raises == error))
+    )
+    with raised, dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
+        done = engine.submit([1, 2], gen_length=0)
+        done.result(60)
+        running = engine.submit([1, 2], gen_length=16, on_draft=at_a_pass)
+        waiting = engine.submit([3, 4], gen_length=16)
+        assert began.wait(60)
+        if error is not None and raises == error:
+            raise error("in the block")
+    engine.close()  # and wait, if that was interrupted
+    assert closed[:2] == {None: [False, False], "while it waits": [False, True]}.get(raises, [True, False])
+    assert not engine.thread.is_alive()
+    assert done.result().finish_reason == "length"
+    for handle in (running, waiting):
+        if error is None:
+            assert handle.result(60).finish_reason == "length"
+        else:
+            with pytest.raises(CancelledError):
+                handle.result(60)
+    assert (engine.stats.completed, engine.stats.cancelled) == ((3, 0) if error is None else (1, 2))
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.submit([1], gen_length=4)
 
 
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

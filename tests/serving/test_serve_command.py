@@ -159,6 +159,36 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert f"port: {port} of '127.0.0.1' is in use already" in found.stderr
 
 
+@pytest.mark.parametrize("fails", ["the second model", "the server"])
+def test_what_fails_leaves_no_engine_behind(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    made: list[dx.Engine] = []
+    make = runner.make_engine
+
+    def recorded(*arguments: Any) -> dx.Engine:
+        made.append(make(*arguments))
+        made[-1].submit([5, 6], gen_length=16)
+        return made[-1]
+
+    def no_server(*_: Any) -> Any:
+        raise RuntimeError("no server")
+
+    monkeypatch.setattr(runner, "make_engine", recorded)
+    monkeypatch.setattr(runner, "make_server", no_server)
+    config = dx.DecodeConfig(cache="window" if fails == "the second model" else None, gen_length=16)
+    models = [
+        runner.Model(name, MODEL, each, registry.Loading())
+        for name, each in (("a", dx.DecodeConfig(gen_length=16)), ("b", config))
+    ]
+    error, said = (ValueError, "cache: ") if fails == "the second model" else (RuntimeError, "no server")
+    with pytest.raises(error, match=said):
+        runner.run(models, host="127.0.0.1", port=0, log_level="error", lanes=2, max_waiting=4, max_length=64)
+    assert len(made) == 1 + (fails == "the server")
+    for engine in made:
+        assert engine.closed
+        assert not engine.thread.is_alive()
+        assert engine.stats.active == engine.stats.waiting == 0
+
+
 def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that begin at once both get the port, and the slower one learns it with its model loaded."""
     (faster,) = listen("127.0.0.1", 0)
