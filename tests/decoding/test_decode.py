@@ -278,6 +278,11 @@ def test_streaming(llada, eos: bool) -> None:
     put = [tokens for kind, tokens in streamer.said if kind == "put"]
     assert put[0] == PROMPTS[0].tolist()
     assert [token for tokens in put for token in tokens] == out.sequences[0].tolist()
+    # Each block by itself, up to that of the end, and so the padding behind it.
+    blocks = int(out.kept) // 4 + 1 if eos else 3
+    padding = [12 - 4 * blocks] * eos
+    assert 0 not in padding
+    assert [len(tokens) for tokens in put] == [PROMPTS.shape[1], *[4] * blocks, *padding]
     assert streamer.said[-1] == ("end", [])
     drafts = [tokens for kind, tokens in streamer.said if kind == "draft"]
     assert len(drafts) == out.forwards

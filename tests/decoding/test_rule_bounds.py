@@ -16,11 +16,24 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import compat, models
 from dparallel_ext.rules import Decision, Rule, Where
+from dparallel_ext.rules.protocol import Cells
 
 
 @pytest.fixture(scope="module")
 def llada() -> models.Model:
     return golden.model("llada_tiny_a")
+
+
+def test_only_cells_with_statistics_are_remembered() -> None:
+    """Not column 0 in place of the others, where a response without a prompt begins."""
+    fields = dict.fromkeys(Where.__dataclass_fields__)
+    read = torch.tensor([[True, False, True], [False, True, True]])
+    places = {"lane": torch.tensor([0, 2]), "start": torch.tensor([0, 3]), "read": read}
+    where = Where(**{**fields, **places, "cells": Cells(torch.zeros(4), 2, 3)})  # type: ignore[arg-type]
+    state = torch.full((3, 8), 5)  # no window reaches the last column
+    where.remember(state, torch.tensor([[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]]))
+    assert state[:, :-1].tolist() == [[10, 5, 12, 5, 5, 5, 5], [5] * 7, [5, 5, 5, 5, 14, 15, 5]]
+    assert torch.equal(where.recall(state), torch.tensor([[10, 5, 12], [5, 14, 15]]))
 
 
 class Greedy(Rule):

@@ -391,7 +391,8 @@ def test_drafts_under_the_clients_own_accumulator(client: OpenAI, student: tuple
 
 
 def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
-    """However many there have been, and none of a block whose text it has; the text is whole."""
+    """Of each block, however many there have been, and none of a block whose text it has; the text is
+    whole."""
     ids = student[1].encode("sam has 3 cups").ids
 
     async def run() -> list[Any]:
@@ -411,16 +412,18 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
         for nfe in range(1, 1001):
             on_draft(dx.Draft(nfe, 0, [None, None]))
         on_event(ids[:2])
-        for nfe in range(1001, 2001):
+        for nfe in range(1001, 1501):  # of a block that adds no token to the text
             on_draft(dx.Draft(nfe, 2, [None, None]))
+        for nfe in range(1501, 2001):
+            on_draft(dx.Draft(nfe, 3, [None, None]))
         on_event(ids[2:])
         on_event(dx.Completion(ids, "length", 2000, 2000, 1, 0, 0.0, 0.0))
         await asyncio.sleep(0)
-        assert call.queue.qsize() == 5
+        assert call.queue.qsize() == 6
         return [piece async for piece in call.pieces()]
 
     pieces = asyncio.run(run())
-    assert [piece.draft and piece.draft.nfe for piece in pieces] == [1000, None, 2000, None, None]
+    assert [piece.draft and piece.draft.nfe for piece in pieces] == [1000, None, 1500, 2000, None, None]
     assert "".join(piece.text for piece in pieces) == "sam has 3 cups"
 
 
