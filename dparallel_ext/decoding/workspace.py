@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ class Workspace:
     kv_cache: KVCache | None
     trajectory: Trajectory
     """For every column of every lane; written for sequences whose settings record it."""
-    graphs: Graphs | None
-    """None: nothing is recorded."""
-    suppressed: dict[tuple[int, ...], Tensor]
-    """Ids to suppress, ascending -> the tensor of them that recorded passes read."""
     given: Tensor
     """(lanes, L) bool: positions that rules which edit may not change."""
-    states: dict[Rule, tuple[Tensor, ...]]
+    graphs: Graphs | None
+    """None: nothing is recorded."""
+    suppressed: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """Ids to suppress, ascending -> the tensor of them that recorded passes read."""
+    states: dict[Rule, tuple[Tensor, ...]] = field(default_factory=dict)
     """The state tensors of rules."""
     key: Hashable = None
     """The key under which the model keeps it; None: it is not kept."""
@@ -96,15 +96,8 @@ class Workspace:
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:
         """A fresh workspace. graphs: record passes, if the device can."""
         recorder = graphs_on(tokens.device) if graphs else None
-        return cls(
-            tokens,
-            kv_cache,
-            Trajectory.blank(tokens),
-            recorder,
-            {},
-            torch.ones_like(tokens, dtype=torch.bool),
-            {},
-        )
+        given = torch.ones_like(tokens, dtype=torch.bool)
+        return cls(tokens, kv_cache, Trajectory.blank(tokens), given, recorder)
 
     @classmethod
     def take(
