@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ class HeadGradient:
         return self.of_hidden, self.of_head.to(self.head.dtype)
 
     @staticmethod
-    def fake(hidden: Any, head: Any, head_needs_grad: bool) -> tuple[Tensor, Tensor]:
+    def fake(hidden: Tensor, head: Tensor, head_needs_grad: bool) -> tuple[Tensor, Tensor]:
         return torch.empty_like(hidden), head.new_empty(head.shape if head_needs_grad else (0,))
 
 

@@ -16,6 +16,7 @@ from .certainty_forcing_loss import (
     row_errors,
 )
 from .errors import named_row, report
+from .fake import register_fake
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 from .kernel import kernel
 
@@ -124,10 +125,8 @@ def _linear(
     return nll, entropy, correct, saved, error
 
 
-@_linear.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden, head, labels, active, temperature, ce_temperature, softcap, chunk_rows
-):
+@register_fake("linear_certainty_forcing_loss")
+def _(hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     n, real = labels.shape[0], real_dtype(hidden)
     return (
         hidden.new_empty((n,), dtype=real),
@@ -171,12 +170,7 @@ def _linear_backward(
     return total.result()
 
 
-@_linear_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden, head, labels, active, temperature, ce_temperature, softcap, chunk_rows,
-    saved, grad_nll, grad_entropy, head_needs_grad,
-):  # fmt: skip
-    return HeadGradient.fake(hidden, head, head_needs_grad)
+register_fake("linear_certainty_forcing_loss_backward")(HeadGradient.fake)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -12,6 +12,7 @@ from ..types import NO_ERROR
 from .certainty_forcing_loss import real_dtype
 from .distillation_loss import ROW_ERRORS, check_divergence, named_pair, read_rows, reduced
 from .errors import report
+from .fake import register_fake
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 from .kernel import kernel
 
@@ -140,10 +141,8 @@ def _linear(
     return divergence, saved, error
 
 
-@_linear.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden, head, teacher_hidden, teacher_head, active, temperature, kl_weight, l1_weight, softcap, chunk_rows
-):
+@register_fake("linear_distillation_loss")
+def _(hidden: Tensor, active: Tensor) -> tuple[Tensor, ...]:
     n, real = active.shape[0], real_dtype(hidden)
     return (
         hidden.new_empty((n,), dtype=real),
@@ -180,12 +179,7 @@ def _linear_backward(
     return total.result()
 
 
-@_linear_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    hidden, head, teacher_hidden, teacher_head, active, temperature, kl_weight, l1_weight, softcap,
-    chunk_rows, saved, grad_divergence, head_needs_grad,
-):  # fmt: skip
-    return HeadGradient.fake(hidden, head, head_needs_grad)
+register_fake("linear_distillation_loss_backward")(HeadGradient.fake)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
