@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import check_ids, token_ids, whole
+from dparallel_ext.arguments import check_ids, one_of, token_ids, whole
 from dparallel_ext.cache import KVCache, Span, bucket
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
@@ -108,8 +108,7 @@ def iter_log_likelihoods(
     of_model = traits(model)
     if method is None:
         method = "monte_carlo" if of_model.block_length is None else "left_to_right"
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    one_of("method", method, METHODS)
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         whole(name, value, 1)
     mask_id = mask_of(model, mask_id)

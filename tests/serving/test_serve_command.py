@@ -53,7 +53,7 @@ import dparallel_ext as dx
         (("--max-length", "0"), "max_length: expected a whole number >= 1, got 0"),
         (
             ("--max-length", str(2**20 + 1)),
-            "max_length: expected a whole number >= 1 and <= 1048576, got 1048577",
+            "max_length: expected a whole number <= 1048576, got 1048577",
         ),
         (("--max-body", "-1"), "max_body: expected a whole number >= 1, got -1"),
         (("--max-connections", "1"), "max_connections: expected a whole number >= 2, got 1"),

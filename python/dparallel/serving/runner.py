@@ -20,7 +20,7 @@ import uvicorn
 
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, Engine
-from dparallel_ext.arguments import warn
+from dparallel_ext.arguments import one_of, warn
 from dparallel_ext.speculation import drafter_of
 
 from .. import registry
@@ -157,8 +157,7 @@ def run(
     `lanes`, `max_waiting`: of each `Engine`. `settings`: fields of `Settings`.
     Raises ValueError and FileNotFoundError naming the argument, if possible before a model is loaded.
     """
-    if log_level not in uvicorn.config.LOG_LEVELS:
-        raise ValueError(f"log_level: expected one of {list(uvicorn.config.LOG_LEVELS)}, got {log_level!r}")
+    one_of("log_level", log_level, uvicorn.config.LOG_LEVELS)
     check_names([model.name for model in models])
     if not host.strip():  # an unset shell variable must not open the server to all
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")

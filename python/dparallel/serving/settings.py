@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dparallel_ext.arguments import whole
+
 from .. import files
 from .protocol import MOST_PROMPTS
 
@@ -55,9 +57,8 @@ class Settings:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                most = f" and <= {high}" if value > high else ""
-                raise ValueError(f"{name}: expected a whole number >= {low}{most}, got {value}")
+            if value is not None:
+                whole(name, value, low, high)
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
         for origin in self.cors_origins:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import check_fields, token_ids, whole
+from dparallel_ext.arguments import check_fields, one_of, token_ids, whole
 from dparallel_ext.decoding.decode import progress_bar
 
 from .. import files, registry
@@ -114,9 +114,7 @@ def generate(
     settings = settings or Settings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
         whole(name, value, 1)
-    if settings.format not in FORMATS:
-        raise ValueError(f"format: expected one of {FORMATS}, got {settings.format!r}")
-    if settings.format == "parquet":
+    if one_of("format", settings.format, FORMATS) == "parquet":
         importlib.import_module("pyarrow.parquet")  # a missing package fails before anything is decoded
     parse_policy(settings.policy)
     registry.dtype_of(settings.dtype)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.arguments import check_fields, whole
+from dparallel_ext.arguments import check_fields, one_of, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
@@ -50,8 +50,7 @@ class BlockSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
+        one_of("loss", self.loss, LOSSES)
         for name, least, most in (
             ("layers", 1, LAYERS.most),
             ("block", 2, BLOCK.most),

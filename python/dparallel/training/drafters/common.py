@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dparallel_ext import models
-from dparallel_ext.arguments import check_fields, number, whole
+from dparallel_ext.arguments import check_fields, number, one_of, whole
+from dparallel_ext.decoding.settings import check_mask
 from dparallel_ext.models import files as checkpoints
 from dparallel_ext.speculation.checkpoint import WHOLE, Origin
 from dparallel_ext.speculation.drafter import Drafter
@@ -59,8 +60,7 @@ class Settings(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in self.KINDS:
-            raise ValueError(f"kind: expected one of {list(self.KINDS)}, got {self.kind!r}")
+        one_of("kind", self.kind, self.KINDS)
         registry.dtype_of(self.dtype)
         check_fields(self, ("batch", "anchors", "gen_length"), whole, 1)
         check_fields(self, ("temperature",), number, 0, 100)
@@ -132,10 +132,7 @@ class Target:
                 f"mask_id: {self.name} has no mask token; name an id that its text does not use (--mask-id), "
                 f"below {self.model.shape.embedding_size}"
             )
-        if token >= self.model.shape.embedding_size:
-            count = self.model.shape.embedding_size
-            raise ValueError(f"mask_id: expected one of the model's {count} token ids, got {token}")
-        return token
+        return check_mask(self.model, token)
 
 
 def _name_of(template: Template | None) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import one_of, whole
 from dparallel_ext.models.files import as_path
 from dparallel_ext.speculation import Drafter
 from dparallel_ext.speculation.speculate import causal_model, check_prompts
@@ -39,9 +39,7 @@ KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kin
 def settings_of(kind: str, **fields: Any) -> Settings:
     """The settings of a kind of drafter. Raises ValueError for an unknown kind, and for other kinds'
     settings."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r:.80}")
-    of_kind = KINDS[kind].SETTINGS
+    of_kind = KINDS[one_of("kind", kind, KINDS)].SETTINGS
     for name in fields:
         if name not in of_kind.__dataclass_fields__:
             kinds = [other for other in KINDS if name in KINDS[other].SETTINGS.__dataclass_fields__]
