@@ -25,7 +25,7 @@ from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import explain
 from ..packed import Packing, Shapes, unpack
-from ..types import NO_ERROR
+from ..types import NO_ERROR, AcceptOutput
 from . import riding
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation
@@ -315,12 +315,7 @@ class CausalRunner:
             assert self._last is not None
             ids = torch.cat((ids, self._last))[places]
         logits = self._logits(key, ids, source, metadata, joined)
-        for automaton, state in zip(key.automata, states, strict=True):
-            tables = automaton.tables(self.device)
-            classes = tables.classes(torch.arange(logits.shape[1], device=self.device))
-            allowed = tables.allowed(state.clamp(min=0), left)[:, classes]
-            # Rows of other lanes, and those behind a node that is not of the form, are not constrained.
-            logits = logits.masked_fill(~allowed & (state != NOWHERE)[:, None], -math.inf)
+        logits = _constrained(logits, key.automata, states, left)
         outputs = [
             accept(
                 logits,
@@ -360,13 +355,7 @@ class CausalRunner:
             guessed = riding.guesses(self._riders, key.groups, logits, edges, path, count, joined[-1])
             results.append(guessed.flatten())
         if key.logprobs:
-            each = [
-                output.stats.sample_logprob[(edge[0][:, None] + output.path).clamp(min=0)].masked_fill(
-                    output.path < 0, -torch.inf
-                )
-                for output, edge in zip(outputs, edges, strict=True)
-            ]
-            logprob = functools.reduce(torch.maximum, each)
+            logprob = functools.reduce(torch.maximum, map(_logprobs, outputs, edges))
             results.append(logprob.view(torch.int32).to(torch.int64).flatten())
         return torch.cat(results)
 
@@ -438,3 +427,23 @@ class CausalRunner:
                     guessed = guesses[b * each : (b + 1) * each] if riders else ()
                     emitted[b] = emitted[b]._replace(riders=riders, guessed=guessed)
         return emitted
+
+
+def _constrained(logits: Tensor, automata: Sequence[Automaton], states: Tensor, left: Tensor) -> Tensor:
+    """Logits (M, V), those of tokens that an automaton does not allow replaced by -inf.
+
+    states: (automata, M) int64, `NOWHERE` for rows of other lanes and those behind a node that is not of the
+    form, which are not constrained. left: (M,) int64, see `Tables.allowed`.
+    """
+    for automaton, state in zip(automata, states, strict=True):
+        tables = automaton.tables(logits.device)
+        classes = tables.classes(torch.arange(logits.shape[1], device=logits.device))
+        allowed = tables.allowed(state.clamp(min=0), left)[:, classes]
+        logits = logits.masked_fill(~allowed & (state != NOWHERE)[:, None], -math.inf)
+    return logits
+
+
+def _logprobs(output: AcceptOutput, edge: Tensor) -> Tensor:
+    """(B, D) float32: the log-probabilities of the emitted tokens; -inf where there is none. edge: (2, B)."""
+    rows = (edge[0][:, None] + output.path).clamp(min=0)
+    return output.stats.sample_logprob[rows].masked_fill(output.path < 0, -math.inf)
