@@ -20,7 +20,7 @@ from .. import files, registry
 from .. import sweep as sweeping
 from ..configs import Fields, config_without_policy, policy_in, read_rows
 from ..console import begins_anew, plain_errors
-from ..problems import from_file, held_out
+from ..problems import Problems, from_file, held_out
 from ..tune import GRID, SIZES
 from .common import (
     CHECKER,
@@ -181,22 +181,8 @@ def evaluate(
         causal = {registry.is_causal(name, cache or content.get("cache")) for name in model}
         length_of_file = content.pop("gen_length", None)
         gen_length = length_of_file if gen_length is None else gen_length
-        if data is None:
-            for option, value in (("checker", checker), ("gen_length", gen_length)):
-                if value is not None:
-                    raise ValueError(f"{option}: belongs to --data, got {value!r}")
-            asked = held_out(500 if problems is None else problems)
-        else:
-            fields = {"prompt_field": prompt_field, "answer_field": answer_field}
-            asked = from_file(
-                data, CHECKER if checker is None else checker, count=problems, gen_length=gen_length, **fields
-            )
-        option_of: dict[Path, str] = {}
-        for name, file in (("json", json_file), ("markdown", markdown), ("plot", plot), ("html", html)):
-            if file is not None:
-                files.writable(name, file)
-                if (other := option_of.setdefault(file.absolute(), name)) != name:
-                    raise ValueError(f"{name}: expected another file than --{other}'s, got {file}")
+        asked = problems_of(data, checker, problems, gen_length, prompt_field, answer_field)
+        check_written(json=json_file, markdown=markdown, plot=plot, html=html)
         if plot is not None:
             plots.load_pyplot()
         if resume and json_file is None:
@@ -253,6 +239,36 @@ def evaluate(
                 typer.echo(
                     f"warning: html: every row is of an earlier run, so {html} is not written", err=True
                 )
+
+
+def problems_of(
+    data: str | None,
+    checker: str | None,
+    count: int | None,
+    gen_length: int | None,
+    prompt_field: str,
+    answer_field: str,
+) -> Problems:
+    """The problems of a file, or those of the built-in task. Raises ValueError naming the option that does
+    not fit."""
+    if data is None:
+        for option, value in (("checker", checker), ("gen_length", gen_length)):
+            if value is not None:
+                raise ValueError(f"{option}: belongs to --data, got {value!r}")
+        return held_out(500 if count is None else count)
+    fields = {"prompt_field": prompt_field, "answer_field": answer_field}
+    checker = CHECKER if checker is None else checker
+    return from_file(data, checker, count=count, gen_length=gen_length, **fields)
+
+
+def check_written(**file_of: Path | None) -> None:
+    """Raise ValueError for a file that cannot be written, and for one that two options name."""
+    option_of: dict[Path, str] = {}
+    for option, file in file_of.items():
+        if file is not None:
+            files.writable(option, file)
+            if (other := option_of.setdefault(file.absolute(), option)) != option:
+                raise ValueError(f"{option}: expected another file than --{other}'s, got {file}")
 
 
 def say_what_is_asked(option: str, models: list[str]) -> None:
