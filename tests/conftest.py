@@ -137,7 +137,7 @@ def _emulated() -> Iterator[None]:
 
 LONGEST = (
     "cuda_host", "study", "distill", "benchmarks", "install", "self_speculation", "trajectories", "graphs",
-    "docs", "compat", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
+    "docs", "compat", "every_device", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
 )  # fmt: skip
 """The test files that take longest, the longest first."""
 

@@ -1,0 +1,196 @@
+"""A GPU whose tensors keep their numbers on the CPU and say that they are on cuda:0.
+
+It refuses what a GPU refuses: ops on tensors of two devices, and `numpy` of its tensors. The CPU's kernels
+compute for it, and nothing is recorded: `cuda_host` executes the CUDA kernels, `tape` records passes. Not
+emulated are gradients, streams, autocast, and what torch computes on a GPU alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dparallel_ext import backends
+from dparallel_ext.decoding import workspace
+from dparallel_ext.ops import inputs
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+MOVES = {"aten::copy_", "aten::_has_compatible_shallow_copy_type"}
+"""Ops that take tensors of two devices."""
+
+
+def wrapper(cls: type, inner: Tensor, requires_grad: bool = False) -> Any:
+    """A tensor of the class on the GPU, whose numbers are those of `inner`."""
+    made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        cls,
+        inner.shape,
+        strides=inner.stride(),
+        storage_offset=inner.storage_offset(),
+        dtype=inner.dtype,
+        device=GPU,
+        requires_grad=requires_grad,
+    )
+    made.inner = inner
+    return made
+
+
+class OnGPU(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def numpy(self, **settings: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+def is_there(value: Any) -> bool:
+    return isinstance(value, Tensor) and "inner" in value.__dict__
+
+
+def on_cpu(value: Any) -> Any:
+    """A tensor's numbers, and the device that has them."""
+    if isinstance(value, torch.device):
+        return CPU if value.type == "cuda" else value
+    return value.inner if is_there(value) else value
+
+
+def compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """The op's results, on the device where torch would have them."""
+    leaves = tree_leaves((args, kwargs))
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    places = {t.device.type for t in tensors if t.ndim or is_there(t)}  # numbers of the CPU go with any
+    name = func._schema.name
+    if "cuda" in places and len(places) > 1 and name not in MOVES and not name.startswith("aten::index"):
+        shapes = [f"{t.device.type} {tuple(t.shape)}" for t in tensors]
+        raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes}")
+    if name.endswith("pin_memory"):
+        return args[0]
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    named = [place.type for place in leaves if isinstance(place, torch.device)]
+    to_gpu = named[0] == "cuda" if named else any(map(is_there, tensors))
+    # A view of a tensor that is none of inference mode is none either.
+    is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+    is_plain = is_view and any(is_there(t) and not torch.is_inference(t) for t in tensors)
+    owner = {id(t.inner): t for t in tensors if is_there(t)}
+
+    def placed(result: Any) -> Any:
+        if not isinstance(result, Tensor):
+            return result
+        if id(result) in owner:  # in place
+            return owner[id(result)] if to_gpu else result.clone()
+        if to_gpu:
+            return wrapper(OnGPU, result.clone() if any(result is t for t in tensors) else result)
+        return result
+
+    with torch.inference_mode(False) if is_plain else nullcontext():
+        with _disable_current_modes(), torch.no_grad():
+            results = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+        return tree_map(placed, results)
+
+
+class Emulation(TorchDispatchMode):
+    """A context in which tensors may be made on the GPU. In fake modes torch does not look for a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mode_key = torch._C._TorchDispatchModeKey.FAKE
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+class Stream:
+    cuda_stream = 1
+
+    def record_event(self) -> Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
+
+
+def _guard() -> None:
+    """Have torch's CPU build switch "CUDA devices" as it switches meta ones: not at all."""
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
+    guards = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    if guards[1] is None:
+        guards[1] = guards[14]
+
+
+@contextmanager
+def emulated_gpu() -> Iterator[None]:
+    torch._C._ensureCUDADeviceGuardSet()
+    _guard()
+    with pytest.MonkeyPatch.context() as patch:
+        _patch(patch)
+        torch._C._set_only_lift_cpu_tensors(True)
+        try:
+            with Emulation():
+                yield
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+
+
+def _patch(patch: pytest.MonkeyPatch) -> None:
+    build = {**backends._C.build_info(), "backends": "cpu cuda"}
+    patch.setattr(backends._C, "build_info", lambda: build)
+    patch.setattr(inputs, "DEVICES", {"cpu", "cuda"})
+    patch.setattr(workspace, "can_record", lambda device: False)
+    patch.setattr(torch.cuda, "device_count", lambda: 1)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    patch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())
+    patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    # Threads that start here are here.
+    run = threading.Thread.run
+
+    def run_here(self: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)
+        with Emulation():
+            run(self)
+
+    patch.setattr(threading.Thread, "run", run_here)
+    # What torch answers without an op.
+    for name in ("tolist", "data_ptr", "untyped_storage"):
+        plain = getattr(Tensor, name)
+        patch.setattr(Tensor, name, lambda self, plain=plain: plain(on_cpu(self)))
+    for name in ("__getitem__", "__setitem__"):
+        plain = getattr(Tensor, name)
+        patch.setattr(
+            Tensor, name, lambda self, at, *value, plain=plain: plain(self, indices(self, at), *value)
+        )
+    # Parameters that are moved are parameters, not of a class of their own.
+    patch.setattr(nn.Parameter, "__torch_dispatch__", OnGPU.__torch_dispatch__, raising=False)
+    new = nn.Parameter.__new__
+
+    def parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+        if is_there(data):
+            return wrapper(nn.Parameter, data.inner.detach(), requires_grad)
+        return new(cls, data, requires_grad)
+
+    patch.setattr(nn.Parameter, "__new__", parameter)
+    patch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+
+
+def indices(tensor: Tensor, at: Any) -> Any:
+    """Indices by which a tensor is indexed, lists on its device."""
+    if is_there(tensor) and isinstance(at, list):
+        return torch.tensor(at, dtype=torch.int64).to(GPU)
+    return tuple(indices(tensor, each) for each in at) if isinstance(at, tuple) else at

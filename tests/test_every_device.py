@@ -1,0 +1,313 @@
+"""Every way to tokens gives on an emulated GPU what it gives on the CPU: no tensor strays to the other
+device, and what a caller has on one of them may go with a model on the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import drafters
+import nemotron
+import pytest
+import sdlm
+import torch
+import wedlm
+from conftest import golden
+from dparallel import likelihood
+from dparallel.training import filter as filters
+from dparallel.training.drafters import settings_of
+from dparallel.training.drafters.common import Target
+from dparallel.training.drafters.runs import KINDS as TRAINEES
+from emulated_gpu import GPU, emulated_gpu, on_cpu
+from forms import a_form
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import dparallel_ext as dx
+from dparallel_ext.models import Model
+from dparallel_ext.speculation import EagleTrees, TreeDrafter
+
+Prompts = list[Tensor]
+Way = Callable[[str], Any]
+"""Takes the name of a device, and returns numbers."""
+
+FAST_DLLM, DEEP = drafters.fast_dllm(), drafters.deep_model()
+DUAL: dict[str, Any] = {"cache": "dual", "threshold": 2.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "logprobs": True, "suppress": [4], "eos_id": 5}
+
+
+def moved(model: Model, device: str) -> Model:
+    return copy.deepcopy(model).to(device)
+
+
+def prompts(device: str, vocabulary: int = 60) -> Prompts:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (n,), generator=generator).to(device) for n in (5, 1, 12)]
+
+
+def decoded(model: Callable[[], Model], **settings: Any) -> Way:
+    def way(device: str) -> Any:
+        of = moved(model(), device)
+        given = {"gen_length": 16, "block_length": 8, "record": True, **settings}
+        out = dx.decode(of, prompts(device, of.shape.embedding_size - 1), **given)
+        assert out.trajectory is not None
+        return out.sequences, out.nfe, out.kept, out.trajectory.step
+
+    return way
+
+
+def speculated(model: Model, drafter: Callable[[str], Any], **settings: Any) -> Way:
+    def way(device: str) -> Any:
+        of = moved(model, device)
+        given = prompts(device, of.shape.embedding_size - 1)
+        return dx.speculate(of, given, drafter=drafter(device), gen_length=16, **settings).sequences
+
+    return way
+
+
+def served(model: Model, drafter: Callable[[str], Any] | None = None, **settings: Any) -> Way:
+    """By an engine; some prompts are on the device."""
+
+    def way(device: str) -> Any:
+        of = moved(model, device)
+        more = {} if drafter is None else {"drafter": drafter(device)}
+        given = prompts(device, of.shape.embedding_size - 1)
+        with dx.Engine(of, lanes=2, max_length=64, **more) as engine:
+            handles = [engine.submit(p, gen_length=16, **settings) for p in (given[0].cpu(), *given)]
+            return [handle.result(60).tokens for handle in handles]
+
+    return way
+
+
+def padded(device: str) -> Any:
+    """Whatever a caller has on the CPU, or on the device."""
+    model, found = golden.model("llada_tiny_a", device=device), []
+    for place in ("cpu", device):
+        ids = {"input_ids": [[0, 1, 2], [4, 5, 6]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}
+        given: Any = {name: torch.tensor(value).to(place) for name, value in ids.items()}
+        numbers = {"gen_length": [16, 9], "seed": [1, 2], "suppress": [3]}
+        settings: Any = {name: torch.tensor(value).to(place) for name, value in numbers.items()}
+        policy = dx.policies.make("entropy", 2.0, batch=2).to(place)
+        out = dx.decode(model, given, policy=policy, cache="dual", temperature=1.0, **settings)
+        causal = moved(drafters.MODEL, device)
+        text = dx.speculate(causal, given, drafter="ngram", temperature=1.0, **settings)
+        found += [out.sequences, text.sequences]
+    return found
+
+
+def published(device: str) -> Any:
+    """The published functions, which move what they get."""
+    llada, dream, found = (
+        golden.model("llada_tiny_a", device=device),
+        golden.model("dream_tiny_a", device=device),
+        [],
+    )
+    for place in ("cpu", device):
+        ids = torch.tensor([[0, 2, 3], [4, 5, 6]]).to(place)
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(place)
+        settings: Any = {"steps": 16, "gen_length": 16, "block_length": 8, "mask_id": 511}
+        for name in ("generate", "generate_with_prefix_cache", "generate_with_dual_cache"):
+            found += getattr(dx.compat, name)(llada, ids, threshold=0.02, **settings)
+        found.append(dx.compat.generate(llada, ids, attention_mask=mask, cfg_scale=1.5, **settings))
+        for alg in ("origin", "entropy"):
+            torch.manual_seed(0)
+            given: Any = {"attention_mask": mask, "steps": 8, "max_new_tokens": 8, "alg": alg}
+            found.append(dx.compat.diffusion_generate(dream, ids, mask_token_id=511, pad_token_id=0, **given))
+    return found
+
+
+def adaptive(device: str) -> Any:
+    model, verifier = golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device)
+    given = prompts(device)
+    out = dx.adaptive_decode(model, given, verifier=verifier, gen_length=16, suppress=range(61, 512))
+    with dx.Engine(model, lanes=2, max_length=64, verifier=verifier) as engine:
+        handles = [engine.submit(p, gen_length=16, suppress=range(61, 512)) for p in given]
+        return out.sequences, [handle.result(60).tokens for handle in handles]
+
+
+def infilled(device: str) -> Any:
+    prompt = torch.arange(3, 60).to(device)
+    prompt[10:20] = prompt[40:44] = 511
+    model = golden.model("llada_tiny_a", device=device)
+    settings: Any = {"gen_length": 8, "infill": True, "threshold": 2.0}
+    return [dx.decode(model, prompt, cache=cache, **settings).sequences for cache in ("none", "dual")]
+
+
+def scored(device: str) -> Any:
+    pairs = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]]
+    found = []
+    for name, method in (("llada_tiny_a", "monte_carlo"), ("dream_tiny_a", "left_to_right")):
+        model = golden.model(name, device=device)
+        found += likelihood.log_likelihoods(model, *pairs, method=method, samples=4)
+    model = golden.model("llada_tiny_a", device=device)
+    answers = [(torch.arange(3, 20), 4), (torch.arange(5, 30), 9)]
+    given: Any = {"block_length": 8, "cache": "dual", "progress": False}
+    records, _ = filters.record(model, answers, batch=2, **given)
+    return [(round(each.logprob, 3), each.greedy) for each in found], records.right
+
+
+def called(device: str) -> Any:
+    """A model by itself, and the states of its training."""
+    found = []
+    for place in ("cpu", device):
+        mask, lengths = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(place), torch.tensor([1, 0]).to(place)
+        ids = torch.tensor([[0, 2, 3], [4, 5, 6]]).to(device)
+        for model in (golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device)):
+            with torch.no_grad():
+                found.append(model(ids, attention_mask=mask).logits)
+        settings: Any = {"block_length": 2, "generator": torch.Generator().manual_seed(0)}
+        found += dx.semi_autoregressive_masks(ids, lengths, mask_id=9, **settings)
+    return found
+
+
+def trained(kind: str) -> Way:
+    """The loss of a step, without its gradient."""
+
+    def way(device: str) -> Any:
+        target = Target("it", moved(DEEP, device), None, False)
+        masked = {"mask_id": 60} if kind not in ("ppd", "hidden_transfer", "adadecode") else {}
+        settings: Any = settings_of(kind, batch=2, anchors=3, gen_length=8, **masked)
+        trainee = TRAINEES[kind](target, settings)
+        torch.manual_seed(0)
+        trainee.module = trainee.build().to(device)
+        answers = [(p.cpu(), 1) for p in prompts("cpu") if len(p) > 4]
+        with torch.no_grad():
+            return trainee.loss_of(answers, 0)
+
+    return way
+
+
+def of_class(kind: type, name: str) -> Callable[[str], Any]:
+    return lambda device: kind(drafters.eagle(name).model)
+
+
+def trees(device: str) -> TreeDrafter:
+    return TreeDrafter(drafters.drafter_with("dflash").model)
+
+
+DRAFTERS: dict[str, Callable[[str], Any]] = {
+    "none": lambda device: None,
+    "ngram": lambda device: "ngram",
+    "recycling": lambda device: "recycling",
+    "a model": lambda device: moved(drafters.model_of("llama"), device),
+    "trees": trees,
+    "trees of eagle": of_class(EagleTrees, "p-eagle"),
+    "strided": lambda device: drafters.strided(),
+    **{kind: (lambda device, kind=kind: drafters.drafter_with(kind)) for kind in drafters.KINDS},
+    **{kind: (lambda device, kind=kind: drafters.eagle(kind)) for kind in ("eagle3", "p-eagle")},
+    **{kind: (lambda device, kind=kind: drafters.riding(kind)) for kind in ("ppd", "hidden_transfer")},
+}
+
+
+def of(name: str, **settings: Any) -> Callable[[], Model]:
+    return lambda: golden.model(name, **settings)
+
+
+WAYS: dict[str, Way] = {
+    "no cache": decoded(of("llada_tiny_a"), cache="none", threshold=2.0),
+    "prefix": decoded(of("dream_tiny_a"), cache="prefix", threshold=2.0),
+    "schedule": decoded(of("llada_tiny_a"), cache="dual", steps=8, stop=[[7, 8]], top_p=0.9, **SAMPLED),
+    "several blocks": decoded(of("llada_tiny_a"), active_blocks=2, **DUAL),
+    "one by one": decoded(of("llada_tiny_a"), batch_invariant=True, **DUAL),
+    "bfloat16": decoded(of("llada_tiny_a", dtype=torch.bfloat16), **DUAL),
+    "fused": decoded(lambda: golden.model("llada_tiny_a").fuse(), **DUAL),
+    "8 bits": decoded(lambda: golden.model("llada_tiny_a").quantize(), **DUAL),
+    "self-speculation": decoded(of("llada_tiny_a"), cache="dual", draft_size=3),
+    "a form": decoded(of("llada_tiny_a"), automaton=a_form(3), cache="dual"),
+    "a form, in blocks": decoded(of("sdar_tiny_a"), automaton=a_form(2), cache="block", threshold=4.5),
+    "a function": decoded(of("llada_tiny_a"), rule=lambda stats, masked, step: stats.confidence > 0.02),
+    **{
+        rule: decoded(of("llada_tiny_a"), rule=rule, cache="dual", eos_id=5)
+        for rule in ("credit+entropy:3.5", "sched:0.4,0.1", "edit:0.03,0.05,4", "prophet:4", "eot:5")
+    },
+    **{
+        f"{selector}, a policy": decoded(of("llada_tiny_a"), selector=selector, threshold=0.05)
+        for selector in ("confidence", "margin", "factor", "entropy_bound")
+    },
+    "sdar": decoded(of("sdar_tiny_a"), cache="block", threshold=2.0),
+    "fast_dllm": decoded(lambda: FAST_DLLM, cache="block", threshold=2.0),
+    "fast_dllm, sub-blocks": decoded(lambda: FAST_DLLM, sub_block_length=4, **DUAL),
+    "nemotron": decoded(nemotron.ours, cache="block", threshold=1.0),
+    "wedlm": decoded(wedlm.ours, threshold=1.0),
+    "wedlm, its rule": decoded(wedlm.ours, rule="distance:0.4,0.02"),
+    "sdlm": decoded(sdlm.ours, threshold=1.0),
+    **{
+        family: decoded(lambda family=family: drafters.model_of(family), cache=cache, threshold=2.0)
+        for family, cache in {
+            "sdar_moe": "block",
+            "rnd1": "dual",
+            "lladamoe": "dual",
+            "llada2_moe": "block",
+        }.items()
+    },
+    **{
+        f"a2d, {cache}": decoded(lambda: drafters.model_of("a2d-qwen3", mask_token_id=60), cache=cache)
+        for cache in ("block", "dual")
+    },
+    **{name: speculated(drafters.MODEL, made) for name, made in DRAFTERS.items()},
+    **{f"{name}, sampled": speculated(drafters.MODEL, made, **SAMPLED) for name, made in DRAFTERS.items()},
+    **{
+        f"{name}, of a form": speculated(drafters.MODEL, made, automaton=a_form(1, 61, ends=(5, 9)))
+        for name, made in DRAFTERS.items()
+    },
+    "jump_forward": speculated(
+        drafters.MODEL, lambda device: "jump_forward", automaton=a_form(1, 61, ends=(5, 9))
+    ),
+    "adadecode": speculated(DEEP, lambda device: drafters.exits(target=DEEP)),
+    "nemotron, itself": speculated(nemotron.ours(), lambda device: "self"),
+    "nemotron, trees": speculated(nemotron.ours(), lambda device: "tree:self"),
+    "idlm": speculated(drafters.model_of("idlm", mask_token_id=60), lambda device: "strided"),
+    **{
+        family: speculated(drafters.model_of(family), lambda device: "ngram")
+        for family in ("llama", "qwen2", "qwen3_moe")
+    },
+    "an engine": served(golden.model("llada_tiny_a"), threshold=2.0),
+    "an engine, sampling": served(golden.model("llada_tiny_a"), steps=8, **SAMPLED),
+    "an engine, a rule": served(golden.model("llada_tiny_a"), rule="credit+entropy:3.5"),
+    "an engine, a form": served(golden.model("llada_tiny_a"), automaton=a_form(3)),
+    "an engine, in blocks": served(golden.model("sdar_tiny_a"), threshold=2.0),
+    "an engine, fast_dllm": served(FAST_DLLM, threshold=2.0),
+    "an engine, wedlm": served(wedlm.ours(), threshold=1.0),
+    "an engine, sdlm": served(sdlm.ours(), threshold=1.0),
+    "an engine, experts": served(drafters.model_of("llada2_moe"), threshold=2.0),
+    "an engine, adadecode": served(DEEP, lambda device: drafters.exits(target=DEEP)),
+    **{f"an engine, {name}": served(drafters.MODEL, made) for name, made in DRAFTERS.items()},
+    "padded prompts": padded,
+    "the published functions": published,
+    "adaptive": adaptive,
+    "infilled": infilled,
+    "scored": scored,
+    "called": called,
+    **{f"{kind}, trained": trained(kind) for kind in TRAINEES},
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_same_as_on_the_cpu(name: str) -> None:
+    expected = WAYS[name]("cpu")
+    with emulated_gpu():
+        found = WAYS[name](str(GPU))
+        dx.check_errors()
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if isinstance(b, Tensor):
+            torch.testing.assert_close(on_cpu(a), b, rtol=1e-4, atol=1e-4)
+        else:
+            assert a == b
+
+
+def test_the_emulated_gpu_refuses_what_a_gpu_refuses() -> None:
+    with emulated_gpu():
+        there, here = torch.ones(3, device=GPU), torch.ones(3)
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            there + here
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            torch.cat([there, here])
+        with pytest.raises(ValueError, match="tokens: expected on cuda:0 as the logits, got cpu"):
+            dx.unmask_(torch.zeros(1, 3, dtype=torch.int64), there.expand(1, 3, 3), mask_id=0, threshold=1.0)
+        with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
+            there.numpy()
+        there.copy_(here * 2)
+        for made in (here.to(GPU), there + here[0], torch.full((2,), 1, device=GPU)):
+            assert made.device == GPU
+        assert there[1:].cpu().tolist() == [2, 2]
