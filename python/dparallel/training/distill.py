@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -251,16 +251,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     args.disable_tqdm = not progress
     source = registry.directory_of(recipe.model)
     files.apart("out", directory, source)
-    rows = trajectories.Trajectories(answers)
-    if not len(rows):
-        raise ValueError(f"answers: {answers} holds no right answer")
-    rows.check_tokenizer(recipe.model, tokenizer.load(source))
-    if other := mismatch(recipe, rows.settings):
-        warn(other)
-    collator = trajectories.Collator(0, **recipe.collator)
-    total = collator.total_length
-    if total is not None and all(prompt >= total for _, prompt, _ in rows.bounds):
-        raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")
+    rows = _rows(recipe, answers, source)
     checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
     if checkpoint is not None:
         _check_record(directory, settings)
@@ -271,7 +262,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     eos = model.eos_id
     if eos is None:
         raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
-    collator = replace(collator, eos_id=eos, ends=tuple(model.eos_ids), block_length=model.block_length)
+    collator = trajectories.Collator(
+        eos, ends=tuple(model.eos_ids), block_length=model.block_length, **recipe.collator
+    )
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
         model = adapters.with_lora(model, recipe.lora, str(source))
@@ -303,15 +296,28 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
         files.write_json(directory / "training.json", report)
-    if isinstance(model, Model) and not trainer.is_fsdp_enabled:
-        if trainer.is_world_process_zero():
-            # Before config.json, which makes it a checkpoint.
-            files.Companions(source).save_pretrained(directory)
-            dx.models.save(model, directory, dtype=torch.bfloat16)
-    else:
+    if not isinstance(model, Model) or trainer.is_fsdp_enabled:
         trainer.save_model(str(directory))
+    elif trainer.is_world_process_zero():
+        # Before config.json, which makes it a checkpoint.
+        files.Companions(source).save_pretrained(directory)
+        dx.models.save(model, directory, dtype=torch.bfloat16)
     finish(trainer)
     return directory
+
+
+def _rows(recipe: Recipe, answers: str | Path, source: Path) -> trajectories.Trajectories:
+    """The answers to train on. Raises ValueError if there is none, or if they do not fit the recipe."""
+    rows = trajectories.Trajectories(answers)
+    if not len(rows):
+        raise ValueError(f"answers: {answers} holds no right answer")
+    rows.check_tokenizer(recipe.model, tokenizer.load(source))
+    if other := mismatch(recipe, rows.settings):
+        warn(other)
+    total = trajectories.Collator(0, **recipe.collator).total_length
+    if total is not None and all(prompt >= total for _, prompt, _ in rows.bounds):
+        raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")
+    return rows
 
 
 def finish(trainer: Any) -> None:
