@@ -242,7 +242,7 @@ class Batch:
                 coming = self._work([b for b in live if not rows[b].done], rows)
                 if coming and all(work.spans for work in coming.values()):
                     self.runner.prepare(rows, coming)
-        seen = self.runner.look(self.rows, results)
+        seen = self.runner.read_counts(self.rows, results)
         last = zip(groups, seen[-len(groups) :], strict=True)
         counts = {b: lanes[b] for group, lanes in last for b in group}
         return [b for b in live if self._advance(b, counts[b])]

@@ -104,7 +104,7 @@ class Runner:
     def run(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
         """Run one forward pass over the lanes of `work`, which are in ascending order.
 
-        Returns (n,) int64 on the device, for `look` to read.
+        Returns (n,) int64 on the device, for `read_counts`.
         """
         if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
             # Between sequences the model's weights may have moved.
@@ -119,7 +119,7 @@ class Runner:
         held = key, self.lane  # recordings outlive this runner
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=held)
 
-    def look(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
+    def read_counts(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
         """For each pass and lane, the counts in what `run` returned; waits for the device.
 
         Raises ValueError for the first pass in which an error kept a sequence from committing.

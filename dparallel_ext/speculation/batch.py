@@ -336,7 +336,7 @@ class CausalBatch:
                 self._issued.append(self._issue(dict.fromkeys(coming, Draft()), tree))
             issued = self._issued.popleft()
             numbers = issued.numbers()
-        return self._runner.look(self.rows, drafts, issued.key, numbers)
+        return self._runner.emitted(self.rows, drafts, issued.key, numbers)
 
     def _coming(self, b: int) -> int:
         """Issued passes over the sequence whose results have not been read; each emits one token."""

@@ -398,7 +398,7 @@ class CausalRunner:
 
         return slots(bases[:, None] + path), slots(bases[:, None] + places)
 
-    def look(
+    def emitted(
         self, rows: Sequence[CausalSequence], drafts: dict[int, Draft], key: PassKey, numbers: list[int]
     ) -> dict[int, Emitted]:
         """The emitted tokens in a pass's result. Raises ValueError for a bad row on a path."""

@@ -61,7 +61,7 @@ class Told:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clear()
-        methods = {name: getattr(runner.Runner, name) for name in ("run", "look", "_compute")}
+        methods = {name: getattr(runner.Runner, name) for name in ("run", "read_counts", "_compute")}
         packs = inputs.InputPacker.pack
         expected: list[tuple[Tensor, inputs.GraphKey]] = []
         within = False
@@ -79,9 +79,9 @@ class Told:
             self.prepared += not within
             return packs(own, rows, work)
 
-        def look(own: runner.Runner, rows: Any, results: Any) -> Any:
+        def read_counts(own: runner.Runner, rows: Any, results: Any) -> Any:
             self.waits, self.looks = True, self.looks + 1
-            return methods["look"](own, rows, results)
+            return methods["read_counts"](own, rows, results)
 
         def compute(own: runner.Runner, key: inputs.GraphKey, work: Any, told: Tensor) -> Tensor:
             assert torch.equal(told, expected[0][0])
@@ -89,7 +89,7 @@ class Told:
             return methods["_compute"](own, key, work, told)
 
         monkeypatch.setattr(padding, "runs_ahead", lambda device: True)
-        for name, function in zip(methods, (run, look, compute), strict=True):
+        for name, function in zip(methods, (run, read_counts, compute), strict=True):
             monkeypatch.setattr(runner.Runner, name, function)
         monkeypatch.setattr(inputs.InputPacker, "pack", pack)
 
