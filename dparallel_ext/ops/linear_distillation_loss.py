@@ -183,18 +183,17 @@ register_fake("linear_distillation_loss_backward")(HeadGradient.fake)
 
 
 def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, ctx.temperature, ctx.kl_weight, ctx.l1_weight, ctx.softcap, ctx.chunk_rows = inputs
+    tensors, ctx.settings = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _linear_gradient(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Any, ...]:
     *tensors, saved = ctx.saved_tensors
-    settings = ctx.temperature, ctx.kl_weight, ctx.l1_weight, ctx.softcap, ctx.chunk_rows
     needed = ctx.needs_input_grad[1]
     with torch.autocast(tensors[0].device.type, enabled=False):  # the dtypes are those of the forward pass
         grad, grad_head = torch.ops.dparallel.linear_distillation_loss_backward(
-            *tensors, *settings, saved, grad_divergence, needed
+            *tensors, *ctx.settings, saved, grad_divergence, needed
         )
     return grad, grad_head if needed else None, *(None,) * 8
 

@@ -45,16 +45,16 @@ class Origin(NamedTuple):
     def of(cls, config: Mapping[str, Any]) -> Origin:
         """The origin in a config.json. Raises ValueError for values that are no text."""
         ours = read(config, {OURS: Field(dict, {})})[OURS]
-        texts = [ours.get(name) for name in ("kind", "target", "template")]
-        for name, text in zip(("kind", "target", "template"), texts, strict=True):
+        origin = cls(*map(ours.get, cls._fields))
+        for name, text in origin._asdict().items():
             if not isinstance(text, str | None):
                 raise ValueError(f"config: {OURS}: {name}={text!r:.80}, expected text or null")
-        return cls(*texts)
+        return origin
 
     @property
     def ours(self) -> dict[str, Any]:
         """The entry for config.json."""
-        return {OURS: {"kind": self.kind, "target": self.target, "template": self.template}}
+        return {OURS: self._asdict()}
 
 
 class DraftCheckpoint(NamedTuple):
