@@ -81,7 +81,11 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if (func in WAITS or by_mask) and not looks():
+        leaves = tree_leaves((args, kwargs))
+        moves = len({t.device.type for t in leaves if isinstance(t, Tensor) and t.ndim}) > 1 or (
+            func is aten._to_copy.default and kwargs.get("device", args[0].device).type != args[0].device.type
+        )
+        if (func in WAITS or by_mask or moves) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -166,6 +170,12 @@ class TapeStream:
         self.device, self.cuda_stream = device, next(self.made) % 32
 
     def wait_stream(self, other: TapeStream) -> None:
+        pass
+
+    def record_event(self) -> TapeStream:
+        return self
+
+    def synchronize(self) -> None:
         pass
 
 

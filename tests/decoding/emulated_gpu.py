@@ -1,8 +1,8 @@
 """A GPU whose tensors keep their numbers on the CPU and say that they are on cuda:0.
 
 It refuses what a GPU refuses: ops on tensors of two devices, and `numpy` of its tensors. The CPU's kernels
-compute for it, and nothing is recorded: `cuda_host` executes the CUDA kernels, `tape` records passes. Not
-emulated are gradients, streams, autocast, and what torch computes on a GPU alone.
+compute for it; the fixture `taped` records passes (`cuda_host` executes the CUDA kernels). Not emulated are
+gradients, autocast, and what torch computes on a GPU alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dparallel_ext import backends
-from dparallel_ext.decoding import workspace
 from dparallel_ext.ops import inputs
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -111,19 +110,6 @@ class Emulation(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
-class Stream:
-    cuda_stream = 1
-
-    def record_event(self) -> Stream:
-        return self
-
-    def synchronize(self) -> None:
-        pass
-
-    def wait_stream(self, stream: Stream) -> None:
-        pass
-
-
 def _guard() -> None:
     """Have torch's CPU build switch "CUDA devices" as it switches meta ones: not at all."""
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
@@ -134,6 +120,7 @@ def _guard() -> None:
 
 @contextmanager
 def emulated_gpu() -> Iterator[None]:
+    """A context in which it is there; with the fixture `taped`."""
     torch._C._ensureCUDADeviceGuardSet()
     _guard()
     with pytest.MonkeyPatch.context() as patch:
@@ -150,10 +137,7 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
     build = {**backends._C.build_info(), "backends": "cpu cuda"}
     patch.setattr(backends._C, "build_info", lambda: build)
     patch.setattr(inputs, "DEVICES", {"cpu", "cuda"})
-    patch.setattr(workspace, "can_record", lambda device: False)
     patch.setattr(torch.cuda, "device_count", lambda: 1)
-    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "device", lambda device: nullcontext())
     patch.setattr(torch, "autocast", lambda *args, **settings: nullcontext())

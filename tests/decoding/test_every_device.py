@@ -1,5 +1,5 @@
-"""Every way to tokens gives on an emulated GPU what it gives on the CPU: no tensor strays to the other
-device, and what a caller has on one of them may go with a model on the other."""
+"""Every way to tokens gives on an emulated GPU, which records passes, what it gives on the CPU: no tensor
+strays to the other device, and what a caller has on one of them may go with a model on the other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
+from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import EagleTrees, TreeDrafter
+
+pytest_plugins = ["taping"]
 
 Prompts = list[Tensor]
 Way = Callable[[str], Any]
@@ -81,39 +84,28 @@ def served(model: Model, drafter: Callable[[str], Any] | None = None, **settings
 
 
 def padded(device: str) -> Any:
-    """Whatever a caller has on the CPU, or on the device."""
-    model, found = golden.model("llada_tiny_a", device=device), []
-    for place in ("cpu", device):
-        ids = {"input_ids": [[0, 1, 2], [4, 5, 6]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}
-        given: Any = {name: torch.tensor(value).to(place) for name, value in ids.items()}
-        numbers = {"gen_length": [16, 9], "seed": [1, 2], "suppress": [3]}
-        settings: Any = {name: torch.tensor(value).to(place) for name, value in numbers.items()}
-        policy = dx.policies.make("entropy", 2.0, batch=2).to(place)
-        out = dx.decode(model, given, policy=policy, cache="dual", temperature=1.0, **settings)
-        causal = moved(drafters.MODEL, device)
-        text = dx.speculate(causal, given, drafter="ngram", temperature=1.0, **settings)
-        found += [out.sequences, text.sequences]
-    return found
+    """Whatever a caller has on the CPU."""
+    model, causal = golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device)
+    ids = {"input_ids": [[0, 1, 2], [4, 5, 6]], "attention_mask": [[0, 1, 1], [1, 1, 1]]}
+    given = {name: torch.tensor(value) for name, value in ids.items()}
+    numbers = {"gen_length": [16, 9], "seed": [1, 2], "suppress": [3]}
+    settings: Any = {"temperature": 1.0, **{name: torch.tensor(value) for name, value in numbers.items()}}
+    out = dx.decode(model, given, policy=dx.policies.make("entropy", 2.0, batch=2), cache="dual", **settings)
+    return out.sequences, dx.speculate(causal, given, drafter="ngram", **settings).sequences
 
 
 def published(device: str) -> Any:
-    """The published functions, which move what they get."""
-    llada, dream, found = (
-        golden.model("llada_tiny_a", device=device),
-        golden.model("dream_tiny_a", device=device),
-        [],
-    )
-    for place in ("cpu", device):
-        ids = torch.tensor([[0, 2, 3], [4, 5, 6]]).to(place)
-        mask = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(place)
-        settings: Any = {"steps": 16, "gen_length": 16, "block_length": 8, "mask_id": 511}
-        for name in ("generate", "generate_with_prefix_cache", "generate_with_dual_cache"):
-            found += getattr(dx.compat, name)(llada, ids, threshold=0.02, **settings)
-        found.append(dx.compat.generate(llada, ids, attention_mask=mask, cfg_scale=1.5, **settings))
-        for alg in ("origin", "entropy"):
-            torch.manual_seed(0)
-            given: Any = {"attention_mask": mask, "steps": 8, "max_new_tokens": 8, "alg": alg}
-            found.append(dx.compat.diffusion_generate(dream, ids, mask_token_id=511, pad_token_id=0, **given))
+    """The published functions move what they get."""
+    llada, dream = (golden.model(name, device=device) for name in ("llada_tiny_a", "dream_tiny_a"))
+    ids, mask = torch.tensor([[0, 2, 3], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    settings: Any = {"steps": 8, "gen_length": 8, "block_length": 4, "mask_id": 511}
+    found = [dx.compat.generate(llada, ids, attention_mask=mask, cfg_scale=1.5, **settings)]
+    for name in ("generate", "generate_with_prefix_cache", "generate_with_dual_cache"):
+        found.append(getattr(dx.compat, name)(llada, ids, threshold=0.02, **settings))
+    for alg in ("origin", "entropy"):
+        torch.manual_seed(0)
+        given: Any = {"attention_mask": mask, "steps": 4, "max_new_tokens": 8, "alg": alg}
+        found.append(dx.compat.diffusion_generate(dream, ids, mask_token_id=511, pad_token_id=0, **given))
     return found
 
 
@@ -148,17 +140,16 @@ def scored(device: str) -> Any:
 
 
 def called(device: str) -> Any:
-    """A model by itself, and the states of its training."""
-    found = []
-    for place in ("cpu", device):
-        mask, lengths = torch.tensor([[0, 1, 1], [1, 1, 1]]).to(place), torch.tensor([1, 0]).to(place)
-        ids = torch.tensor([[0, 2, 3], [4, 5, 6]]).to(device)
-        for model in (golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device)):
-            with torch.no_grad():
-                found.append(model(ids, attention_mask=mask).logits)
-        settings: Any = {"block_length": 2, "generator": torch.Generator().manual_seed(0)}
-        found += dx.semi_autoregressive_masks(ids, lengths, mask_id=9, **settings)
-    return found
+    """A model by itself, and the states of its training; masks are on the CPU."""
+    mask, lengths = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([1, 0])
+    ids = torch.tensor([[0, 2, 3], [4, 5, 6]]).to(device)
+    with torch.no_grad():
+        found = [
+            model(ids, attention_mask=mask).logits
+            for model in (golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device))
+        ]
+    generator = torch.Generator().manual_seed(0)
+    return found, dx.semi_autoregressive_masks(ids, lengths, mask_id=9, block_length=2, generator=generator)
 
 
 def trained(kind: str) -> Way:
@@ -245,10 +236,8 @@ WAYS: dict[str, Way] = {
         f"a2d, {cache}": decoded(lambda: drafters.model_of("a2d-qwen3", mask_token_id=60), cache=cache)
         for cache in ("block", "dual")
     },
-    **{name: speculated(drafters.MODEL, made) for name, made in DRAFTERS.items()},
-    **{f"{name}, sampled": speculated(drafters.MODEL, made, **SAMPLED) for name, made in DRAFTERS.items()},
     **{
-        f"{name}, of a form": speculated(drafters.MODEL, made, automaton=a_form(1, 61, ends=(5, 9)))
+        name: speculated(drafters.MODEL, made, automaton=a_form(1, 61, ends=(5, 9)), **SAMPLED)
         for name, made in DRAFTERS.items()
     },
     "jump_forward": speculated(
@@ -284,11 +273,12 @@ WAYS: dict[str, Way] = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_same_as_on_the_cpu(name: str) -> None:
+def test_the_same_as_on_the_cpu(name: str, taped: list[Graphs]) -> None:
     expected = WAYS[name]("cpu")
     with emulated_gpu():
         found = WAYS[name](str(GPU))
         dx.check_errors()
+    assert all(graphs.recorder is not None for graphs in taped), "a recording failed"
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if isinstance(b, Tensor):
             torch.testing.assert_close(on_cpu(a), b, rtol=1e-4, atol=1e-4)
@@ -296,7 +286,7 @@ def test_the_same_as_on_the_cpu(name: str) -> None:
             assert a == b
 
 
-def test_the_emulated_gpu_refuses_what_a_gpu_refuses() -> None:
+def test_the_emulated_gpu_refuses_what_a_gpu_refuses(taped: list[Graphs]) -> None:
     with emulated_gpu():
         there, here = torch.ones(3, device=GPU), torch.ones(3)
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
