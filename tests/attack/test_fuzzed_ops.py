@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LEVELS, Attack, assert_stats_close, layouts
 from forms import a_form
-from ops import test_op_inputs as inputs
+from ops import op_examples as inputs
 from ops.test_accept import forest
 from ops.test_distillation_loss import compare
 from ops.test_unmask import windows_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LEVELS, Attack, layouts
-from ops import test_op_inputs as inputs
+from ops import op_examples as inputs
 from test_fuzzed_ops import DTYPES, strided
 from torch import Tensor
 

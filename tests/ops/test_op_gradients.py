@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import everywhere
-from test_op_inputs import OPS, copied, documented, examples, flat, op_of, same
+from op_examples import OPS, copied, documented, examples, flat, op_of, same
 from torch import Tensor
 
 import dparallel_ext as dx

@@ -9,9 +9,53 @@ import random
 import pytest
 import torch
 from conftest import OF_AN_OP, everywhere
-from test_op_inputs import MASK, copied, documented, examples, op_of
+from op_examples import MASK, copied, documented, examples, op_of, same
 
 import dparallel_ext as dx
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("unmask_", "tokens"),
+        ("commit_", "tokens"),
+        ("kv_write", "q"),
+        ("kv_write", "k_cache"),
+        ("kv_write", "v_cache"),
+        ("kv_move", "kv_cache"),
+        ("certainty_forcing_loss_backward_", "logits"),
+        ("distillation_loss_backward_", "student"),
+    ],
+)
+@everywhere
+def test_memory_that_overlaps_is_not_changed(name: str, argument: str) -> None:
+    given = examples(torch.float32)[name]
+    place = [a.name for a in op_of(name).default._schema.arguments].index(argument)
+    shape = given[place].shape
+    windows = given[place].clone().flatten().as_strided(shape, [1] * len(shape))
+    for overlapping in (given[place][:1].clone().expand(shape), windows):
+        before, call = overlapping.clone(), copied(given)
+        call[place] = overlapping
+        with pytest.raises(OF_AN_OP, match=f"{argument}: expected memory of its own for each element"):
+            op_of(name)(*call)
+        assert torch.equal(overlapping, before)
+        assert same(call[:place] + call[place + 1 :], copied(given[:place] + given[place + 1 :]))
+
+
+@everywhere
+def test_arguments_of_kv_write_do_not_share_memory() -> None:
+    _, given = documented(torch.float32)["kv_write"]
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own"):
+        dx.kv_write(**{**given, "v_cache": given["k_cache"]})
+    with pytest.raises(ValueError, match=r"q: expected memory of its own, .* got some of k"):
+        dx.kv_write(**{**given, "q": given["k"]})
+
+
+@everywhere
+def test_tokens_that_overlap_are_refused_by_the_function() -> None:
+    tokens = torch.full((1, 3), MASK).expand(2, 3)
+    with pytest.raises(ValueError, match="tokens: expected memory of its own"):
+        dx.unmask_(tokens, torch.randn(2, 3, 9), mask_id=MASK)
 
 
 @everywhere
