@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LEVELS, Attack, layouts
+from fuzzing import DTYPES, strided
 from ops import op_examples as inputs
-from test_fuzzed_ops import DTYPES, strided
 from torch import Tensor
 
 import dparallel_ext as dx
