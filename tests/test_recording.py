@@ -1,4 +1,4 @@
-"""Recordings of decodes: `decode --html`, `evaluate --html`. How they look: tests/serving/test_page.py."""
+"""Recordings of decodes: `decode --html`, `evaluate --html`. Their looks: serving/test_page_in_browser.py."""
 
 from __future__ import annotations
 

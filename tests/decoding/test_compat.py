@@ -181,7 +181,7 @@ def test_what_the_published_code_asserts_is_a_clear_error(kwargs: dict, message:
         compat.generate(model, torch.tensor([[1]]), mask_id=511, **kwargs)
 
 
-# --- LLaDA's and Dream's options, against their loops in plain torch --------------------------------
+# --- LLaDA's options, against its loop in plain torch ---------------------------------------------
 
 
 def llada_loop(

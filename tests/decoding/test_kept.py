@@ -1,4 +1,4 @@
-"""What decodes keep for the next ones: recordings and memory, their bounds, and what lets them go."""
+"""What calls of decode keep for the next ones: recordings and memory, their bounds, and what lets them go."""
 
 from __future__ import annotations
 

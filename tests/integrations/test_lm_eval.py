@@ -1,7 +1,4 @@
-"""Log-likelihoods against plain loops and exact enumeration, and the lm-evaluation-harness's model.
-
-What needs the harness runs where it is installed.
-"""
+"""The lm-evaluation-harness's model. What needs the harness runs where it is installed."""
 
 from __future__ import annotations
 

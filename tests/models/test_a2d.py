@@ -192,9 +192,6 @@ def test_llada_decodes_as_many_tokens_a_pass_as_dllm_in_another_order() -> None:
             assert steps >= masks or masks % steps or theirs == ours
 
 
-# --- BD3LM ----------------------------------------------------------------------------------------
-
-
 # --- files and the command line -------------------------------------------------------------------
 
 

@@ -433,6 +433,3 @@ def test_quantised_weights_that_no_config_tells_of(tmp_path: Path) -> None:
     packed[Q.replace("weight", "qweight")] = torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"is quantised \(it has .*q_proj\.qweight"):
         models.load(write(tmp_path, packed))
-
-
-# --- the Hub ------------------------------------------------------------------------------------

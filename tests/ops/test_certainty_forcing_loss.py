@@ -379,9 +379,6 @@ def test_bad_arguments_are_named(change: dict, said: str) -> None:
         dx.certainty_forcing_loss(**{**good, **change})
 
 
-# --- linear_certainty_forcing_loss --------------------------------------------------------------
-
-
 def test_labels_as_they_come() -> None:
     """int32, and -100 where a row is not active, as of those that torch's cross entropy would ignore."""
     logits, labels = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))

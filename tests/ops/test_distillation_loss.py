@@ -1,4 +1,4 @@
-"""distillation_loss and its linear form against the float64 oracle and torch's kl_div, and on hard rows."""
+"""distillation_loss against the float64 oracle and torch's kl_div, and on hard rows."""
 
 from __future__ import annotations
 
@@ -380,6 +380,3 @@ def test_bad_arguments_are_named(change: dict, said: str) -> None:
         dx.distillation_loss(**{**good, **change})
     with pytest.raises(TypeError, match="student: expected a Tensor, got list"):
         dx.distillation_loss([0.0], good["teacher"])
-
-
-# --- linear_distillation_loss -------------------------------------------------------------------

@@ -204,6 +204,3 @@ def test_health_covers_all() -> None:
         assert here.get("/health")[0] == 200
         here.service.models[TEACHER].engine.close()
         assert here.get("/health") == (503, b'{"status":"closed"}')
-
-
-# --- the page in a browser ------------------------------------------------------------------------

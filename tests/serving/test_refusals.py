@@ -1,4 +1,4 @@
-"""Requests that are wrong, odd, or another server's clients': each is answered, or refused by name."""
+"""Requests that are wrong or odd: each is answered, or refused by name."""
 
 from __future__ import annotations
 

@@ -435,9 +435,6 @@ def test_a_failed_pass_leaves_the_sequences_as_they_were(monkeypatch: pytest.Mon
     assert torch.equal(batch.tokens[0, :44], expected.sequences[0])
 
 
-# --- files and errors -----------------------------------------------------------------------------
-
-
 def test_a_bad_row_is_named_and_one_off_the_path_does_not_matter() -> None:
     model = deep_model()
     texts = plain(model, PROMPTS[:2]).sequences.tolist()

@@ -399,9 +399,6 @@ def test_what_is_no_draft_is_refused(draft: Draft, message: str) -> None:
         plain(prompts=prompts, drafter=drafter, draft_size=5)
 
 
-# --- trees ----------------------------------------------------------------------------------------
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 

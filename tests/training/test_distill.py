@@ -1,4 +1,4 @@
-"""Recipes, dry runs, adapters and merging; and the shortened study: passes fall at kept accuracy."""
+"""Recipes, dry runs; and the shortened study: passes fall at kept accuracy."""
 
 from __future__ import annotations
 
@@ -386,8 +386,6 @@ def test_no_right_answer_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no right answer"):
         distill.run(distill.read(RECIPES / "builtin.yaml"), tmp_path / "none", tmp_path / "out")
 
-
-# --- adapters -----------------------------------------------------------------------------------
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
