@@ -221,7 +221,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
 
 
 def check_ends(
-    eos_ids: Sequence[int], stop: Sequence[Sequence[int]], known: int | None, mask_id: int | None = None
+    eos_ids: Sequence[int], stop: Sequence[Sequence[int]], known: int | None, mask_id: int | None
 ) -> None:
     """Raise ValueError for an EOS or a stop sequence that cannot come.
 

@@ -233,9 +233,9 @@ def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
 MOST_IDS = 2**24
 
 
-def is_id(value: Any, most: int = MOST_IDS) -> bool:
+def is_id(value: Any) -> bool:
     """Whether a value of a JSON file is a token's id."""
-    return type(value) is int and 0 <= value < most
+    return type(value) is int and 0 <= value < MOST_IDS
 
 
 def mask_token_id(directory: Path) -> int | None:

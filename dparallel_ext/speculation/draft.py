@@ -70,9 +70,9 @@ def check_drafts(
     lanes: Sequence[int],
     sizes: Sequence[int],
     shape: ModelConfig,
-    riders: int = 0,
-    prefilling: Collection[int] = (),
-    keeps_streams: bool = False,
+    riders: int,
+    prefilling: Collection[int],
+    keeps_streams: bool,
 ) -> None:
     """Raise ValueError unless a drafter's drafts are well-formed and of the requested sizes.
 
