@@ -73,7 +73,8 @@ class SamplingGroup(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `row_stats`, `unmask_` and `accept`."""
-        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "suppress")}
+        temperature, top_p, top_k, suppress, _ = self
+        return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "suppress": suppress}
 
     @property
     def greedy(self) -> SamplingGroup:
