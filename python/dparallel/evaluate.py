@@ -70,8 +70,8 @@ def evaluate(
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
     changed = changed_fields(config) | drafted_by(draft_size)
-    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
-    model, length = asked.model, asked.length
+    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    model, length = task.model, task.length
     config = config.replace(gen_length=length, record=True)
     cache, schedule, _ = check_model(config, model, "none")
     canvases = to_eos = 0
@@ -80,7 +80,7 @@ def evaluate(
     def decode(part: Sequence[Encoded]) -> dx.DecodeOutput:
         return dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
 
-    for part, out in _answered(decode, asked, how, totals, recording, answers, beyond_end=True):
+    for part, out in _answered(decode, task, how, totals, recording, answers, beyond_end=True):
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
         assert out.trajectory is not None
         for i, (each, response) in enumerate(zip(part, out.responses, strict=True)):
@@ -90,10 +90,10 @@ def evaluate(
             nfe = out.nfe[i : i + 1]
             to_eos += int(passes_to_eos(steps[None], nfe, ends[None], schedule.block_length, start))
     return {
-        **_result(asked, policy, changed, totals, threshold=threshold, to_eos=to_eos),
+        **_result(task, policy, changed, totals, threshold=threshold, to_eos=to_eos),
         "block_length": schedule.block_length,
         "cache": cache,
-        **({"canvases_mean": ratio(canvases, len(asked.problems.prompts))} if draft_size else {}),
+        **({"canvases_mean": ratio(canvases, len(task.problems.prompts))} if draft_size else {}),
     }
 
 
@@ -101,7 +101,7 @@ def ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-class Asked(NamedTuple):
+class Task(NamedTuple):
     """Problems and the model that answers them."""
 
     problems: Problems
@@ -120,7 +120,7 @@ SET_HERE = ("gen_length", "record", "logprobs")
 """Fields of `DecodeConfig` that a measurement sets itself; the problems have the length."""
 
 
-def _asked(
+def _task(
     name: str,
     config: dx.DecodeConfig,
     problems: int | Problems,
@@ -129,7 +129,7 @@ def _asked(
     chat: bool | None,
     loading: registry.Loading | None,
     loaded: tuple[Any, Any] | None,
-) -> Asked:
+) -> Task:
     """The checked arguments of `evaluate` and its like, with the model loaded."""
     for key in SET_HERE:
         if (value := getattr(config, key)) != DEFAULTS[key]:
@@ -144,7 +144,7 @@ def _asked(
     model, tokenizer = loaded or (loading or registry.Loading()).load(name)
     model = dx.models.for_decoding(model)
     encode = registry.encoder_of(name, model, tokenizer, template, length)
-    return Asked(problems, name, model, tokenizer, encode, template is not None, length, batch)
+    return Task(problems, name, model, tokenizer, encode, template is not None, length, batch)
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Totals:
 
 
 def _result(
-    asked: Asked,
+    task: Task,
     policy: str,
     config: Fields,
     totals: Totals,
@@ -169,13 +169,13 @@ def _result(
     to_eos: int | None = None,
 ) -> dict[str, Any]:
     """The fields that all results have. to_eos: passes until the ends; default: all."""
-    count = len(asked.problems.prompts)
+    count = len(task.problems.prompts)
     return {
-        "model": asked.name,
+        "model": task.name,
         "policy": policy,
         "config": config,
         "threshold": threshold,
-        **asked.problems.description,
+        **task.problems.description,
         "accuracy": ratio(totals.right, count),
         "accuracy_interval": wilson(totals.right, count),
         "nfe_mean": ratio(totals.passes, count),
@@ -183,9 +183,9 @@ def _result(
         "tokens_per_forward": ratio(totals.tokens, totals.passes),
         "padded_tokens_per_forward": ratio(totals.generated, totals.passes),
         "seconds": round(time.perf_counter() - totals.began, 3),
-        "gen_length": asked.length,
-        "chat": asked.chat,
-        **registry.conditions_of(asked.model),
+        "gen_length": task.length,
+        "chat": task.chat,
+        **registry.conditions_of(task.model),
     }
 
 
@@ -236,22 +236,22 @@ def evaluate_drafter(
     check_named(drafter)
     check_causal(vars(config))
     changed = drafter_fields(config, drafter, draft_size)
-    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
-    model = asked.model
+    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    model = task.model
     drafts = layers = 0
     drafted, accepted = list[int](), list[int]()
     loaded_drafter = registry.load_drafter(drafter, model.device, model.dtype)
     size = draft_size
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
-    config, totals = config.replace(gen_length=asked.length, record=recording is not None), Totals()
+    config, totals = config.replace(gen_length=task.length, record=recording is not None), Totals()
 
     def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
         seeded = _seeded(config, part)
         return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
     how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
-    for _, out in _answered(decode, asked, how, totals, recording, answers):
+    for _, out in _answered(decode, task, how, totals, recording, answers):
         drafts, layers = drafts + int(out.draft_nfe.sum()), layers + int(out.layers.sum())
         drafted, accepted = (
             [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
@@ -259,8 +259,8 @@ def evaluate_drafter(
         )
     totals.tokens = totals.generated
     return {
-        **_result(asked, drafter or PLAIN, changed, totals),
-        "draft_mean": ratio(drafts, len(asked.problems.prompts)),
+        **_result(task, drafter or PLAIN, changed, totals),
+        "draft_mean": ratio(drafts, len(task.problems.prompts)),
         "drafted": drafted,
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
@@ -280,7 +280,7 @@ def check_named(drafter: Any) -> None:
 
 def _answered(
     decode: Callable[[Sequence[Encoded]], Output],
-    asked: Asked,
+    task: Task,
     how: str,
     totals: Totals,
     recording: Recording | None,
@@ -294,21 +294,21 @@ def _answered(
     the problems. beyond_end: the tokens behind the model's own ends are part of the answers.
     """
     by_number: dict[int, Answer] = {}
-    for part in _batches(asked):
+    for part in _batches(task):
         out = decode(part)
         responses, kept = [response.tolist() for response in out.responses], out.kept.tolist()
         if beyond_end:
             kept = [
-                kept_of(response[: min(asked.length, end)], asked.model.eos_ids)
+                kept_of(response[: min(task.length, end)], task.model.eos_ids)
                 for response, end in zip(responses, kept, strict=True)
             ]
         cut = [response[:count] for response, count in zip(responses, kept, strict=True)]
-        texts = asked.tokenizer.decode_batch(responses if beyond_end and asked.problems.beyond_end else cut)
+        texts = task.tokenizer.decode_batch(responses if beyond_end and task.problems.beyond_end else cut)
         each_answer = zip(part, responses if beyond_end else cut, strict=True)
         by_number |= {each.number: Answer(each.ids, tokens) for each, tokens in each_answer}
         if recording is not None:
-            _record(recording, asked, how, part, texts, out, kept)
-        totals.right += sum(map(asked.problems.checker, (each.prompt.answer for each in part), texts))
+            _record(recording, task, how, part, texts, out, kept)
+        totals.right += sum(map(task.problems.checker, (each.prompt.answer for each in part), texts))
         totals.passes += int(out.nfe.sum())
         totals.tokens += sum(kept)
         totals.generated += int(out.generated.sum())
@@ -341,21 +341,21 @@ def evaluate_adaptive(
     """
     numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | numbers
-    asked = _asked(model_name, config, problems, seed, batch, chat, loading, loaded)
-    model = asked.model
-    judge = registry.load_verifier(verifier, model, asked.tokenizer)
-    config = config.replace(gen_length=asked.length, record=recording is not None)
+    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    model = task.model
+    judge = registry.load_verifier(verifier, model, task.tokenizer)
+    config = config.replace(gen_length=task.length, record=recording is not None)
 
     def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
         return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
 
     how = label({"policy": verifier, "config": changed})
     verified, totals = 0, Totals()
-    for _, out in _answered(decode, asked, how, totals, recording):
+    for _, out in _answered(decode, task, how, totals, recording):
         verified += int(out.verifier_nfe.sum())
     return {
-        **_result(asked, verifier, changed, totals),
-        "verifier_mean": ratio(verified, len(asked.problems.prompts)),
+        **_result(task, verifier, changed, totals),
+        "verifier_mean": ratio(verified, len(task.problems.prompts)),
     }
 
 
@@ -365,7 +365,7 @@ RECORDED = 3
 
 def _record(
     recording: Recording,
-    asked: Asked,
+    task: Task,
     how: str,
     part: Sequence[Encoded],
     answers: Sequence[str],
@@ -373,12 +373,12 @@ def _record(
     kept: Sequence[int],
 ) -> None:
     """Add a batch's answers to the first problems to the recording."""
-    texts = TokenTexts(asked.tokenizer)
+    texts = TokenTexts(task.tokenizer)
     for i, (each, answer) in enumerate(zip(part, answers, strict=True)):
         if each.number < RECORDED:
             expected = each.prompt.answer
-            note = "right" if asked.problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
-            shown: Fields = {"model": asked.name, "how": how, "length": asked.length, "note": note}
+            note = "right" if task.problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
+            shown: Fields = {"model": task.name, "how": how, "length": task.length, "note": note}
             recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], **shown))
 
 
@@ -393,15 +393,15 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
     return config.replace(seed=[config.seed + each.number for each in part])
 
 
-def _batches(asked: Asked) -> Iterator[Sequence[Encoded]]:
-    """At most `asked.batch` problems at a time, those of like lengths together. A terminal shows how many
+def _batches(task: Task) -> Iterator[Sequence[Encoded]]:
+    """At most `task.batch` problems at a time, those of like lengths together. A terminal shows how many
     are done."""
-    prompts = enumerate(asked.problems.prompts)
-    encoded = [Encoded(number, prompt, asked.encode(prompt.text)) for number, prompt in prompts]
+    prompts = enumerate(task.problems.prompts)
+    encoded = [Encoded(number, prompt, task.encode(prompt.text)) for number, prompt in prompts]
     encoded.sort(key=lambda each: len(each.ids))
-    bar = progress_bar(sys.stderr.isatty(), len(encoded), asked.name, "problem", leave=False)
-    for first in range(0, len(encoded), asked.batch):
-        part = encoded[first : first + asked.batch]
+    bar = progress_bar(sys.stderr.isatty(), len(encoded), task.name, "problem", leave=False)
+    for first in range(0, len(encoded), task.batch):
+        part = encoded[first : first + task.batch]
         yield part
         if bar is not None:
             bar.update(len(part))

@@ -187,7 +187,7 @@ def left_to_right_masks(length: int) -> Masks:
 # --- passes -------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class Targets(NamedTuple):
     """m tokens whose probabilities are needed from one pass; tensors (m,)."""
 
     pair: Tensor
@@ -217,7 +217,7 @@ class Blocks(NamedTuple):
     """(pair, source, target) of the tokens that a finished block predicts, for shifted logits."""
     masked: dict[Key, tuple[int, int]]
     """Prefix -> (sequence, number of the block), for each block that is masked after a prefix."""
-    asked: dict[Key, list[tuple[int, int]]]
+    following: dict[Key, list[tuple[int, int]]]
     """Prefix -> (pair, target) of the tokens that follow it."""
 
 
@@ -245,7 +245,7 @@ def lay_out_blocks(pairs: Sequence[Pair], size: int, shift: int) -> Blocks:
                 continue
             key = (before, tuple(ids[at - inside : at]))
             blocks.masked.setdefault(key, (row, block))
-            blocks.asked.setdefault(key, []).append((pair.number, ids[at]))
+            blocks.following.setdefault(key, []).append((pair.number, ids[at]))
     return blocks
 
 
@@ -280,17 +280,17 @@ class Scorer:
         states_left = {pair.number: 0 for pair in pairs}
         totals = {pair.number: Likelihood(0.0, True) for pair in pairs}
         rows: dict[bytes, Tensor] = {}
-        asked: list[tuple[Pair, bytes, Tensor]] = []
+        states: list[tuple[Pair, bytes, Tensor]] = []
 
         def run() -> Iterator[tuple[int, Likelihood]]:
-            for index, part in self._whole(rows, asked).items():
+            for index, part in self._whole(rows, states).items():
                 totals[index] = _add(totals[index], part)
-            for pair, _, _ in asked:
+            for pair, _, _ in states:
                 states_left[pair.number] -= 1
                 if not states_left[pair.number]:
                     yield pair.number, totals[pair.number]
             rows.clear()
-            asked.clear()
+            states.clear()
 
         for pair in pairs:
             if not len(pair.answer):
@@ -305,13 +305,13 @@ class Scorer:
                 if key not in rows and len(rows) == self.batch_size:
                     yield from run()
                 rows[key] = ids
-                asked.append((pair, key, wanted))
-        if asked:
+                states.append((pair, key, wanted))
+        if states:
             yield from run()
 
     @torch.inference_mode()
     def _whole(
-        self, rows: dict[bytes, Tensor], asked: Sequence[tuple[Pair, bytes, Tensor]]
+        self, rows: dict[bytes, Tensor], states: Sequence[tuple[Pair, bytes, Tensor]]
     ) -> dict[int, Likelihood]:
         """Run one pass over whole masked sequences; for each pair, return the sum over the needed tokens."""
         begin: dict[bytes, int] = {}
@@ -324,15 +324,15 @@ class Scorer:
             spans += [Span(row, start, end, end) for start, end in itertools.pairwise(cuts)]
             at += length
         wanted = []
-        for pair, key, weight in asked:
+        for pair, key, weight in states:
             column = weight.nonzero()[:, 0]
             source = (column + len(pair.prompt) - self.shift).clamp(min=0) + begin[key]
             wanted.append(
-                Asked(torch.full_like(column, pair.number), source, pair.answer[column], weight[column])
+                Targets(torch.full_like(column, pair.number), source, pair.answer[column], weight[column])
             )
         cache = self.model.new_cache(len(rows), max(map(len, rows.values())), kept=False)
         hidden = self._step(cache, spans, torch.cat(list(rows.values())))
-        return self._score(hidden, Asked(*map(torch.cat, zip(*wanted, strict=True))))
+        return self._score(hidden, Targets(*map(torch.cat, zip(*wanted, strict=True))))
 
     def by_blocks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
         """`left_to_right` of a block-causal model, `batch_size` pairs at a time."""
@@ -372,7 +372,7 @@ class Scorer:
                 spans.append(Span(len(pairs) + lane, block * size, (block + 1) * size, (block + 1) * size))
                 tokens += [*key[1], *[self.mask_id] * (size - len(key[1]))]
                 source = lane * size + max(len(key[1]) - self.shift, 0)
-                wanted += [(pair, source, target) for pair, target in blocks.asked[key]]
+                wanted += [(pair, source, target) for pair, target in blocks.following[key]]
             sums.append(self._score(self._step(cache, spans, torch.tensor(tokens)), _all(wanted)))
         return sums
 
@@ -417,19 +417,19 @@ class Scorer:
         with own_precision(self.model, device):
             return self.model.step(tokens.to(device), cache, metadata)
 
-    def _score(self, hidden: Tensor, asked: Asked) -> dict[int, Likelihood]:
+    def _score(self, hidden: Tensor, targets: Targets) -> dict[int, Likelihood]:
         """For each pair, the weighted sum of its tokens' log-probabilities, and whether all are the argmax.
 
         hidden: (N, width). The head is applied once to each position, chunk by chunk.
         """
-        source, row = asked.source.unique(return_inverse=True)  # (r,), (m,)
+        source, row = targets.source.unique(return_inverse=True)  # (r,), (m,)
         device = hidden.device
         logprob = torch.zeros(len(row), dtype=torch.float64)
         argmax = torch.zeros(len(row), dtype=torch.bool)
         for begin in range(0, len(source), self.chunk_rows):
             part = source[begin : begin + self.chunk_rows]
             here = ((row >= begin) & (row < begin + len(part))).nonzero()[:, 0]
-            at, target = (row[here] - begin).to(device), asked.target[here].to(device)
+            at, target = (row[here] - begin).to(device), targets.target[here].to(device)
             if self.pad_to is not None:
                 part = F.pad(part, (0, self.pad_to(len(part)) - len(part)))
             with own_precision(self.model, device):
@@ -438,8 +438,9 @@ class Scorer:
             logprob[here] = (logits[at, target].double() - stats.lse[at]).cpu()
             argmax[here] = (stats.token[at] == target).cpu()
         dx.check_errors(device)
-        indices, of_pair = asked.pair.unique(return_inverse=True)
-        totals = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, of_pair, logprob * asked.weight)
+        indices, of_pair = targets.pair.unique(return_inverse=True)
+        weighted = logprob * targets.weight
+        totals = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, of_pair, weighted)
         missed = torch.zeros(len(indices)).index_add_(0, of_pair, (~argmax).float())
         return {
             index: Likelihood(total, not count)
@@ -447,10 +448,10 @@ class Scorer:
         }
 
 
-def _all(tokens: Sequence[tuple[int, int, int]]) -> Asked:
+def _all(tokens: Sequence[tuple[int, int, int]]) -> Targets:
     """Tokens (pair, source, target) with weight 1."""
     pair, source, target = torch.tensor(tokens).unbind(1)
-    return Asked(pair, source, target, torch.ones(len(tokens), dtype=torch.float64))
+    return Targets(pair, source, target, torch.ones(len(tokens), dtype=torch.float64))
 
 
 def _add(a: Likelihood, b: Likelihood) -> Likelihood:
