@@ -52,7 +52,7 @@ class GraphKey(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return (*self[:7], tuple(group.key for group in self.groups))
+        return (*self[:-1], tuple(group.key for group in self.groups))
 
     @property
     def recorded(self) -> bool:
