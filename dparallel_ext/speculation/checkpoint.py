@@ -45,8 +45,8 @@ class Origin(NamedTuple):
     def of(cls, config: Mapping[str, Any]) -> Origin:
         """The origin in a config.json. Raises ValueError for values that are no text."""
         ours = read(config, {OURS: Field(dict, {})})[OURS]
-        origin = cls(*map(ours.get, cls._fields))
-        for name, text in origin._asdict().items():
+        origin = cls(*map(ours.get, Origin._fields))
+        for name, text in zip(Origin._fields, origin, strict=True):
             if not isinstance(text, str | None):
                 raise ValueError(f"config: {OURS}: {name}={text!r:.80}, expected text or null")
         return origin
@@ -54,7 +54,7 @@ class Origin(NamedTuple):
     @property
     def ours(self) -> dict[str, Any]:
         """The entry for config.json."""
-        return {OURS: self._asdict()}
+        return {OURS: dict(zip(Origin._fields, self, strict=True))}
 
 
 class DraftCheckpoint(NamedTuple):
