@@ -420,8 +420,8 @@ def replace_model(
 
 @contextmanager
 def in_turn(file: Path) -> Iterator[None]:
-    """A context in which one thread of one process is at a time, of those that name this file, which is there
-    meanwhile. Without a wait on a file system that has no locks."""
+    """A context for one thread of one process at a time, of all that name this file; the file exists for as
+    long. On a file system without locks nobody waits."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
