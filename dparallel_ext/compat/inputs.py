@@ -9,17 +9,15 @@ from torch import Tensor
 
 from ..arguments import INTEGERS, check_ids, described
 from ..decoding.settings import vocabulary
-from ..models import Model, for_decoding, unwrap, warn_of_dropout
+from ..models import for_decoding, ids_device, warn_of_dropout
 
 
 def prompts_of(name: str, value: Any, model: Any, dims: tuple[int, ...] = (1, 2)) -> Tensor:
-    """Token ids (B, P) int64, from whole numbers (B, P) or (P,); on the model's device, if it is one of ours.
+    """Token ids (B, P) int64, from whole numbers (B, P) or (P,), on the model's device, see `ids_device`.
     Raises ValueError naming the argument."""
     if not isinstance(value, Tensor) or value.ndim not in dims or value.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected int64 (B, P), got {described(value)}")
-    ours = unwrap(model)
-    device = ours.device if isinstance(ours, Model) else value.device
-    return torch.atleast_2d(value.to(device, torch.int64))
+    return torch.atleast_2d(value.to(ids_device(model) or value.device, torch.int64))
 
 
 def visible(attention_mask: Any, name: str, prompts: Tensor) -> Tensor:

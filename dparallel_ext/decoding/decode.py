@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..models import Model, check_call, for_decoding, warn_beyond
+from ..models import check_call, for_decoding, ids_device, warn_beyond
 from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
@@ -114,7 +114,7 @@ def decode(
             dropout. `torch.autocast` applies to models that are not ours.
         prompt: token ids (B, P) or (P,), or a list of (P,) of any lengths, as tensors, numpy arrays or lists;
             or a tokenizer's output with its attention_mask. Mask tokens stay as they are, unless `infill` is
-            on. With one of our models, ids go to the model's device.
+            on. Ids go to the model's device, if it has a `device`, as our models and Hugging Face's have.
         config: how the prompts are decoded; default: `DecodeConfig()`.
         draft_size: self-speculation (SSD, arXiv 2510.04147), see `self_speculation`: the same text in fewer
             passes, each over up to 1 + draft_size copies of a sequence, which hold guesses of what the next
@@ -197,8 +197,8 @@ def start(
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:
         masked = [masks(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
-    if isinstance(model, Model):
-        prompts = arguments.moved(prompts, model.device)
+    if (device := ids_device(model)) is not None:
+        prompts = arguments.moved(prompts, device)
     lengths = [
         whole_length(len(prompt), count, block_length, of_model.schedule.aligned)
         for prompt, count in zip(prompts, counts, strict=True)

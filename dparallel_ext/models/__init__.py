@@ -23,7 +23,16 @@ from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
 from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
 from .wedlm import WeDLM
-from .wrappers import check_call, for_decoding, logits_of, native, own_precision, unwrap, warn_of_dropout
+from .wrappers import (
+    check_call,
+    for_decoding,
+    ids_device,
+    logits_of,
+    native,
+    own_precision,
+    unwrap,
+    warn_of_dropout,
+)
 
 __all__ = [
     "FAMILIES",
@@ -62,6 +71,7 @@ __all__ = [
     "family_of",
     "fingerprint",
     "for_decoding",
+    "ids_device",
     "load",
     "locate",
     "logits_of",

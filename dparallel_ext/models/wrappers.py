@@ -114,6 +114,13 @@ def for_decoding(model: Any, name: str = "model") -> Any:
     return stack[max((i + 1 for i, layer in enumerate(stack) if isinstance(layer, parallel)), default=0)]
 
 
+def ids_device(model: Any) -> torch.device | None:
+    """Where a model's ids have to be: the device that it says it has, as our models and Hugging Face's do.
+    None: nobody knows, or its weights come from elsewhere with each call; ids stay where they are."""
+    device = getattr(unwrap(model), "device", None)
+    return device if isinstance(device, torch.device) and device.type != "meta" else None
+
+
 def native(model: Any, name: str = "model", expected: str = "one") -> Model:
     """A native model without its wrappers. Raises ValueError naming the argument, and saying what was
     `expected`, for another model, and as `for_decoding` and `check_call`."""

@@ -109,6 +109,25 @@ def published(device: str) -> Any:
     return found
 
 
+class Foreign(torch.nn.Module):
+    """A model that says where it is, as Hugging Face's do."""
+
+    def __init__(self, inner: Model) -> None:
+        super().__init__()
+        self.inner, self.config = inner, type("Config", (), inner.config)()
+        self.device = inner.device
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+def foreign(device: str) -> Any:
+    model = Foreign(golden.model("llada_tiny_a", device=device))
+    settings: Any = {"gen_length": 8, "block_length": 4, "threshold": 0.02}
+    out = dx.decode(model, [[5, 6], torch.tensor([7])], temperature=1.0, seed=3, **settings)
+    return out.sequences, dx.compat.generate(model, torch.tensor([[5, 6]]), mask_id=511, **settings)
+
+
 def adaptive(device: str) -> Any:
     model, verifier = golden.model("llada_tiny_a", device=device), moved(drafters.MODEL, device)
     given = prompts(device)
@@ -264,6 +283,7 @@ WAYS: dict[str, Way] = {
     **{f"an engine, {name}": served(drafters.MODEL, made) for name, made in DRAFTERS.items()},
     "padded prompts": padded,
     "the published functions": published,
+    "a foreign model": foreign,
     "adaptive": adaptive,
     "infilled": infilled,
     "scored": scored,
