@@ -103,7 +103,8 @@ def automaton(
     onward, final = dict(found["next"]), {*found["final"]}
     numbers = {state: at for at, state in enumerate(dict.fromkeys([found["first"], *onward]))}
     dead = len(numbers)
-    columns = {byte: [dead] * (dead + 1) for steps in onward.values() for byte, _ in steps}
+    leading = {byte for steps in onward.values() for byte, _ in steps}
+    columns = {byte: [dead] * (dead + 1) for byte in sorted(leading)}
     for state, steps in onward.items():
         for byte, to in steps:
             columns[byte][numbers[state]] = numbers.get(to, dead)
