@@ -16,7 +16,8 @@ from conftest import GPUS, golden
 from forms import a_form
 from tape import PROMPTS, TINY, recordings
 from test_infill import fast_dllm
-from test_rules import Backtrack, Planner
+from test_rules import Planner
+from test_rules_that_edit import Backtrack
 from torch import Tensor
 
 import dparallel_ext as dx

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GPUS
 from tape import PROMPTS, TINY
-from test_graphs import kernels_of
+from test_recorded_passes import kernels_of
 from torch import Tensor
 
 import dparallel_ext as dx
