@@ -274,8 +274,7 @@ def _sample_from_logits(
     if 0 <= temperature < COLDEST or not keywords.get("use_multinomial", True):
         stats = row_stats(logits)
         return stats.token, stats.confidence
-    top_k, top_p = keywords.get("top_k"), keywords.get("top_p")
-    filtered = (top_k is not None and top_k > 0) or (top_p is not None and top_p < 1.0)
+    filtered = (keywords.get("top_k") or 0) > 0 or (keywords.get("top_p") or 1.0) < 1.0
     if seed is None or filtered or temperature < 0:
         return original(logits, temperature=temperature, generator=generator, **keywords)
     position = torch.arange(logits.shape[1], device=logits.device)

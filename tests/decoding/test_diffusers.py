@@ -108,13 +108,6 @@ def drawn_first(case: str, pipeline: Any) -> Tensor:
     return run(case, call)
 
 
-def test_a_top_p_of_0_is_that_of_diffusers(pipelines: dict[str, Any]) -> None:
-    """The likeliest token alone, at every temperature."""
-    pipeline, keywords = pipelines["block refinement"], {"temperature": 1.5, "top_p": 0.0}
-    ours = run("block refinement", dx.diffusion_gemma.run_pipeline, pipeline, multinomial=False, **keywords)
-    assert torch.equal(ours, run("block refinement", pipeline, **keywords))
-
-
 def test_the_entropy_bound_step_reads_the_logits_once(
     pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,8 +228,12 @@ def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("raises", [None, ValueError, KeyboardInterrupt, "while it waits"])
-def test_the_end_of_a_with_block(monkeypatch: pytest.MonkeyPatch, raises: Any) -> None:
+def test_the_end_of_a_with_block(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, raises: Any
+) -> None:
     """Without an error requests are finished; with one, or with Ctrl-C meanwhile, they are cancelled."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     began, closing, close = threading.Event(), threading.Event(), EngineCore.close
 
     def closes(core: EngineCore, cancel: bool) -> None:

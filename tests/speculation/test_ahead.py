@@ -17,6 +17,7 @@ from dparallel_ext import speculation
 from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
+from dparallel_ext.speculation import runner
 
 pytest_plugins = ["taping"]
 
@@ -36,18 +37,18 @@ def test_the_host_issues_a_pass_before_it_looks_at_the_one_before(
     """And it looks once a pass."""
     said: list[tuple[str, int]] = []
     results: list[Tensor] = []
-    run, tolist = Graphs.run, Tensor.tolist
+    run, tolist = runner.run_pass, Tensor.tolist
 
-    def runs(self: Graphs, *args: Any, **settings: Any) -> Tensor:
+    def runs(*args: Any, **settings: Any) -> Tensor:
         said.append(("run", len(results)))
-        results.append(run(self, *args, **settings))
+        results.append(run(*args, **settings))
         return results[-1]
 
     def looks(self: Tensor) -> Any:
         said.extend(("look", at) for at, result in enumerate(results) if result is self)
         return tolist(self)
 
-    monkeypatch.setattr(Graphs, "run", runs)
+    monkeypatch.setattr(runner, "run_pass", runs)
     monkeypatch.setattr(Tensor, "tolist", looks)
     dx.speculate(drafters.MODEL, PROMPTS[:lanes], gen_length=6, eos_id=-1)
     passes = [each for at in range(1, 6) for each in (("run", at), ("look", at - 1))]
@@ -126,14 +127,14 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
         dx.speculate(drafters.MODEL, prompt, gen_length=24, eos_id=-1).sequences[0] for prompt in PROMPTS
     ]
     batch, admit = causal(PROMPTS)
-    run, fails = Graphs.run, iter([False] * 9 + [True] + [False] * 99)
+    run, fails = runner.run_pass, iter([False] * 9 + [True] + [False] * 99)
 
-    def failing(self: Graphs, *args: Any, **settings: Any) -> Tensor:
+    def failing(*args: Any, **settings: Any) -> Tensor:
         if next(fails):
             raise RuntimeError("no such luck")
-        return run(self, *args, **settings)
+        return run(*args, **settings)
 
-    monkeypatch.setattr(Graphs, "run", failing)
+    monkeypatch.setattr(runner, "run_pass", failing)
     with torch.inference_mode():
         admit(0)
         assert batch.step() == [0]
