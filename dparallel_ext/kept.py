@@ -1,7 +1,7 @@
 """A store of costly objects beside a model, for the next call that needs the same.
 
-`decode` and `speculate` keep the workspaces of their recorded passes here. An object is freed with the model,
-and when the model moves or is trained; so it must not refer to the model.
+`decode`, `speculate` and `adaptive_decode` keep the workspaces of their recorded passes here. An object is
+freed with the model, and when the model moves or is trained; so it must not refer to the model.
 """
 
 from __future__ import annotations

@@ -290,6 +290,7 @@ class Adaptive(LeftToRight):
             verifier=self._verifier,
             mask_id=self._mask_id,
             batch_invariant=self.config.batch_invariant,
+            graphs=self.config.graphs,
             kv_cache=kv_cache,
             **self._numbers,
         )

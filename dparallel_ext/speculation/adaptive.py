@@ -18,27 +18,25 @@ values, although the text behind them has changed since.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments
-from ..cache import KVCache, Span
+from ..cache import KVCache
 from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
-from ..decoding.padding import row_padding
-from ..decoding.sequence import grouped
+from ..decoding.sequence import Settings
 from ..decoding.settings import make_settings, mask_of
-from ..models import Model, check_diffusion, native, own_precision, traits, warn_beyond
+from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
-from ..ops.row_stats import read_rows
-from ..types import NO_ERROR
+from .adaptive_passes import AdaptiveSession, Part, Verifying
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
@@ -99,7 +97,7 @@ def adaptive_decode(
         streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
         progress: show a tqdm bar of tokens.
         keywords: fields of `DecodeConfig`; they replace the config's. `eos_id`: None: the model's own end
-            tokens; a number replaces them; -1: none. `graphs` has no effect: passes are not recorded.
+            tokens; a number replaces them; -1: none.
 
     Returns:
         AdaptiveOutput. Each sequence goes on at its own pace; one that has ended is in no pass, and is filled
@@ -121,6 +119,7 @@ def adaptive_decode(
         mask = mask_of(model, config.mask_id)
         check_prompts(model, prompts)
         eos_ids = end_ids(model, config, mask)
+        named = isinstance(verifier, (str, Path))
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
@@ -137,11 +136,14 @@ def adaptive_decode(
             mask_id=mask,
             pad_id=eos_ids[0] if eos_ids else mask,
             batch_invariant=config.batch_invariant,
+            graphs=config.graphs,
             **numbers,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids.cpu(), count, setting, eos_ids=eos_ids)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
+        if not named:  # else the next call reads another
+            batch.keep()
     device = prompts[0].device if prompts else torch.device("cpu")
     fields = decoded(batch, device, config, "draft_nfe")
     return AdaptiveOutput(
@@ -214,7 +216,7 @@ class Judged:
     tokens: list[int]
     """The drafted tokens."""
     logprobs: list[float]
-    """Their log-probabilities, if the sequence is recorded."""
+    """Their log-probabilities."""
     taken: int
     """How many of the tokens, from the first on, are committed."""
     verified: bool
@@ -241,28 +243,37 @@ class AdaptiveBatch(CausalBatch):
         lookahead: int | None,
         pad_id: int = UNKNOWN,
         batch_invariant: bool = False,
+        graphs: bool = True,
         kv_cache: KVCache | None = None,
     ) -> None:
         super().__init__(
             model,
             lanes,
             width,
+            drafter=Verifying(weakref.ref(verifier), verifier.dtype, mask_id, mixture),
             pad_id=pad_id,
             batch_invariant=batch_invariant,
-            graphs=False,
+            graphs=graphs,
             kv_cache=kv_cache,
         )
-        self.verifier, self.mixture, self._mask = verifier, mixture, mask_id
+        self.verifier = verifier
         self.window = width if window is None else window
         self.lookahead = width if lookahead is None else lookahead
-        self.shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
-        """The number of ids, from 0, that both models have."""
-        self.verifier_cache = verifier.new_cache(lanes, width)
+        assert isinstance(self._session, AdaptiveSession)
+        self._passes = self._session
+
+    def admit(
+        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **more: Any
+    ) -> CausalSequence:
+        if settings.suppress is not None:  # of the ids that both models have
+            known = settings.suppress[settings.suppress < self._passes.shared]
+            settings = replace(settings, suppress=known)
+        return super().admit(lane, prompt, gen_length, settings, **more)
 
     def _run(self, live: Sequence[int]) -> Mapping[int, Judged]:
         judged: dict[int, Judged] = {}
         for group in [[b] for b in live] if self.batch_invariant else [live]:
-            judged |= self._judge({b: self.rows[b] for b in group})
+            judged |= self._judge([self._part(b) for b in group])
         return judged
 
     def _advance(self, b: int, result: Judged) -> None:
@@ -273,112 +284,44 @@ class AdaptiveBatch(CausalBatch):
             self.counts.add(drafted, count - 1)
         row.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
 
-    def _judge(self, rows: Mapping[int, CausalSequence]) -> dict[int, Judged]:
+    def _part(self, b: int) -> Part:
+        row, first = self.rows[b], b * self.tokens.shape[1]
+        return Part(
+            b,
+            self._ids[first : first + row.known],
+            range(row.known, min(row.known + self.lookahead, row.length)),
+            max(0, row.known - row.accepted - self.window) if row.nfe else 0,
+            row.num_cached,
+            row.sampling,
+            row.settings.key,
+        )
+
+    def _judge(self, parts: Sequence[Part]) -> dict[int, Judged]:
         """Run a pass over some sequences, which changes nothing but keys and values."""
-        device = self.model.device
-        drafts = {b: range(row.known, min(row.known + self.lookahead, row.length)) for b, row in rows.items()}
-        starts = {
-            b: max(0, row.known - row.accepted - self.window) if row.nfe else 0 for b, row in rows.items()
-        }
-        places = [(b, column) for b, columns in drafts.items() for column in columns]
-        lane, column = torch.tensor(places, device="cpu").T.to(device)  # (n,) each, of n drafted tokens
-        canvas = self.tokens.masked_fill(self.tokens == UNKNOWN, self._mask).to(device)
-        logits = self._logits(self.model, self.kv_cache, canvas, drafts, starts)  # (n, shared)
-        draft, logprob = self._choose(logits, places)
-        choice = torch.full_like(draft, UNKNOWN)
-        to_verify = {b: columns for b, columns in drafts.items() if len(columns) > 1}
-        if to_verify:
-            canvas[lane, column] = draft[0].clamp(min=0)
-            at = [i for i, place in enumerate(places) if place[0] in to_verify]
-            judged = torch.tensor(at, device=device)
-            starts = {b: rows[b].num_cached for b in to_verify}
-            other = self._logits(self.verifier, self.verifier_cache, canvas, to_verify, starts)
-            mixed = torch.lerp(other.float(), logits[judged].float(), self.mixture)
-            choice[:, judged], _ = self._choose(mixed, [places[i] for i in at])
-            self.draft_forwards += 1
+        found = self._passes.judge(parts)  # waits for the device
         self.forwards += 1
-        by_place = torch.cat((draft, choice)).T.tolist()  # waits for the device
-        recorded = any(row.settings.record for row in rows.values())
-        logprobs = logprob.tolist() if recorded else []
+        self.draft_forwards += any(part.verified for part in parts)
+        logprobs = found[2].to(torch.int32).view(torch.float32).tolist()
+        by_place = found.T.tolist()
         results, first = {}, 0
-        for b, columns in drafts.items():
-            last = first + len(columns)
-            taken = self._agreed(b, columns, by_place[first:last])
+        for part in parts:
+            last = first + len(part.columns)
+            taken = self._agreed(part, by_place[first:last])
             tokens = [row[0] for row in by_place[first:last]]
-            results[b] = Judged(tokens, logprobs[first:last], taken, b in to_verify)
+            results[part.lane] = Judged(tokens, logprobs[first:last], taken, part.verified)
             first = last
         return results
 
-    def _logits(
-        self,
-        model: Model,
-        kv_cache: KVCache,
-        canvas: Tensor,
-        columns_of: Mapping[int, range],
-        starts: Mapping[int, int],
-    ) -> Tensor:
-        """(n, shared): a model's logits for columns of some lanes, computed from `starts` on."""
-        device, pad_to, of_model = model.device, row_padding(model), traits(model)
-        back = int(of_model.shift or of_model.causal)
-        spans: list[Span] = []
-        source: list[int] = []
-        offset = 0
-        for b, columns in columns_of.items():
-            # The last token's logits are not needed.
-            start, end = starts[b], columns.stop - int(of_model.causal)
-            spans += model.spans(b, start, end, end)
-            source += (column - back - start + offset for column in columns)
-            offset += end - start
-        metadata = kv_cache.metadata(spans, pad_to, causal=of_model.causal).to(device)
-        at = torch.tensor(source, device=device)
-        if pad_to is not None:
-            at = F.pad(at, (0, pad_to(len(at)) - len(at)))
-        with own_precision(model, device):
-            x = model.step(canvas[metadata.rows, metadata.positions], kv_cache, metadata)
-            return model.head(x[at])[: len(source), : self.shared]
-
-    def _choose(self, logits: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Choices by the logits (n, shared) at places (lane, column), whose noise samples use.
-
-        Returns (2, n) int64, tokens and error codes, and their log-probabilities (n,) float32.
-        """
-        device = logits.device
-        keys = [(*self.rows[b].settings.key, column) for b, column in places]
-        seed, sequence, position = torch.tensor(keys, device="cpu").T.to(device)
-        numbers, groups = grouped(self.rows[b].sampling for b, _ in places)
-        chosen = torch.full((2, len(places)), UNKNOWN, device=device)
-        logprob = torch.full((len(places),), torch.nan, device=device)
-        for number, group in enumerate(groups):
-            at = torch.tensor([place for place, of in enumerate(numbers) if of == number], device=device)
-            suppress = (
-                group.suppress if group.suppress is None else group.suppress[group.suppress < self.shared]
-            )
-            stats, error = read_rows(
-                logits,
-                rows=at,
-                mask_id=self._mask if self._mask < self.shared else None,
-                **group._replace(suppress=suppress).arguments,
-                seed=seed[at],
-                sequence=sequence[at],
-                position=position[at],
-            )
-            chosen[:, at] = torch.stack((stats.sample, torch.where(error == NO_ERROR, UNKNOWN, error % 4)))
-            logprob[at] = stats.sample_logprob
-        return chosen, logprob
-
-    def _agreed(self, b: int, columns: range, results: Sequence[Sequence[int]]) -> int:
-        """How many tokens of a draft are committed. results: for each column token, error, choice, its error.
+    def _agreed(self, part: Part, results: Sequence[Sequence[int]]) -> int:
+        """How many tokens of a draft are committed. results: for each column what `judge` returns of it.
 
         Raises ValueError for the first bad row among the committed tokens or right behind them.
         """
         width = self.tokens.shape[1]
-        for number, (column, (token, bad, choice, bad_choice)) in enumerate(
-            zip(columns, results, strict=True)
-        ):
-            errors = (bad, bad_choice) if number else (bad,)
-            for error in errors:
+        for number, (column, (token, bad, _, *choice)) in enumerate(zip(part.columns, results, strict=True)):
+            for error in (bad, *choice[1:]) if number else (bad,):
                 if error != UNKNOWN:
-                    explain(4 * (b * width + column) + error, Cell(width))
-            if number and token != choice:
+                    explain(4 * (part.lane * width + column) + error, Cell(width))
+            if number and token != choice[0]:
                 return number
-        return len(columns)
+        return len(part.columns)
