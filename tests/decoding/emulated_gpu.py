@@ -111,7 +111,7 @@ class Emulation(TorchDispatchMode):
 
 
 def _guard() -> None:
-    """Have torch's CPU build switch "CUDA devices" as it switches meta ones: not at all."""
+    """Have torch's CPU build switch CUDA devices from now on as it switches meta ones: not at all."""
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     guards = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     if guards[1] is None:
