@@ -256,7 +256,7 @@ class AdaptiveBatch(CausalBatch):
             graphs=graphs,
             kv_cache=kv_cache,
         )
-        self.verifier = verifier
+        self.verifier, self.mixture = verifier, mixture
         self.window = width if window is None else window
         self.lookahead = width if lookahead is None else lookahead
         assert isinstance(self._session, AdaptiveSession)
