@@ -281,7 +281,10 @@ WAYS: dict[str, Way] = {
     "an engine, sdlm": served(sdlm.ours(), threshold=1.0),
     "an engine, experts": served(drafters.model_of("llada2_moe"), threshold=2.0),
     "an engine, adadecode": served(DEEP, lambda device: drafters.exits(target=DEEP)),
-    **{f"an engine, {name}": served(drafters.MODEL, made) for name, made in DRAFTERS.items()},
+    **{
+        f"an engine, {name}": served(drafters.MODEL, DRAFTERS[name])
+        for name in ("none", "recycling", "a model", "trees", "p-eagle", "strided", "hidden_transfer")
+    },
     "padded prompts": padded,
     "the published functions": published,
     "a foreign model": foreign,
