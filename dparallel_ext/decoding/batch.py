@@ -307,7 +307,9 @@ class Batch:
             row.generated -= block.masks_left
             row.open = (*row.open[:at], block._replace(masks_left=0), *row.open[at + 1 :])
             counts = [(0, block.start, 0)] * (at + 1)
-        if not self.schedule.is_over(row) or row.edits_on():
+        is_over = self.schedule.is_over(row)
+        if not is_over or row.edits_on:
+            row.edits += is_over
             self._open_more(row)
             return False
         row.published += self.schedule.published_passes(row)

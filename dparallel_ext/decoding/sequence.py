@@ -268,13 +268,11 @@ class SequenceState:
         """Whether committed tokens may change as long as their block is open."""
         return self.settings.rule is not None and self.settings.rule.edits > 0
 
+    @property
     def edits_on(self) -> bool:
         """Whether the front block, which has no mask, stays open for another pass of a rule that edits."""
         rule = self.settings.rule
-        if rule is None or not self.open[0].changed or self.edits >= rule.edits:
-            return False
-        self.edits += 1
-        return True
+        return rule is not None and self.open[0].changed and self.edits < rule.edits
 
     def index(self, column: int) -> int:
         """How many tokens of the response lie in front of `column`."""
