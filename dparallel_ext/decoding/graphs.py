@@ -114,13 +114,17 @@ class Graphs:
         self.recordings: dict[Hashable, Recorded | None] = {}
         """The least recently used key first; None: it was met once."""
         self.replays = 0
-        self.addresses: Sequence[int] | None = None
+        self.addresses: tuple[Sequence[int] | None, ...] | None = None
         """Addresses of the tensors that the recordings read; None: nothing can be recorded."""
 
-    def drop_stale(self, addresses: Sequence[int] | None) -> None:
-        """Drop the recordings if the tensors that they read have moved."""
-        if addresses != self.addresses:
-            self.addresses = addresses
+    def drop_stale(self, *addresses: Sequence[int] | None) -> None:
+        """Drop the recordings if the tensors that they read have moved.
+
+        addresses: of the tensors of each model and drafter; None for one that cannot be recorded.
+        """
+        known = None if None in addresses else addresses
+        if known != self.addresses:
+            self.addresses = known
             self.recordings.clear()
 
     def recording_of(

@@ -87,11 +87,8 @@ class AdaptiveSession(RecordedSession):
         assert verifier is not None  # the batch keeps it
         return verifier
 
-    def reset(self, lane: int) -> None:
-        if self.graphs is not None:
-            of_model, of_verifier = self.model.addresses(), self.verifier.addresses()
-            known = of_model is not None and of_verifier is not None
-            self.graphs.drop_stale([*(of_model or ()), *(of_verifier or ())] if known else None)
+    def addresses(self) -> Sequence[int] | None:
+        return self.verifier.addresses()
 
     def judge(self, parts: Sequence[Part]) -> Tensor:
         """Run a pass over some sequences, which changes nothing but keys and values.

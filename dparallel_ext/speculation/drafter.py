@@ -144,8 +144,8 @@ class DraftSession:
     def reset(self, lane: int) -> None:
         """Reset the state of a lane in which a sequence begins."""
 
-    def addresses(self) -> Sequence[int]:
-        """The addresses of the weights that its part of the passes reads."""
+    def addresses(self) -> Sequence[int] | None:
+        """The addresses of the weights that its part of the passes reads; None: that cannot be recorded."""
         return ()
 
     def observe(self, seen: Observation) -> None:
@@ -203,15 +203,14 @@ class RecordedSession(DraftSession):
     def recorded(self) -> bool:  # type: ignore[override]
         return self.graphs is not None and self.graphs.recorder is not None
 
-    def addresses(self) -> Sequence[int]:
+    def addresses(self) -> Sequence[int] | None:
         return [] if self.weights is None else [p.data_ptr() for p in self.weights.parameters()]
 
     def reset(self, lane: int) -> None:
         """Drop recordings if weights have moved. Data of the lane needs no reset: it is overwritten before it
         is read."""
         if self.graphs is not None:
-            of_model = self.model.addresses()
-            self.graphs.drop_stale(None if of_model is None else [*of_model, *self.addresses()])
+            self.graphs.drop_stale(self.model.addresses(), self.addresses())
 
     def _put_sources(self, packing: Packing, source: Sequence[int]) -> int:
         """Pack the rows whose logits a pass needs; return their number, padding included."""

@@ -236,8 +236,8 @@ class CausalRunner:
         """
         if self.graphs is not None and any(rows[b].nfe + coming[b] == 0 for b in drafts):
             # The weights of the model or the drafter may have moved.
-            of_model, of_drafter = self.model.addresses(), self._owned and self._owned.addresses()
-            self.graphs.drop_stale(of_model if of_model is None else [*of_model, *(of_drafter or ())])
+            of_drafter = () if self._owned is None else (self._owned.addresses(),)
+            self.graphs.drop_stale(self.model.addresses(), *of_drafter)
         inputs, key = self._inputs(rows, drafts, tree, coming)
         compute = functools.partial(self._compute, key)
         few = key.shapes[0][0] <= self._recorded_rows
