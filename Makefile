@@ -108,4 +108,4 @@ cuda-check:
 	$(PYTHON) tools/cuda_check.py --if-available
 
 clean:
-	rm -rf build out dparallel_ext/_C*.so *.egg-info
+	rm -rf build out dparallel_ext/_C*.so *.egg-info $(VENV)/built

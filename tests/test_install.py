@@ -367,6 +367,20 @@ def test_loading_to_a_gpu_without_kernels_warns(monkeypatch):
         dx.models.load(registry.directory_of("builtin:student"), device="cuda")
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_what_was_cleaned_is_built_again(tmp_path):
+    for name in ("csrc", "tools", ".venv"):
+        (tmp_path / name).mkdir()
+    for name in ("requirements.txt", "setup.py", "pyproject.toml", ".venv/installed", ".venv/built"):
+        (tmp_path / name).touch()
+    make, builds = ["make", "-f", str(ROOT / "Makefile")], []
+    for _ in range(2):
+        install = subprocess.run([*make, "-n", "install"], cwd=tmp_path, capture_output=True, check=True)
+        builds.append(b"building the extension" in install.stdout)
+        subprocess.run([*make, "clean"], cwd=tmp_path, capture_output=True, check=True)
+    assert builds == [False, True]
+
+
 def test_version(monkeypatch, capsys):
     """`dparallel --version`, as `python -m dparallel`; it is pyproject.toml's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
