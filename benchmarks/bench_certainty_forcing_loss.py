@@ -19,6 +19,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import backends
+from dparallel_ext.ops.head import rows_of_chunk
 
 from . import baselines
 from .harness import CPU, OURS, Case, Work, copies, on_cpu
@@ -149,11 +150,6 @@ def linear_inputs(
     return hidden.requires_grad_(), head, labels, torch.ones(rows, dtype=torch.bool, device=device)
 
 
-def chunk_rows(head: Tensor) -> int:
-    """The rows of a chunk, as the op chooses them by default."""
-    return max(1, (256 if head.is_cuda else 32) * 2**20 // (len(head) * head.itemsize))
-
-
 def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab: int) -> Work:
     """Forward and backward with a frozen head: three matrix products, 6 N H V FLOP."""
     hidden, head, labels, active = linear_inputs(rows, width, vocab, device)
@@ -168,7 +164,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
     @torch.no_grad()
     def products(turn: int, at: int) -> None:
         """The op's products, in its chunks: logits twice, and the product of their gradient with the head."""
-        for part in hidden.split(chunk_rows(head)):
+        for part in hidden.split(rows_of_chunk(None, head)):
             logits = part @ head.T
             logits = part @ head.T
             logits @ head

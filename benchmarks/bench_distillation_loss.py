@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.ops.head import rows_of_chunk
 
 from . import baselines
 from .bench_certainty_forcing_loss import (
@@ -22,7 +23,6 @@ from .bench_certainty_forcing_loss import (
     PRODUCTS,
     VOCAB,
     WIDTH,
-    chunk_rows,
     linear_inputs,
     loss_work,
     same_gradient,
@@ -93,7 +93,7 @@ def linear_work(device: torch.device, small: bool, rows: int, width: int, vocab:
     @torch.no_grad()
     def products(turn: int, at: int) -> None:
         """The op's products, in its chunks: both models' logits twice, and the gradient's with the head."""
-        size = chunk_rows(head)
+        size = rows_of_chunk(None, head)
         for part, other in zip(hidden.split(size), teacher.split(size), strict=True):
             for _ in range(2):
                 logits = part @ head.T
