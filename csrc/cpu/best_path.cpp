@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "dparallel/launch.h"
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "attention_kernel.h"
 #include "dparallel/launch.h"
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 namespace {

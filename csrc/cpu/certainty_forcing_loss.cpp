@@ -8,6 +8,7 @@
 #include "dparallel/launch.h"
 #include "loss.h"
 #include "loss_kernel.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 namespace {

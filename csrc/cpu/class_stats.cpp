@@ -1,6 +1,7 @@
 // class_stats on the CPU: the logits of a row, ordered by class, then the row kernel on each class.
 #include <vector>
 
+#include "parallel.h"
 #include "row_kernel.h"
 #include "row_stats.h"
 #include "stored.h"

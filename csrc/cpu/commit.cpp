@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 

@@ -8,6 +8,7 @@
 #include "distillation_kernel.h"
 #include "dparallel/launch.h"
 #include "loss.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 namespace {

@@ -3,7 +3,7 @@
 #include <memory>
 
 #include "dparallel/launch.h"
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "dparallel/launch.h"
+#include "parallel.h"
 #include "rms_norm_kernel.h"
-#include "row_stats.h"
 #include "stored.h"
 
 namespace dparallel::cpu {

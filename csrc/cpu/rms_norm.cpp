@@ -1,7 +1,7 @@
 // rms_norm on the CPU: runs of rows in parallel.
 #include "rms_norm_kernel.h"
 
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 

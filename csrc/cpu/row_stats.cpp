@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "parallel.h"
 #include "row_kernel.h"
 
 namespace dparallel::cpu {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "parallel.h"
 #include "row_kernel.h"
 #include "row_stats.h"
 

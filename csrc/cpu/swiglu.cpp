@@ -1,7 +1,7 @@
 // swiglu on the CPU: runs of rows in parallel.
 #include "swiglu_kernel.h"
 
-#include "row_stats.h"
+#include "parallel.h"
 
 namespace dparallel::cpu {
 
