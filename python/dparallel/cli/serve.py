@@ -166,13 +166,7 @@ def serve(
             replace(served, name=called)
             for served, called in zip(models, name or [f.name for f in models], strict=True)
         ]
-        runner.run(
-            models,
-            host=host,
-            port=port,
-            log_level=log_level,
-            lanes=lanes,
-            max_waiting=max_waiting,
+        server_settings = settings.Settings(
             keys=keys,
             page=page,
             max_length=max_length,
@@ -181,4 +175,13 @@ def serve(
             max_connections=max_connections,
             cors_origins=tuple(cors_origin or ()),
             grace=grace,
+        )
+        runner.run(
+            models,
+            server_settings,
+            host=host,
+            port=port,
+            log_level=log_level,
+            lanes=lanes,
+            max_waiting=max_waiting,
         )

@@ -144,25 +144,24 @@ class Model:
 
 def run(
     models: Sequence[Model],
+    settings: Settings,
     *,
     host: str,
     port: int,
     log_level: str,
     lanes: int,
     max_waiting: int,
-    **settings: Any,
 ) -> None:
     """Serve models until SIGTERM or SIGINT, each with an engine of its own.
 
-    `lanes`, `max_waiting`: of each `Engine`. `settings`: fields of `Settings`.
+    `lanes`, `max_waiting`: of each `Engine`.
     Raises ValueError and FileNotFoundError naming the argument, if possible before a model is loaded.
     """
     one_of("log_level", log_level, uvicorn.config.LOG_LEVELS)
     check_names([model.name for model in models])
     if not host.strip():  # an unset shell variable must not open the server to all
         raise ValueError("host: expected a name or an address (0.0.0.0: every one), got an empty one")
-    asked = Settings(**{key: value for key, value in settings.items() if value is not None})
-    connections.most_connections(asked.max_connections)
+    connections.most_connections(settings.max_connections)
     directories = {model.model: registry.directory_of(model.model) for model in models}
     drafters = []
     for model in models:
@@ -179,12 +178,12 @@ def run(
             weights, tokenizer = loaded[key]
             verifier = model.verifier and registry.load_verifier(model.verifier, weights, tokenizer)
             others = {"drafter": drafter, "verifier": verifier}
-            engine = make_engine(weights, model, others, asked.max_length, lanes, max_waiting)
+            engine = make_engine(weights, model, others, settings.max_length, lanes, max_waiting)
             opened.callback(engine.close, cancel=True)
             engines.append((engine, tokenizer))
         # Now that models are loaded, it is known how many files they keep open.
-        most = connections.most_connections(asked.max_connections)
-        service = Service(replace(asked, max_connections=most))
+        most = connections.most_connections(settings.max_connections)
+        service = Service(replace(settings, max_connections=most))
         opened.callback(service.close)
         for model, (engine, tokenizer) in zip(models, engines, strict=True):
             place = directories[model.model]
