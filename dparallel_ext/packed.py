@@ -1,4 +1,5 @@
-"""Packs int64 tensors into one, so that a single copy brings all that a pass needs to the device."""
+"""Packs int64 tensors into one: a single copy brings all that a pass needs to the device, and another its
+results back."""
 
 from __future__ import annotations
 
@@ -19,6 +20,16 @@ def unpack(numbers: Tensor, shapes: Shapes) -> list[Tensor]:
     """The tensors of these shapes, as views of the packed `numbers` (n,)."""
     parts = torch.split_with_sizes(numbers, [math.prod(shape) for shape in shapes])
     return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """The bits of float32 `values` as int64, so that one tensor holds them and ids; see `floats_of`."""
+    return values.view(torch.int32).to(torch.int64)
+
+
+def floats_of(bits: Tensor) -> Tensor:
+    """The float32 values whose bits are these, see `bits_of`."""
+    return bits.to(torch.int32).view(torch.float32)
 
 
 class Packing:

@@ -36,6 +36,7 @@ from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
+from ..packed import floats_of
 from .adaptive_passes import AdaptiveSession, Part, Verifying
 from .batch import CausalBatch
 from .loading import NAMED
@@ -301,7 +302,7 @@ class AdaptiveBatch(CausalBatch):
         found = self._passes.judge(parts)  # waits for the device
         self.forwards += 1
         self.draft_forwards += any(part.verified for part in parts)
-        logprobs = found[2].to(torch.int32).view(torch.float32).tolist()
+        logprobs = floats_of(found[2]).tolist()
         by_place = found.T.tolist()
         results, first = {}, 0
         for part in parts:

@@ -19,7 +19,7 @@ from ..decoding.padding import recorded_rows, row_padding
 from ..decoding.sequence import SamplingGroup, grouped
 from ..models import Model, own_precision, traits
 from ..ops.row_stats import read_rows
-from ..packed import Packing, unpack
+from ..packed import Packing, bits_of, unpack
 from ..types import NO_ERROR
 from .drafter import DraftKey, RecordedSession
 from .sequence import UNKNOWN
@@ -161,7 +161,7 @@ class AdaptiveSession(RecordedSession):
         *about_tokens, ids, source = of_models[:each]
         logits = self._logits(self.model, self.kv_cache, longest[:2], about_tokens, ids, source)[: len(keys)]
         draft, logprob = self._choose(logits, keys, key.groups, groups)
-        results = [draft, logprob.view(torch.int32).to(torch.int64)[None]]
+        results = [draft, bits_of(logprob)[None]]
         if of_models[each:]:
             *about_tokens, ids, source = of_models[each:]
             # A bad row has no choice; its error is raised if the host comes to it.

@@ -16,7 +16,7 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence import grouped
 from ..models import Model, own_precision
 from ..ops import row_topk
-from ..packed import Packing, unpack
+from ..packed import Packing, bits_of, floats_of, unpack
 from .draft import Draft
 from .drafter import DraftKey, Lane, RecordedSession
 
@@ -93,7 +93,7 @@ class BlockSession(RecordedSession):
         inputs, shapes = packing.pack()
         best = self._run_pass(DraftKey(shapes, (max_q_len, max_kv_len), groups), inputs)
         tokens, bits = best[:, : len(source)].flatten(1).cpu()
-        guesses, scores = tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+        guesses, scores = tokens.tolist(), floats_of(bits).tolist()
         trees = draft_trees(scores, self._width, counts, list(sizes))
         return [self._draft(tree, guesses) for tree in trees]
 
@@ -110,4 +110,4 @@ class BlockSession(RecordedSession):
                 out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, each.suppress, True)
                 logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
         best = row_topk(logits, self._width, mask_id=self._mask_id, check=False)
-        return torch.stack((best.token, best.logprob.view(torch.int32).to(torch.int64)))
+        return torch.stack((best.token, bits_of(best.logprob)))

@@ -35,7 +35,7 @@ from ..models.config import ModelConfig, token_ids
 from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supported, read
 from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
-from ..packed import Packing, unpack
+from ..packed import Packing, bits_of, floats_of, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target
 from .ddtree import WIDTH as GUESSES
 from .ddtree import TreeDrafter
@@ -354,7 +354,7 @@ class _Session(RecordedSession):
         for lane in lanes:
             self._computed[lane.lane] = len(lane.tokens) - 1
         tokens, bits = best.cpu()[:, order].flatten(1)
-        return tokens.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+        return tokens.tolist(), floats_of(bits).tolist()
 
     def _put_steps(
         self,
@@ -417,5 +417,5 @@ class _Session(RecordedSession):
                 logits.masked_fill_((group == number)[:, None] & tokens, -torch.inf)
             best = row_topk(logits, self._drafter.width, check=False)
             ids = targets[best.token.clamp(min=0)]  # a row without a choice has none behind it either
-            results.append(torch.stack((ids, best.logprob.view(torch.int32).to(torch.int64))))
+            results.append(torch.stack((ids, bits_of(best.logprob))))
         return torch.cat(results, 1)

@@ -24,7 +24,7 @@ from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import explain
-from ..packed import Packing, Shapes, unpack
+from ..packed import Packing, Shapes, bits_of, floats_of, unpack
 from ..types import NO_ERROR, AcceptOutput
 from . import riding
 from .draft import Draft, depths
@@ -356,7 +356,7 @@ class CausalRunner:
             results.append(guessed.flatten())
         if key.logprobs:
             logprob = functools.reduce(torch.maximum, map(_logprobs, outputs, edges))
-            results.append(logprob.view(torch.int32).to(torch.int64).flatten())
+            results.append(bits_of(logprob).flatten())
         return torch.cat(results)
 
     def _logits(
@@ -413,8 +413,8 @@ class CausalRunner:
             explain(first, where)
         logprobs: list[float] = []
         if key.logprobs:
-            bits = torch.tensor(rest[-lanes * width :], device="cpu").to(torch.int32)
-            logprobs, rest = bits.view(torch.float32).tolist(), rest[: -lanes * width]
+            bits = torch.tensor(rest[-lanes * width :], device="cpu")
+            logprobs, rest = floats_of(bits).tolist(), rest[: -lanes * width]
         emitted = {
             b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts
         }
