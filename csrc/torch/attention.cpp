@@ -294,7 +294,7 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
                                 static_cast<float>(scale),
                                 out.data_ptr(),
                                 causal,
-                                ancestors.has_value() ? listed(*ancestors) : nullptr,
+                                listed(ancestors),
                                 words};
   if (out.numel() == 0) return out;
   if constexpr (Backend::kHostReads) check_contents(args);

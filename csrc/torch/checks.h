@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -241,11 +242,19 @@ template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
+// Null where the argument is left out, which for the kernels is the lack of it.
+template <class T>
+T* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
 
 // An empty tensor has no address, but an empty list of positions is not the lack of one.
 inline const int64_t* listed(const Tensor& positions) {
   static const int64_t none = 0;
   return positions.numel() > 0 ? data<int64_t>(positions) : &none;
+}
+inline const int64_t* listed(const std::optional<Tensor>& positions) {
+  return positions.has_value() ? listed(*positions) : nullptr;
 }
 
 inline int64_t length_of(const Tensor& t, const char* name) {

@@ -39,6 +39,14 @@ Sampling sampling_of(double temperature, double top_p, int64_t top_k, std::optio
   return {in_force, data<int64_t>(*keys), position_offset, top_p, top_k};
 }
 
+// The number of rows that an op reads: of `rows`, or of all of the logits where they are left out.
+int64_t read_count(std::optional<Tensor>& rows, const Tensor& logits) {
+  if (!rows.has_value()) return row_count(logits);
+  const int64_t count = length_of(*rows, "rows");
+  expect(*rows, "rows", ScalarType::Long, {count}, logits);
+  return count;
+}
+
 struct RowTensors {
   Tensor tokens, fields, error;
 
@@ -85,11 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(
     std::optional<Tensor> ids, double temperature, double top_p, int64_t top_k,
     std::optional<Tensor> keys, std::optional<Tensor> counters) {
   const Logits all = logits_of(logits);
-  int64_t count = row_count(logits);
-  if (rows.has_value()) {
-    count = length_of(*rows, "rows");
-    expect(*rows, "rows", ScalarType::Long, {count}, logits);
-  }
+  const int64_t count = read_count(rows, logits);
   const RowTensors out(logits, count, count);
   Gather gather{};
   if (ids.has_value()) {
@@ -106,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(
   Tensor gathered = torch::stable::new_empty(logits, {count, gather.count}, ScalarType::Float);
   gather.logits = data<float>(gathered);
   const RowStatsArgs args{all,
-                          rows.has_value() ? listed(*rows) : nullptr,
+                          listed(rows),
                           count,
                           exclusions_of(mask_id, suppress, logits),
                           sampling_of(temperature, top_p, top_k, keys, {count, 4}, 0, logits),
@@ -135,16 +139,12 @@ std::tuple<Tensor, Tensor, Tensor> row_topk(Tensor logits, int64_t k, std::optio
                                             std::optional<Tensor> counters) {
   const Logits all = logits_of(logits);
   DP_CHECK(k >= 1 && k <= kMostTop, "k: expected 1 to ", kMostTop, ", got ", k);
-  int64_t count = row_count(logits);
-  if (rows.has_value()) {
-    count = length_of(*rows, "rows");
-    expect(*rows, "rows", ScalarType::Long, {count}, logits);
-  }
+  const int64_t count = read_count(rows, logits);
   Tensor tokens = torch::stable::new_empty(logits, {count, k}, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {count, k}, ScalarType::Float);
   Tensor error = torch::stable::new_empty(logits, {count}, ScalarType::Long);
   const RowTopkArgs args{all,
-                         rows.has_value() ? listed(*rows) : nullptr,
+                         listed(rows),
                          count,
                          k,
                          exclusions_of(mask_id, suppress, logits),
@@ -216,8 +216,7 @@ Windows windows_of(std::optional<Tensor>& lane, Tensor& start, Tensor& end, int6
   if (lane.has_value()) expect(*lane, "lane", ScalarType::Long, {count}, like);
   expect(start, "start", ScalarType::Long, {count}, like);
   expect(end, "end", ScalarType::Long, {count}, like);
-  return {count, lane.has_value() ? listed(*lane) : nullptr, data<int64_t>(start),
-          data<int64_t>(end)};
+  return {count, listed(lane), data<int64_t>(start), data<int64_t>(end)};
 }
 
 void check_positions(const int64_t* positions, int64_t count, const TokenGrid& tokens) {
@@ -266,9 +265,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<
   Tensor remaining = of_windows(), first = of_windows(), changed = of_windows();
   Tensor error = torch::stable::new_empty(tokens, {1}, ScalarType::Long);
   const CommitArgs args{all,
-                        positions.has_value() ? listed(*positions) : nullptr,
-                        commit.has_value() ? data<Flag>(*commit) : nullptr,
-                        token.has_value() ? data<int64_t>(*token) : nullptr,
+                        listed(positions),
+                        data_or_null<Flag>(commit),
+                        data_or_null<int64_t>(token),
                         count,
                         mask_id,
                         windows,
@@ -336,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   const UnmaskArgs args{
       grid,
       all,
-      positions.has_value() ? listed(*positions) : nullptr,
+      listed(positions),
       count,
       windows,
       data<float>(policy),
@@ -421,8 +420,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> accept(
                         lanes,
                         data<int64_t>(q_start),
                         data<int64_t>(q_end),
-                        room.has_value() ? data<int64_t>(*room) : nullptr,
-                        eos_ids.has_value() ? data<int64_t>(*eos_ids) : nullptr,
+                        data_or_null<int64_t>(room),
+                        data_or_null<int64_t>(eos_ids),
                         eos_count,
                         max_q_len,
                         exclusions_of(mask_id, suppress, logits),

@@ -37,13 +37,13 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> delta, Tenso
       torch::stable::new_empty(x, delta.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
   const RmsNormArgs args{dtype,
                          x.data_ptr(),
-                         delta.has_value() ? delta->data_ptr() : nullptr,
+                         data_or_null<void>(delta),
                          x_rows,
                          delta_rows,
                          row_count(x),
                          width,
                          weight.data_ptr(),
-                         bias.has_value() ? bias->data_ptr() : nullptr,
+                         data_or_null<void>(bias),
                          static_cast<float>(eps),
                          sum.data_ptr(),
                          out.data_ptr()};

@@ -28,8 +28,8 @@ inline LinearArgs linear_args(Tensor& x, Tensor& weight, std::optional<Tensor>& 
           in,
           out_width,
           weight.data_ptr(),
-          scale.has_value() ? data<float>(*scale) : nullptr,
-          bias.has_value() ? bias->data_ptr() : nullptr,
+          data_or_null<float>(scale),
+          data_or_null<void>(bias),
           nullptr,
           constant && weight.data_ptr() == given};  // a copy was just written
 }
