@@ -22,6 +22,7 @@ from dparallel.configs import parse_policy
 from dparallel.toy import several_answers, tasks
 
 import dparallel_ext as dx
+from dparallel_ext.rules import ONE
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_samples_are_those_of_a_problem_whatever_its_batch(loaded: tuple[Any, An
 
 
 def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
-    row = evaluate.evaluate("builtin:teacher", evaluate.ONE, problems=2, loaded=loaded)
+    row = evaluate.evaluate("builtin:teacher", ONE, problems=2, loaded=loaded)
     assert row["nfe_mean"] == tasks.GEN_LENGTH
     assert row["padded_tokens_per_forward"] == 1.0 > row["tokens_per_forward"]
 
@@ -187,7 +188,7 @@ def test_the_results_of_the_docs_are_those_of_the_recipes():
     } == measured
     rows = json.loads((docs / "apd.json").read_text())
     asked = configs.read_rows(docs.parent / "recipes" / "adaptive.json")
-    kinds = ["rule" if row["policy"] == evaluate.ONE else "verifier" for row in rows]
+    kinds = ["rule" if row["policy"] == ONE else "verifier" for row in rows]
     assert asked == [{kind: row["policy"], **row["config"]} for kind, row in zip(kinds, rows, strict=True)]
 
 

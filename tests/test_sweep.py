@@ -14,6 +14,7 @@ from dparallel.toy import tasks
 from test_evaluate import SPREAD
 
 import dparallel_ext as dx
+from dparallel_ext.rules import ONE
 
 
 def test_policies_are_checked_before_anything_is_decoded():
@@ -168,7 +169,7 @@ def test_a_model_that_drafts_is_in_the_models_dtype(monkeypatch: pytest.MonkeyPa
 
 def test_guesses_of_self_speculation_are_a_row_beside():
     """And not of the policies, where --draft-size is for the drafters of an autoregressive model."""
-    policies = [evaluate.ONE, {"rule": "one", "draft_size": 4}]
+    policies = [ONE, {"rule": "one", "draft_size": 4}]
     plain, guessed = sweeping.sweep(["builtin:student"], policies, problems=2)
     assert "canvases_mean" not in plain
     assert "same_texts" not in plain
@@ -182,10 +183,10 @@ def test_guesses_of_self_speculation_are_a_row_beside():
     assert table[0].endswith("canvases | texts as without | seconds |")
     assert table[2].endswith(f"| 64.00 |  | {plain['seconds']:.1f} |")
     assert table[3].endswith(f"| {guessed['canvases_mean']:.2f} | 2 | {guessed['seconds']:.1f} |")
-    (for_all,) = sweeping.sweep(["builtin:student"], [evaluate.ONE], problems=2, draft_size=4)
+    (for_all,) = sweeping.sweep(["builtin:student"], [ONE], problems=2, draft_size=4)
     assert for_all["nfe_mean"] == guessed["nfe_mean"]
     names = ["builtin:student", "builtin:causal"]
-    first, *_ = sweeping.sweep(names, [evaluate.ONE], problems=1, draft_size=4, drafters=["plain"])
+    first, *_ = sweeping.sweep(names, [ONE], problems=1, draft_size=4, drafters=["plain"])
     assert first["config"] == {}
     assert first["nfe_mean"] == tasks.GEN_LENGTH
 

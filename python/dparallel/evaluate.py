@@ -17,7 +17,6 @@ from dparallel_ext.arguments import shown, whole
 from dparallel_ext.decoding.config import DEFAULTS
 from dparallel_ext.decoding.decode import progress_bar
 from dparallel_ext.decoding.settings import check_model
-from dparallel_ext.rules import ONE as ONE
 from dparallel_ext.speculation.speculate import check_causal
 
 from . import registry

@@ -76,13 +76,13 @@ def sweep(
             registry.check_verifier(entry["verifier"])
     known, loading = list(known), loading or registry.Loading()
     config = causal_config = config or dx.DecodeConfig()
-    asked = problems if isinstance(problems, Problems) else held_out(problems, seed)
+    problem_set = problems if isinstance(problems, Problems) else held_out(problems, seed)
     models = [(name, registry.is_causal(name, config.cache)) for name in names]
     if all(causal for _, causal in models):
         check_causal(vars(config))
     else:  # each model takes the fields of its kind
-        without: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
-        causal_config = config.replace(**without)
+        cleared: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
+        causal_config = config.replace(**cleared)
     of_policies = None if any(causal for _, causal in models) else draft_size
     drafters = list(drafters)
     for name, causal in models:  # before the first measurement, which may take hours
@@ -91,7 +91,7 @@ def sweep(
             _check_drafters(name, drafters, causal_config, of_name)
         else:
             _check_policies(name, entries, config, of_policies, of_name)
-        asked.length(name)
+        problem_set.length(name)
         registry.template_of(name, chat)
     for name, causal in models:
         of_name = replace(loading, mask_id=None) if causal else loading
@@ -100,8 +100,8 @@ def sweep(
         older = {key: conditions[key] for key in unasked}  # of rows that do not name them
         results = {_key(older | row): row for row in known}
         in_chat = registry.template_of(name, chat) is not None
-        conditions = {**conditions, **asked.description, "gen_length": asked.length(name), "chat": in_chat}
-        shared = {"problems": asked, "batch": batch, "chat": in_chat, "recording": recording}
+        conditions |= {**problem_set.description, "gen_length": problem_set.length(name), "chat": in_chat}
+        shared = {"problems": problem_set, "batch": batch, "chat": in_chat, "recording": recording}
         if causal:
             fixed = causal_config, draft_size
             yield from _drafted(name, drafters, *fixed, results, of_name, conditions, shared)
@@ -164,8 +164,8 @@ def _by_policy(
         if "verifier" in entry:
             of_row = config.with_rule(None)
             judge, numbers = str(entry["verifier"]), without(entry, "verifier")
-            asked = {"model": name, "policy": judge, "config": changed_fields(of_row) | numbers, **conditions}
-            row = known.get(_key(asked))
+            changed = changed_fields(of_row) | numbers
+            row = known.get(_key({"model": name, "policy": judge, "config": changed, **conditions}))
             if row is None:
                 loaded = loaded or loading.load(name)
                 row = evaluate_adaptive(
@@ -177,8 +177,8 @@ def _by_policy(
         size: Any = entry.get("draft_size", draft_size)
         of_row = _with_entry(config, entry)
         changed = changed_fields(of_row)
-        asked = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
-        row = known.get(_key(asked))
+        identity = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
+        row = known.get(_key(identity))
         if row is None:
             loaded = loaded or loading.load(name)
             arguments: dict[str, Any] = {"config": of_row, "loaded": loaded, **settings}
@@ -186,7 +186,7 @@ def _by_policy(
             row = evaluate(name, text, draft_size=size, answers=answers, **arguments)
             if not size:
                 plain[of_row] = answers
-            elif of_row not in plain and _key(asked | {"config": changed}) in known:
+            elif of_row not in plain and _key(identity | {"config": changed}) in known:
                 # That row is of an earlier run, whose texts are gone.
                 evaluate(name, text, answers=plain.setdefault(of_row, []), **arguments)
             if size and of_row in plain:

@@ -14,12 +14,13 @@ from dparallel.toy import study
 from dparallel.training.trainer import CertaintyForcingTrainer
 
 import dparallel_ext as dx
+from dparallel_ext.rules import ONE
 
 
 @pytest.mark.slow
 def test_the_whole_pipeline_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     few = ["entropy:0.7", "entropy_bound:2.0"]
-    monkeypatch.setattr(study, "TEACHER_POLICIES", [evaluate.ONE, *few])
+    monkeypatch.setattr(study, "TEACHER_POLICIES", [ONE, *few])
     monkeypatch.setattr(study, "STUDENT_POLICIES", few)
     monkeypatch.setattr(study, "SWEEP_POLICIES", few[:1])
     said: list[str] = []
@@ -123,7 +124,7 @@ def test_the_shipped_student_meets_its_targets():
         for name in ("teacher", "student")
     )
     assert all(row["problems"] == 2000 for row in teacher + student)
-    (one,) = (row for row in teacher if row["policy"] == evaluate.ONE)
+    (one,) = (row for row in teacher if row["policy"] == ONE)
     bar = one["accuracy"] - study.WITHIN
     theirs, ours = (
         study.passes_at(study.of_rules(rows, study.THRESHOLDS), bar) for rows in (teacher, student)

@@ -19,6 +19,7 @@ from dparallel.training import loop
 from safetensors.torch import load_file
 
 import dparallel_ext as dx
+from dparallel_ext.rules import ONE
 
 TINY = train.Settings(steps=6, batch=4, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
 
@@ -200,7 +201,7 @@ def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     assert recorded["held_out"]["nfe_mean"] == tasks.GEN_LENGTH
     assert recorded["held_out"]["accuracy"] >= 0.95
     loaded = registry.load()
-    one = evaluate.evaluate("", evaluate.ONE, problems=8, loaded=loaded)
+    one = evaluate.evaluate("", ONE, problems=8, loaded=loaded)
     fast = evaluate.evaluate("", "entropy:0.5", problems=40, loaded=loaded)
     assert one["accuracy"] >= 0.8  # five standard errors below 95% would be 0.71
     assert fast["accuracy"] >= 0.88

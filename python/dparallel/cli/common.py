@@ -59,15 +59,13 @@ DRAFTERS = (
     "builtin:hidden_transfer, builtin:student; default: none"
 )
 DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
-GuessesOption = Annotated[
+DraftSizeOption = Annotated[
     int | None,
     typer.Option(
         help="the most tokens of a draft; default: the fastest number, as measured. For diffusion models "
         "with a policy one, steps:N or quota:K: guesses of self-speculation; default: none"
     ),
 ]
-
-
 VerifierOption = Annotated[
     str | None,
     typer.Option(

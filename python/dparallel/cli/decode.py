@@ -25,9 +25,9 @@ from .common import (
     ConfigOption,
     DeviceOption,
     DrafterOption,
+    DraftSizeOption,
     DtypeOption,
     Fp8Option,
-    GuessesOption,
     LookaheadOption,
     MaskOption,
     MixtureOption,
@@ -82,7 +82,7 @@ def decode(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the samples; default: random")] = None,
     drafter: DrafterOption = None,
-    draft_size: GuessesOption = None,
+    draft_size: DraftSizeOption = None,
     verifier: VerifierOption = None,
     mixture: MixtureOption = None,
     window: WindowOption = None,
@@ -131,15 +131,15 @@ def decode(
         }
         options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         if causal or verifier:
-            asked = config_without_policy(content, **options)
+            decoding = config_without_policy(content, **options)
         else:
-            asked = config_of(content, policy, **options)
-        if asked.seed is None:
+            decoding = config_of(content, policy, **options)
+        if decoding.seed is None:
             torch.seed()  # else every process would draw the same samples
         # A text with gaps is no chat message, so it gets a template only with --chat.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = loading.load(model)
-        asked = with_ends(asked, endings(registry.directory_of(model), tokenizer))
+        decoding = with_ends(decoding, endings(registry.directory_of(model), tokenizer))
         decoder = None
         if causal:
             decoder = speculating(loaded, drafter, draft_size)
@@ -152,7 +152,7 @@ def decode(
             if stream:
                 live = LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=decoder is not None)
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
-            request = model, loaded, tokenizer, texts, asked
+            request = model, loaded, tokenizer, texts, decoding
             if decoder is None:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
             else:

@@ -181,7 +181,7 @@ def evaluate(
         causal = {registry.is_causal(name, cache or content.get("cache")) for name in model}
         length_of_file = content.pop("gen_length", None)
         gen_length = length_of_file if gen_length is None else gen_length
-        asked = problems_of(data, checker, problems, gen_length, prompt_field, answer_field)
+        problem_set = problems_of(data, checker, problems, gen_length, prompt_field, answer_field)
         check_written(json=json_file, markdown=markdown, plot=plot, html=html)
         if plot is not None:
             plots.load_pyplot()
@@ -212,7 +212,7 @@ def evaluate(
             policies,
             known,
             config=config_without_policy(content, block_length=block_length, cache=cache),
-            problems=asked,
+            problems=problem_set,
             batch=batch,
             chat=chat,
             loading=loading,

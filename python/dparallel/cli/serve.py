@@ -16,9 +16,9 @@ from .common import (
     DRAFTERS,
     ConfigOption,
     DeviceOption,
+    DraftSizeOption,
     DtypeOption,
     Fp8Option,
-    GuessesOption,
     LookaheadOption,
     MaskOption,
     MixtureOption,
@@ -81,7 +81,7 @@ def serve(
             "each; plain: without one"
         ),
     ] = None,
-    draft_size: GuessesOption = None,
+    draft_size: DraftSizeOption = None,
     verifier: VerifierOption = None,
     mixture: MixtureOption = None,
     window: WindowOption = None,
@@ -133,8 +133,9 @@ def serve(
             "verifier": verifier,
         }
         causal = {each: registry.is_causal(each, cache or content.get("cache")) for each in model}
-        guesses = None if any(causal.values()) else draft_size  # with both kinds they are a drafter's
-        others = {"policy": policy, "cache": cache, "block_length": block_length, "draft_size": guesses}
+        # With both kinds of models the size is a drafter's.
+        self_drafts = None if any(causal.values()) else draft_size
+        others = {"policy": policy, "cache": cache, "block_length": block_length, "draft_size": self_drafts}
         numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         for each in model:  # if there are both kinds, each model takes the options of its kind
             given = {} if len(set(causal.values())) > 1 else {**of_diffusion, "drafter": drafter or None}
@@ -146,19 +147,21 @@ def serve(
             fields = {"gen_length": registry.gen_length(each), **content}
             shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
             if causal[each]:
-                asked = config_without_policy(fields, **shared)
+                decoding = config_without_policy(fields, **shared)
                 several = len(drafter or ()) > 1
                 for guessing in drafter or (PLAIN,):
                     drafter_name = None if guessing == PLAIN else guessing
                     called = f"{each}+{guessing}" if several and drafter_name else each
-                    as_asked = replace(loading, mask_id=None)
-                    models.append(runner.Model(called, each, asked, as_asked, drafter_name, draft_size))
+                    without_mask = replace(loading, mask_id=None)
+                    models.append(
+                        runner.Model(called, each, decoding, without_mask, drafter_name, draft_size)
+                    )
             elif verifier:
-                asked = config_without_policy(fields, **shared)
-                models.append(runner.Model(each, each, asked, loading, verifier=verifier, numbers=numbers))
+                decoding = config_without_policy(fields, **shared)
+                models.append(runner.Model(each, each, decoding, loading, verifier=verifier, numbers=numbers))
             else:
-                asked = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
-                models.append(runner.Model(each, each, asked, loading, draft_size=guesses))
+                decoding = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
+                models.append(runner.Model(each, each, decoding, loading, draft_size=self_drafts))
         if name and len(name) != len(models):
             called = ", ".join(served.name for served in models)
             raise ValueError(f"name: expected one for each of {called}, got {len(name)}")

@@ -293,10 +293,10 @@ class ModelService:
                         self.forms[form] = await self.service.elsewhere(make)
                     except ValueError as error:
                         raise ApiError(400, f"{name}: {error}", param=name) from error
-        found = self.forms[form] = self.forms.pop(form)  # now the latest
+        automaton = self.forms[form] = self.forms.pop(form)  # now the latest
         if len(self.forms) > FORMS:
             del self.forms[next(iter(self.forms))]
-        return found
+        return automaton
 
     @functools.cached_property
     def texts_of_tokens(self) -> structured.Vocabulary:

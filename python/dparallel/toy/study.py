@@ -24,7 +24,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import evaluate, files, plots, results
+from dparallel_ext.rules import ONE
+
+from .. import files, plots, results
 from .. import sweep as sweeping
 from ..console import goes_on, plain_errors
 from ..problems import read_prompts
@@ -32,7 +34,7 @@ from ..training import distill, trajectories
 from . import train
 
 TEACHER_POLICIES = (
-    [evaluate.ONE]
+    [ONE]
     + [f"entropy:{t}" for t in (0.5, 0.6, 0.7, 0.8)]
     + [f"confidence:{t}" for t in (0.9, 0.8, 0.7)]
     + [f"entropy_bound:{t}" for t in (0.6, 1.0, 2.0)]
@@ -187,7 +189,7 @@ def run(
     stages = Stages(out, recipe_file, base, problems, validation, say, began)
 
     answers = stages.answered()
-    checked = stages.judged(out / "teacher-validation.json", base.model, [evaluate.ONE])
+    checked = stages.judged(out / "teacher-validation.json", base.model, [ONE])
     bar = checked[0]["accuracy"] - WITHIN
     stages.tell(f"teacher, validation, one token a pass: {checked[0]['accuracy']:.1%}")
     sweep = [stages.tried(bar, *each, sweep_steps) for each in itertools.product(ratios, betas)]
@@ -230,7 +232,7 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
     """Each group's accuracy and passes per policy (mean and range over its runs), AUP, and the targets."""
     top = max(row["accuracy"] for runs in groups.values() for rows in runs for row in rows)
     teacher = groups["teacher"][0]
-    slowest = next(row for row in teacher if row["policy"] == evaluate.ONE)
+    slowest = next(row for row in teacher if row["policy"] == ONE)
     bar = slowest["accuracy"] - WITHIN
 
     table = []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dparallel_ext import backends, models
 from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.models import LLaDA, Qwen3
+from dparallel_ext.rules import ONE
 
 from .. import evaluate as evaluation
 from .. import files
@@ -244,7 +245,7 @@ def train(
             if settings.causal:
                 report["held_out"] = evaluation.evaluate_drafter(str(directory), None, problems=evaluate)
             else:
-                report["held_out"] = evaluation.evaluate(str(directory), evaluation.ONE, problems=evaluate)
+                report["held_out"] = evaluation.evaluate(str(directory), ONE, problems=evaluate)
             report["held_out"]["model"] = directory.name
         files.write_json(directory / "training.json", report)
     return directory

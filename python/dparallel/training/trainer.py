@@ -236,7 +236,7 @@ class CertaintyForcingTrainer(Trainer):
     def _key(self, step: int, index: int) -> int:
         """A generator's seed, from the run's seed, the step and the row."""
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return (seed * 1_000_003 + step) * 1_000_000_007 + index & 0x7FFF_FFFF_FFFF_FFFF
+        return ((seed * 1_000_003 + step) * 1_000_000_007 + index) % 2**63
 
     # --- the loss -------------------------------------------------------------------------------
 

@@ -434,8 +434,7 @@ class Collator:
             if missing := [name for name in ("input_ids", "prompt_length", "index") if name not in row]:
                 raise ValueError(f"rows: expected the field {missing[0]!r} in each, got {sorted(row)}")
             ids = token_ids("input_ids", row["input_ids"])
-            target = len(ids)
-            prompt = whole("prompt_length", row["prompt_length"], 0, target)
+            prompt = whole("prompt_length", row["prompt_length"], 0, len(ids))
             ids = self._ended(ids, prompt)
             target = len(ids)
             if self.total_length is not None:
