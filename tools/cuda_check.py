@@ -289,7 +289,7 @@ def loop_faults(loops: dict[str, sass.Loop | None], table: Table) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--update", action="store_true", help="rewrite the budget file")
+    parser.add_argument("--update", action="store_true", help="rewrite both files")
     parser.add_argument("--all", action="store_true", help="compile what has not changed too")
     parser.add_argument(
         "--if-available", action="store_true", help="where there is no nvcc, say so and succeed"
@@ -298,7 +298,10 @@ def main() -> None:
     nvcc = toolchain.find_nvcc()
     if nvcc is None:
         message = "cuda-check: no nvcc (set CUDA_HOME or PATH): the CUDA kernels were NOT compiled"
-        sys.exit(None if options.if_available and print(message) is None else message)
+        if not options.if_available:
+            sys.exit(message)
+        print(message)
+        return
 
     version = version_of(nvcc)
     architectures = toolchain.default_architectures(toolchain.known_architectures(nvcc))

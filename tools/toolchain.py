@@ -18,15 +18,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+
+def dotted(release: Sequence[int]) -> str:
+    """ "2.10" of (2, 10)."""
+    return ".".join(map(str, release))
+
+
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_TORCH = (2, 10)
-TORCH_REQUIREMENT = "torch>=2.10"
+TORCH_REQUIREMENT = f"torch>={dotted(MINIMUM_TORCH)}"
 TOOLS = {"setuptools": (77,), "ninja": (), "pybind11": (2, 13)}
 """Package that a build needs beside torch -> its first release that will do."""
 CUDA_ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 INSTALL = "pip install ."
+_TOOL_REQUIREMENTS = (f"'{name}>={dotted(least)}'" if least else name for name, least in TOOLS.items())
 INSTALL_HERE = (
-    f"pip install '{TORCH_REQUIREMENT}' 'setuptools>=77' ninja 'pybind11>=2.13'\n"
+    f"pip install '{TORCH_REQUIREMENT}' {' '.join(_TOOL_REQUIREMENTS)}\n"
     "    pip install --no-build-isolation ."
 )
 
@@ -105,15 +112,15 @@ def missing_tools() -> list[str]:
             missing.append(name)
             continue
         if numbers(found) < minimum:
-            missing.append(f"{name} {'.'.join(map(str, minimum))} or later (found {found})")
+            missing.append(f"{name} {dotted(minimum)} or later (found {found})")
     return missing
 
 
 def require_python() -> None:
     """Exit with a message unless this Python is new enough. pip would say so too, after fetching torch."""
     if sys.version_info < MINIMUM_PYTHON:
-        found = ".".join(map(str, sys.version_info[:3]))
-        sys.exit(f"dparallel-ext needs Python 3.11 or later, and {sys.executable} is {found}.")
+        least, found = dotted(MINIMUM_PYTHON), dotted(sys.version_info[:3])
+        sys.exit(f"dparallel-ext needs Python {least} or later, and {sys.executable} is {found}.")
 
 
 def require_setuptools() -> None:
@@ -133,7 +140,7 @@ def require() -> Torch:
     if torch is None:
         missing.insert(0, "torch")
     elif not torch.is_new_enough:
-        missing.insert(0, f"torch 2.10 or later (found {torch.version})")
+        missing.insert(0, f"torch {dotted(MINIMUM_TORCH)} or later (found {torch.version})")
     if torch is None or missing:
         sys.exit(
             f"dparallel-ext: this build needs {', '.join(missing)}. Run\n\n    {INSTALL}\n\n"
