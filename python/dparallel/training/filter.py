@@ -21,10 +21,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, number, whole
-from dparallel_ext.decoding.decode import progress_bar
 from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
@@ -134,7 +134,7 @@ def record(
                     f"answers: expected a multiple of block_length {block_length} tokens, prompts included, "
                     f"since the model is block-causal, got {len(ids)} in answer {number}"
                 )
-    bar = progress_bar(progress, len(answers), "oracle", "prompt")
+    bar = tqdm(total=len(answers), desc="oracle", unit="prompt", disable=not progress)
     notes, passes = [], 0
     for first in range(0, len(answers), batch):
         part = answers[first : first + batch]
@@ -151,10 +151,8 @@ def record(
         )
         notes += [seen._replace(prompt=seen.prompt + first) for seen in oracle.passes]
         passes += int(out.nfe.sum())
-        if bar is not None:
-            bar.update(len(part))
-    if bar is not None:
-        bar.close()
+        bar.update(len(part))
+    bar.close()
     return Records(*(torch.cat(field) for field in zip(*notes, strict=True))), passes / len(answers)
 
 
@@ -190,18 +188,14 @@ def train(
         hidden = settings.hidden or size
         net = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size))
     optimizer = torch.optim.AdamW(net.parameters(), settings.lr)
-    bar = progress_bar(progress, settings.steps, "filter", "step")
-    for step in range(settings.steps):
+    bar = tqdm(range(settings.steps), desc="filter", unit="step", disable=not progress)
+    for step in bar:
         loss = _loss(net, learned)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if bar is not None:
-            bar.update()
-            if step % 100 == 99:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-    if bar is not None:
-        bar.close()
+        if step % 100 == 99:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
     with torch.no_grad():
         report: dict[str, Any] = {
             "passes": [len(learned.prompt), len(judged.prompt)],

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, number, whole
@@ -111,11 +112,14 @@ def run(
         average, first = state["average"], state["step"]
         seconds, curve, recent = state["seconds"], state["curve"], state["recent"]
 
-    steps: Any = range(first, schedule.steps)
-    if progress:
-        from tqdm import tqdm
-
-        steps = tqdm(steps, initial=first, total=schedule.steps, desc=described, mininterval=5)
+    steps = tqdm(
+        range(first, schedule.steps),
+        initial=first,
+        total=schedule.steps,
+        desc=described,
+        mininterval=5,
+        disable=not progress,
+    )
     clock = time.monotonic()
     for step in steps:
         rate = learning_rate(step, steps=schedule.steps, warmup=schedule.warmup, decay=schedule.decay)
@@ -140,8 +144,7 @@ def run(
         if (step + 1) % report_every == 0:
             curve.append([step + 1, round(sum(recent) / len(recent), 5)])
             recent = []
-            if progress:
-                steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
+            steps.set_postfix(loss=f"{curve[-1][1]:.4f}")
         if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
             now = time.monotonic()
             seconds, clock = seconds + now - clock, now

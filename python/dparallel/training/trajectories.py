@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, one_of, token_ids, whole
-from dparallel_ext.decoding.decode import progress_bar
 
 from .. import files, registry
 from ..checkers import checker_of
@@ -168,7 +168,9 @@ def _generate(
     config, checker = settings.config, checker_of(settings.checker)
     total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
     name = "trajectories" if world == 1 else f"trajectories {rank}/{world}"
-    bar = progress_bar(progress, total, name, "prompt", initial=total - left, position=rank)
+    bar = tqdm(
+        total=total, desc=name, unit="prompt", initial=total - left, position=rank, disable=not progress
+    )
     kept = seen = 0
     for number in missing:
         first, part = number * settings.shard, shards[number]
@@ -185,15 +187,13 @@ def _generate(
                 if right:
                     rows.append({"index": index, **row})
             seen += len(answered)
-            if bar is not None:
-                bar.update(len(answered))
-                bar.set_postfix(kept=f"{(kept + len(rows)) / seen:.1%}")
+            bar.update(len(answered))
+            bar.set_postfix(kept=f"{(kept + len(rows)) / seen:.1%}")
         kept += len(rows)
         rows.sort(key=lambda row: row["index"])
         _claim(directory, content)  # now that nothing was refused
         _write(_shard(directory, number, settings.format), rows, settings)
-    if bar is not None:
-        bar.close()
+    bar.close()
 
 
 def _answer(

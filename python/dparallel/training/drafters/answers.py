@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.decoding.decode import progress_bar
 
 from ... import files
 from ...problems import Prompt, read_prompts
@@ -71,7 +71,7 @@ def answers_of(
     if settings.dtype != "auto":
         identity |= {"dtype": settings.dtype}
     parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
-    bar = progress_bar(progress, len(prompts), "answers", "prompt")
+    bar = tqdm(total=len(prompts), desc="answers", unit="prompt", disable=not progress)
     long_enough: list[Answer] = []
     for number, part in enumerate(parts):
         file = directory / f"answers-{number:05d}.safetensors"
@@ -92,10 +92,8 @@ def answers_of(
             with files.replacing(file) as partial:
                 partial.write_bytes(safetensors.torch.save(tensors, {"of": content}))
         long_enough += [(ids, length) for ids, length in answers if len(ids) - length >= 2]
-        if bar is not None:
-            bar.update(len(part))
-    if bar is not None:
-        bar.close()
+        bar.update(len(part))
+    bar.close()
     if not long_enough:
         raise ValueError("data: the target's answers have fewer than two tokens, and nothing can be learned")
     return long_enough
