@@ -31,7 +31,7 @@ def main(problems: int = 50) -> None:
     model, tokenizer = registry.load("builtin:teacher")
     prompts = [tokenizer.encode(p.prompt).ids for p in islice(tasks.problems("held_out"), problems)]
     for rule in ("confidence:0.9", "credit+confidence:0.9", Steady()):
-        out = dx.decode(model, prompts, gen_length=64, rule=rule, eos_id=model.eos_id)
+        out = dx.decode(model, prompts, gen_length=64, rule=rule, eos_id=model.eos_ids)
         print(f"{rule!s:<24} {out.nfe.double().mean():.1f} passes")
 
 

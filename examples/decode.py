@@ -19,7 +19,7 @@ def main(rule: str = "entropy:0.5") -> None:
         # Or dx.models.load("path/to/LLaDA-8B-Instruct", device="cuda"), without a tokenizer.
         model, tokenizer = registry.load(name)
         ids = tokenizer.encode(PROBLEM).ids
-        out = dx.decode(model, [ids], gen_length=64, rule=rule, eos_id=model.eos_id)
+        out = dx.decode(model, [ids], gen_length=64, rule=rule, eos_id=model.eos_ids)
         text = tokenizer.decode(out.responses[0][: out.kept[0]].tolist())
         print(f"{name}, {rule}, {int(out.nfe[0])} passes: {text}")
 

@@ -20,7 +20,7 @@ def main() -> None:
         threshold=[0.5, 0.9, 0.3, 0.8],
         temperature=0.2,
         seed=[1, 2, 3, 4],
-        eos_id=model.eos_id,
+        eos_id=model.eos_ids,
     )
     out = dx.decode(model, prompts, config)
     for ids, response, kept, passes in zip(prompts, out.responses, out.kept, out.nfe, strict=True):

@@ -219,7 +219,7 @@ class Batch:
         """How many passes can be issued in a row, such that no block can be complete before the last."""
         rows = [self.rows[b] for b in live]
         free = [row for row in rows if row.settings.rule is not None and not row.settings.rule.by_row]
-        ending = any(row.settings.eos_id is not None for row in rows)
+        ending = any(row.settings.eos_ids for row in rows)
         if self.schedule.first_mask_matters or free or ending:
             return 1
         most = [policies.most(row.policy(row.open[0])) for row in rows]
@@ -301,7 +301,7 @@ class Batch:
         )
         at = next((i for i, block in enumerate(row.open) if block.masks_left), 0)
         block = row.open[at]  # that has the first mask; those before are complete
-        end = None if row.settings.eos_id is None or row.edited else counted.end
+        end = counted.end if row.settings.eos_ids and not row.edited else None
         if end is not None and block.start <= end < block.first_mask:  # all in front of the EOS is final
             self._fill(b, block.start, block.end)
             row.generated -= block.masks_left
@@ -320,7 +320,7 @@ class Batch:
             start, end = row.block
             row.generated += row.index(end) - row.index(start)
             row.block_index, row.open = row.block_index + 1, row.open[1:]
-            if (row.settings.eos_id is not None or row.settings.stop) and self._stops(b, start, end):
+            if (row.settings.eos_ids or row.settings.stop) and self._stops(b, start, end):
                 self.end(b)
         return True
 
@@ -334,7 +334,7 @@ class Batch:
             windows = self.schedule.windows(row)
             read = [self._read(row, window, first, last) for window in windows]
             ending = (0, 0)
-            if row.settings.eos_id is not None:
+            if row.settings.eos_ids:
                 ending = max(row.last_run, row.block[0]), row.open[-1].end
             work[b] = SequenceWork(spans, windows, read, self._counted(row), ending, onward)
         return work
@@ -352,9 +352,7 @@ class Batch:
         Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """
         row = self.rows[b]
-        sought = row.settings.stop
-        if row.settings.eos_id is not None:
-            sought = (*sought, (row.settings.eos_id,))
+        sought = *row.settings.stop, *((eos,) for eos in row.settings.eos_ids)
         first = max(row.last_run, start - max(map(len, sought)) + 1)
         ids = tuple(self.tokens[b, first : min(end, row.columns[-1] + 1)].tolist())
         endings = [

@@ -53,7 +53,7 @@ class DecodeKeywords(TypedDict, total=False):
     top_k: int | None
     suppress: Sequence[int] | Tensor | None
     mask_id: int | None
-    eos_id: int | None
+    eos_id: int | Sequence[int] | Tensor | None
     stop: Sequence[Sequence[int]]
     seed: int | Sequence[int] | Tensor | None
     record: bool
@@ -170,11 +170,12 @@ class DecodeConfig:
     """Ids (n,) never to be decoded, left out of the softmax."""
     mask_id: int | None = None
     """The mask token; None: the model's `mask_token_id`."""
-    eos_id: int | None = None
-    """The end token. A sequence ends once it holds one with no mask in front: the masks behind it, in its
-    block and in later ones, are filled with it and not computed. The tokens in front of it are those of a
-    decode that goes on. None, as published: every block is decoded; for an autoregressive model, None stands
-    for all of its own end tokens. -1: no end token, whatever the model's own."""
+    eos_id: int | Sequence[int] | Tensor | None = None
+    """The end token, or several, as transformers' `eos_token_id`; a model's own are its `eos_ids`. A sequence
+    ends once it holds any of them with no mask in front: the masks behind it, in its block and in later ones,
+    are filled with the first of `eos_id` and not computed. The tokens in front of it are those of a decode
+    that goes on. None, as published: every block is decoded; for an autoregressive model, None stands for all
+    of its own end tokens. -1: no end token, whatever the model's own."""
     stop: Sequence[Sequence[int]] = ()
     """Sequences of token ids; each ends a response, wherever it lies in it, as eos_id does, but only once the
     block in which it ends is complete."""
@@ -218,9 +219,10 @@ class DecodeConfig:
         decider(self, next(iter(lengths.values()), 1), self.cache or "none")
 
     @property
-    def end_id(self) -> int | None:
-        """`eos_id` where it is a token."""
-        return None if self.eos_id == -1 else self.eos_id
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens of `eos_id`."""
+        ids: Any = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        return () if ids in ((None,), (-1,)) else ids
 
     def __repr__(self) -> str:
         """As a call, without the fields that have their defaults."""

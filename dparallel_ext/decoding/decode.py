@@ -32,8 +32,8 @@ class DecodeOutput:
     """What `decode` returns; `sequences, forwards = decode(...)` unpacks."""
 
     sequences: Tensor
-    """(B, L) int64: prompts and decoded tokens. Padding, `eos_id` or else the mask token, follows shorter
-    sequences and replaces the masks behind a sequence's end."""
+    """(B, L) int64: prompts and decoded tokens. Padding, the first `eos_id` or else the mask token, follows
+    shorter sequences and replaces the masks behind a sequence's end."""
     nfe: Tensor
     """(B,) int64: forward passes over each sequence."""
     forwards: int
@@ -210,7 +210,7 @@ def start(
         max(lengths, default=0),
         schedule(of_model.schedule),
         mask_id,
-        pad_id=mask_id if config.end_id is None else config.end_id,
+        pad_id=next(iter(config.eos_ids), mask_id),
         device=prompts[0].device if prompts else "cpu",
         **options,
     )

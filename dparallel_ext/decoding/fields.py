@@ -74,6 +74,13 @@ def _ids(name: str, value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(arguments.token_ids(name, value).tolist())
 
 
+def _ends(name: str, value: Any) -> int | tuple[int, ...] | None:
+    value = plain(value)
+    if isinstance(value, tuple):
+        return tuple(whole(name, each, 0) for each in value)
+    return None if value is None else whole(name, value, -1)
+
+
 def _stops(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     stops = []
     for sequence in value if isinstance(value, Iterable) and getattr(value, "ndim", None) != 0 else [value]:
@@ -130,7 +137,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "top_k": _real,
     "suppress": _ids,
     "mask_id": _whole_of(0),
-    "eos_id": _whole_of(-1),
+    "eos_id": _ends,
     "stop": _stops,
     "seed": _seed,
     "record": _switch,

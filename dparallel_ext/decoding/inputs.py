@@ -213,11 +213,11 @@ class InputPacker:
     def _endings(
         self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
     ) -> list[tuple[int, int]]:
-        """For each lane, the columns [start, end) in which this EOS ends the sequence."""
-        return [
-            work[b].ending if b in work and row.settings.eos_id == eos else (0, 0)
-            for b, row in enumerate(rows)
-        ]
+        """For each lane, the columns [start, end) in which this EOS ends the sequence; none, at the same end,
+        where another one does."""
+        edges = [work[b].ending if b in work else (0, 0) for b in range(len(rows))]
+        ends_it = [eos in row.settings.eos_ids for row in rows]
+        return [(start if ends else end, end) for (start, end), ends in zip(edges, ends_it, strict=True)]
 
     def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """Columns of each sequence whose logits the pass computes, where shapes are static."""

@@ -185,7 +185,7 @@ class Runner:
             commit_(self.tokens, mask_id=eos, start=ending[0], end=ending[1]).first
             for eos, ending in zip(key.eos_ids, endings, strict=True)
         ]
-        end = [functools.reduce(torch.maximum, ends)] if ends else []  # sequences with another EOS have 0
+        end = [functools.reduce(torch.minimum, ends)] if ends else []
         return torch.cat((error, *counts, *end))
 
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:

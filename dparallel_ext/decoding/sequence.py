@@ -32,9 +32,10 @@ class Settings:
     """(n,) int64, ids never to be decoded."""
     key: tuple[int, int] = (0, 0)
     """Seed and sequence number, which key the samples."""
-    eos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end the response."""
     stop: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that end the response as eos_id does."""
+    """Sequences of tokens that end it too."""
     top_p: float = 1.0
     top_k: int = 0
     """Limits of sampling, see `ops.row_stats`; 1 and 0: none."""
@@ -304,7 +305,7 @@ IDLE = SequenceState(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.
 
 def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:
     """The EOS ids of the sequences, each once, ascending."""
-    return tuple(sorted({row.settings.eos_id for row in rows if row.settings.eos_id is not None}))
+    return tuple(sorted({eos for row in rows for eos in row.settings.eos_ids}))
 
 
 def reads(row: SequenceState, what: str) -> bool:

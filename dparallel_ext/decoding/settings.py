@@ -91,12 +91,14 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
     return OfModel(cache, schedule, mask_id)
 
 
-def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[Settings]:
+def make_settings(
+    config: DecodeConfig, model: Any, cache: str, size: int, eos_ids: tuple[int, ...] | None = None
+) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
-    cache: the mode in force; "none" where an autoregressive model decodes from left to right. Raises
-    ValueError if the config has values for another number of sequences, and for fields that do not fit the
-    model or each other.
+    cache: the mode in force; "none" where an autoregressive model decodes from left to right. eos_ids: the
+    end tokens; None: the config's. Raises ValueError if the config has values for another number of
+    sequences, and for fields that do not fit the model or each other.
     """
     rule, steps, rows, selectors = decider(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
@@ -145,7 +147,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             temperature=temperature,
             suppress=suppress,
             key=key,
-            eos_id=config.end_id,
+            eos_ids=config.eos_ids if eos_ids is None else eos_ids,
             stop=tuple(map(tuple, config.stop)),
             top_p=top_p,
             top_k=top_k,
@@ -190,9 +192,8 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
     that does not fit the model, and a fixed schedule where blocks are filled part by part.
     """
     schedule = of_model.schedule
-    ends = {(setting.eos_id, setting.stop) for setting in settings}
-    for eos_id, stop in ends:
-        check_ends(() if eos_id is None else (eos_id,), stop, vocabulary(model), of_model.mask_id)
+    for eos_ids, stop in {(setting.eos_ids, setting.stop) for setting in settings}:
+        check_ends(eos_ids, stop, vocabulary(model), of_model.mask_id)
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
         if rule.edits and schedule.handed_over:
             raise ValueError(

@@ -42,8 +42,6 @@ class Plan:
     settings: Settings
     masked: Sequence[int] = ()
     """Columns of the prompt that are filled too."""
-    eos_ids: tuple[int, ...] = ()
-    """End tokens of an autoregressive model; a diffusion model's is in `settings`."""
 
     @property
     def asked(self) -> int:
@@ -194,8 +192,7 @@ class LeftToRight(Kind):
         return prompt + gen_length
 
     def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, self._model, "none", 1)
-        self.ends(config)
+        (settings,) = make_settings(config, self._model, "none", 1, self.ends(config))
         return settings
 
     @abstractmethod
@@ -206,14 +203,11 @@ class LeftToRight(Kind):
         if not len(ids):
             raise ValueError("prompt: expected at least one token, got none")
         # The last token's row predicts the next token, so it is computed in any case.
-        reusable, eos_ids = len(ids) - 1, self.ends(config)
-        length = self.length(len(ids), gen_length)
-        return Plan(ids, gen_length, length, reusable, self.settings(config), eos_ids=eos_ids)
+        length, reusable = self.length(len(ids), gen_length), len(ids) - 1
+        return Plan(ids, gen_length, length, reusable, self.settings(config))
 
     def admit(self, batch: CausalBatch, lane: int, plan: Plan, num_cached: int) -> CausalSequence:
-        return batch.admit(
-            lane, plan.prompt, plan.gen_length, plan.settings, eos_ids=plan.eos_ids, num_cached=num_cached
-        )
+        return batch.admit(lane, plan.prompt, plan.gen_length, plan.settings, num_cached=num_cached)
 
     def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
         """The columns of the pass's new tokens."""

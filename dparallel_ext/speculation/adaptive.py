@@ -98,7 +98,7 @@ def adaptive_decode(
         streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
         progress: show a tqdm bar of tokens.
         keywords: fields of `DecodeConfig`; they replace the config's. `eos_id`: None: the model's own end
-            tokens; a number replaces them; -1: none.
+            tokens; one or several replace them; -1: none.
 
     Returns:
         AdaptiveOutput. Each sequence goes on at its own pace; one that has ended is in no pass, and is filled
@@ -124,7 +124,7 @@ def adaptive_decode(
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, model, "none", size)
+        settings = make_settings(config, model, "none", size, eos_ids)
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):
@@ -141,7 +141,7 @@ def adaptive_decode(
             **numbers,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids.cpu(), count, setting, eos_ids=eos_ids)
+            batch.admit(lane, ids.cpu(), count, setting)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
         if not named:  # else the next call reads another
             batch.keep()

@@ -157,7 +157,6 @@ class CausalBatch:
         gen_length: int,
         settings: Settings,
         *,
-        eos_ids: tuple[int, ...] = (),
         num_cached: int = 0,
     ) -> CausalSequence:
         """Begin a sequence: up to `gen_length` tokens after `prompt` (P,) int64, with P >= 1.
@@ -170,7 +169,6 @@ class CausalBatch:
             length,
             settings,
             self._suppress(settings.suppress, device=self.device),
-            eos_ids,
             known=first,
             num_cached=num_cached,
             kept=gen_length,
@@ -266,7 +264,7 @@ class CausalBatch:
                 row.length,
                 row.sampling,
                 row.settings.key,
-                row.eos_ids,
+                row.settings.eos_ids,
                 row.settings.automaton,
                 row.state,
             )
@@ -374,7 +372,7 @@ class CausalBatch:
             self.logprobs[b, start : row.known] = torch.tensor(logprobs, device="cpu")
             self.steps[b, start : row.known] = row.nfe
         ended = None
-        if row.settings.stop or not set(row.eos_ids).isdisjoint(tokens):
+        if row.settings.stop or not set(row.settings.eos_ids).isdisjoint(tokens):
             # A stop sequence that ends at a new token begins among the last tokens.
             reach = max((len(stop) for stop in row.settings.stop), default=1)
             first = max(row.prompt, start - reach + 1)

@@ -276,7 +276,7 @@ class CausalRunner:
             joined, tokens = riding.inputs(self._riders, self.kv_cache, drafted, drafts, tree, wanted, pad_to)
         padded = wanted if pad_to is None else pad_to(wanted)
         rows.put(packing, tokens, padded)
-        eos = [row.eos_ids for row in sequences]
+        eos = [row.settings.eos_ids for row in sequences]
         most = max(1, *map(len, eos))
         for each in eos:
             packing.add(each)

@@ -45,7 +45,6 @@ class CausalSequence:
     settings: Settings
     suppress: Tensor | None
     """The settings' ids to suppress, on the device."""
-    eos_ids: tuple[int, ...] = ()
     state: int = 0
     """The state of the settings' automaton behind the known tokens."""
     known: int = 0
@@ -127,7 +126,7 @@ class CausalSequence:
         ids: the tokens from column `first` on; those from column `new` on are new.
         """
         ends = []
-        for stop in (*((eos,) for eos in self.eos_ids), *self.settings.stop):
+        for stop in (*((eos,) for eos in self.settings.eos_ids), *self.settings.stop):
             size = len(stop)
             for end in range(max(size, new - first + 1), len(ids) + 1):
                 if tuple(ids[end - size : end]) == stop:

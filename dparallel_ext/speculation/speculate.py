@@ -105,7 +105,7 @@ def speculate(
         streamer: an object with `put` and `end`, as transformers' streamers. Needs a batch of one prompt.
         progress: show a tqdm bar of tokens.
         keywords: fields of `DecodeConfig`; they replace the config's. `eos_id`: None: the model's own end
-            tokens, as in transformers' `generate`; a number replaces them; -1: none.
+            tokens, as in transformers' `generate`; one or several replace them; -1: none.
 
     Returns:
         SpeculateOutput. A sequence that has ended is in no pass, and is filled with the end token.
@@ -130,7 +130,7 @@ def speculate(
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, model, "none", size)
+        settings = make_settings(config, model, "none", size, eos_ids)
         check_prompts(model, prompts)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
@@ -147,7 +147,7 @@ def speculate(
             ahead=1,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids, count, setting, eos_ids=eos_ids)
+            batch.admit(lane, ids, count, setting)
         run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
         if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
@@ -190,9 +190,8 @@ def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
 def end_ids(model: Model, config: DecodeConfig, mask_id: int | None = None) -> tuple[int, ...]:
     """The ids that end a sequence. Raises ValueError for one that the model never decodes, and for such a
     stop sequence."""
-    of_config = () if config.end_id is None else (config.end_id,)
-    check_ends(of_config, config.stop, model.shape.embedding_size, mask_id)
-    return model.eos_ids if config.eos_id is None else of_config
+    check_ends(config.eos_ids, config.stop, model.shape.embedding_size, mask_id)
+    return model.eos_ids if config.eos_id is None else config.eos_ids
 
 
 def sizer_of(

@@ -194,13 +194,9 @@ def without_ends(config: DecodeConfig) -> DecodeConfig:
     return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
-def with_ends(config: DecodeConfig, ends: Mapping[str, Any]) -> DecodeConfig:
-    """The config with the ends that `text.endings` found: its eos_id unless the config has one, and its
-    stops. A config with eos_id -1 is returned as it is."""
-    if config.eos_id == -1:
-        return config
-    eos_id = ends["eos_id"] if config.eos_id is None else config.eos_id
-    return config.replace(eos_id=eos_id, stop=[*config.stop, *ends["stop"]])
+def with_ends(config: DecodeConfig, eos_ids: Sequence[int]) -> DecodeConfig:
+    """The config with a model's end tokens, unless it names its own, or -1 for none."""
+    return config.replace(eos_id=eos_ids) if config.eos_id is None else config
 
 
 def read_rows(file: str | Path) -> list[Fields]:

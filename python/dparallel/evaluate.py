@@ -58,7 +58,7 @@ def evaluate(
 
     Returns model, policy, config (other fields that differ from the defaults), threshold, problems, seed,
     accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (passes until the
-    block that holds EOS, the model's `eos_id`, is complete; `decode(eos_id=...)` ends then or earlier),
+    block that holds one of the model's `eos_ids` is complete; `decode(eos_id=...)` ends then or earlier),
     tokens_per_forward (tokens in front of EOS per pass), padded_tokens_per_forward (all gen_length tokens per
     pass), seconds, gen_length, block_length, cache, chat, and device, mask_id, dtype and fp8 (see
     `registry.conditions_of`); with a draft_size canvases_mean, the copies of an answer that its passes

@@ -241,9 +241,3 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
     text = files.special_tokens(directory).get("eos_token")
     ends.append(tokenizer.token_to_id(text) if text else None)
     return list(dict.fromkeys(end for end in ends if end is not None))
-
-
-def endings(directory: Path, tokenizer: Any) -> dict[str, Any]:
-    """`decode`'s arguments that end a response at any of `end_tokens`."""
-    ends = end_tokens(directory, tokenizer)
-    return {"eos_id": ends[0] if ends else None, "stop": [[end] for end in ends[1:]]}

@@ -109,7 +109,7 @@ def load(settings: Settings) -> Work:
     template = registry.template_of(name, settings.chat)
     model, tokenizer = settings.loading.load(name)
     config = dx.DecodeConfig(gen_length=registry.gen_length(name) if length is None else length)
-    config = with_ends(config, text.endings(registry.directory_of(name), tokenizer))
+    config = with_ends(config, model.eos_ids)
     return Work(model, tokenizer, template, texts, problems, config)
 
 
@@ -254,10 +254,9 @@ def _passes(
     lanes, model = len(batch.rows), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
-        admitted = zip(part, make_settings(config, model, "none", len(part)), strict=True)
-        for lane, (ids, setting) in enumerate(admitted):
-            length = batch.tokens.shape[1] - len(ids)
-            batch.admit(lane, ids, length, setting, eos_ids=end_ids(model, config))
+        settings = make_settings(config, model, "none", len(part), end_ids(model, config))
+        for lane, (ids, setting) in enumerate(zip(part, settings, strict=True)):
+            batch.admit(lane, ids, batch.tokens.shape[1] - len(ids), setting)
         while live := batch.live:
             rows = [batch.rows[lane] for lane in live]
             prefills, known = any(row.prefills for row in rows), sum(row.known for row in rows)

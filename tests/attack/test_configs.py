@@ -57,7 +57,7 @@ SOUND: dict[str, list[Any]] = {
     "top_k": [0, 1, np.int32(5)],
     "suppress": [[], [3, 4], torch.arange(9)],
     "mask_id": [511, 3],
-    "eos_id": [7],
+    "eos_id": [7, [7, 9], torch.tensor([5])],
     "stop": [[], [[1, 2], np.array([3])]],
     "seed": [0, -(2**63), [1, 2], torch.tensor([5, 6])],
     "record": [True],

@@ -264,12 +264,11 @@ def decoded(directory: Path) -> tuple[models.Model, Tensor]:
     name = str(directory)
     model, tokenizer = registry.load(name)
     encode = text.prompt_encoder(tokenizer, registry.template_of(name))
-    ends = text.endings(directory, tokenizer)
     length = min(8, registry.block_length(name))
     prompt = torch.tensor([encode("hello 3")[:20] or [0]])
     if model.causal:  # which is not decoded here
         return model, torch.cat((prompt, model(prompt).logits.argmax(-1)), 1)
-    out = dx.decode(model, prompt, gen_length=length, block_length=length, **ends)
+    out = dx.decode(model, prompt, gen_length=length, block_length=length, eos_id=model.eos_ids)
     tokenizer.decode(out.sequences[0].tolist())
     return model, out.sequences
 

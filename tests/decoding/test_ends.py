@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -23,11 +24,16 @@ def dream() -> models.Model:
     return golden.model("dream_tiny_a")
 
 
+@pytest.fixture(scope="module")
+def sdar() -> models.Model:
+    return golden.model("sdar_tiny_a")
+
+
 @pytest.fixture(autouse=True)
-def _there(device: str, llada, dream, monkeypatch) -> None:
+def _there(device: str, llada, dream, sdar, monkeypatch) -> None:
     """Every test of this file runs on every device."""
-    llada.to(device)
-    dream.to(device)
+    for model in (llada, dream, sdar):
+        model.to(device)
     monkeypatch.setattr(f"{__name__}.PROMPTS", PROMPTS.to(device))
 
 
@@ -125,3 +131,65 @@ def test_eos_ends_a_sequence_once_what_is_in_front_is_final(
             assert int(out.generated) == 24 - int(late.sum())
             saved += int(on.nfe) - int(out.nfe)
     assert saved > 0
+
+
+WAYS = [("llada", "none"), ("llada", "prefix"), ("llada", "dual"), ("dream", "dual"), ("sdar", "block")]
+
+
+@pytest.mark.parametrize(("name", "cache"), WAYS)
+@pytest.mark.parametrize("way", [{}, {"threshold": 1.0}, {"threshold": 1.0, "active_blocks": 2}], ids=str)
+def test_any_of_several_end_tokens_ends_a_sequence(
+    request: pytest.FixtureRequest, name: str, cache: str, way: dict[str, Any]
+) -> None:
+    """As the one alone that is first, in its passes; behind it is the first of them, whichever that was."""
+    model = request.getfixturevalue(name)
+    settings: dict = {"gen_length": 24, "block_length": 8, "cache": cache, "record": True, **way}
+    ended = set()
+    for prompt in PROMPTS:
+        response = dx.decode(model, prompt, **settings).responses[0].tolist()
+        absent = next(token for token in range(500) if token not in response)
+        for ids in (response[5:7], response[9:6:-1], [absent, response[10]], [response[3], absent]):
+            alone = [dx.decode(model, prompt, eos_id=eos, **settings) for eos in ids]
+            first = min(range(len(ids)), key=lambda i: int(alone[i].kept))
+            out = dx.decode(model, prompt, eos_id=ids, **settings)
+            assert out.trajectory is not None
+            counts = ("kept", "nfe", "generated", "nfe_published")
+            assert [int(getattr(out, field)) for field in counts] == [
+                int(getattr(alone[first], field)) for field in counts
+            ]
+            late = out.trajectory.step[0] == 0
+            tokens = alone[first].responses[0].masked_fill(late, ids[0])
+            assert out.responses[0].tolist() == tokens.tolist()
+            ended.add(first)
+    assert len(ended) > 1
+
+
+@pytest.mark.parametrize(("name", "cache"), WAYS)
+def test_sequences_that_end_by_other_tokens_share_passes(
+    request: pytest.FixtureRequest, name: str, cache: str
+) -> None:
+    """Each end token is sought in the sequences that end by it, and in no others."""
+    model = request.getfixturevalue(name)
+    settings: dict = {"gen_length": 24, "block_length": 8, "cache": cache, "threshold": 1.0}
+    plain = [dx.decode(model, prompt, **settings).responses[0].tolist() for prompt in PROMPTS]
+    asked: list[Any] = [plain[0][4:7], plain[0][6], plain[1][10:12], None, -1, [], plain[2][12:2:-4]]
+    alone = [[dx.decode(model, prompt, eos_id=eos, **settings) for eos in asked] for prompt in PROMPTS]
+    assert len({int(out.nfe) for outs in alone for out in outs}) > 2
+    fixed = {"cache": cache, "block_length": 8, "max_length": 48, "lanes": 7}
+    with dx.Engine(model, threshold=1.0, gen_length=24, **fixed) as engine:
+        handles = [[engine.submit(prompt, eos_id=eos) for eos in asked] for prompt in PROMPTS]
+        for outs, each in zip(alone, handles, strict=True):
+            for out, handle in zip(outs, each, strict=True):
+                done, kept = handle.result(60), min(24, int(out.kept))
+                assert done.tokens == out.responses[0][:kept].tolist()
+                assert (done.nfe, done.finish_reason == "stop") == (int(out.nfe), int(out.kept) < 24)
+
+
+@pytest.mark.parametrize("ids", [5, [5], (5, 7), torch.tensor([5, 7]), torch.tensor(5)], ids=str)
+def test_end_tokens_of_a_config(ids: Any) -> None:
+    config = dx.DecodeConfig(eos_id=ids)
+    assert config.eos_ids == (5, 7)[: len(config.eos_ids)]
+    assert len(config.eos_ids) == (2 if len(torch.as_tensor(ids).shape) and len(ids) > 1 else 1)
+    assert dx.DecodeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for none in (None, -1, [], ()):
+        assert dx.DecodeConfig(eos_id=none).eos_ids == ()

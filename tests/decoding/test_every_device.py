@@ -37,7 +37,7 @@ Way = Callable[[str], Any]
 
 FAST_DLLM, DEEP = drafters.fast_dllm(), drafters.deep_model()
 DUAL: dict[str, Any] = {"cache": "dual", "threshold": 2.0}
-SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "logprobs": True, "suppress": [4], "eos_id": 5}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "logprobs": True, "suppress": [4], "eos_id": [5, 9]}
 
 
 def moved(model: Model, device: str) -> Model:

@@ -64,7 +64,7 @@ def random_case(g: torch.Generator, name: str, cache: str) -> tuple[list[Tensor]
     }
     if draw(0, 2):
         ends = torch.randint(0, 500, (3,), generator=g).tolist()
-        case |= {"eos_id": ends[0], "stop": [ends[1:2], ends[1:]]}
+        case |= {"eos_id": ends[::2], "stop": [ends[1:2], ends[1:]]}
     kind = draw(0, 4)
     if name == "fast_dllm":
         case |= {"block_length": [8, 16][draw(0, 2)], "sub_block_length": [2, 4][draw(0, 2)]}

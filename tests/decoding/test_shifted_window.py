@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,19 @@ def test_an_end_token_ends_it(at: int) -> None:
     assert MASK not in out.responses[0].tolist()
 
 
-def test_the_second_end_token_is_a_stop_sequence() -> None:
+def test_any_of_several_end_tokens_ends_it() -> None:
+    """As published, whichever comes first."""
     whole = published(theirs(), PROMPTS[0], 40, 4, 0.3, whole=False).tokens
     first, second = (
         whole[20],
         next(token for token in whole[5:] if whole.index(token) < whole.index(whole[20])),
     )
-    expected = published(theirs(), PROMPTS[0], 40, 4, 0.3, ends=(first, second), whole=False)
-    out = dx.decode(ours(), PROMPTS[0], gen_length=40, rule=RULE, eos_id=first, stop=[[second]])
-    assert out.responses[0][: int(out.kept)].tolist() == expected.tokens
+    for ends in ((first, second), (second, first)):
+        expected = published(theirs(), PROMPTS[0], 40, 4, 0.3, ends=ends, whole=False)
+        out = dx.decode(ours(), PROMPTS[0], gen_length=40, rule=RULE, eos_id=ends)
+        assert out.responses[0][: int(out.kept)].tolist() == expected.tokens
+        assert int(out.nfe) == expected.passes
+        assert int(out.responses[0][-1]) == ends[0]
 
 
 def test_a_mask_token_of_the_prompt_is_a_token() -> None:
@@ -345,3 +350,35 @@ def test_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert (content["rule"], content["cache"], content["block_length"]) == (RULE, "window", 4)
     output = run("evaluate", "--data", str(tmp_path / "prompts.jsonl"), "--checker", "none")
     assert float(output.splitlines()[-1].split()[1]) <= int(out.nfe)
+
+
+def test_a_response_ends_at_any_of_a_checkpoints_end_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    """As soon as it is there, from the server and the command line, and where a program names them."""
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "sdlm"))
+    whole = dx.decode(ours(), [[5, 7, 9]], gen_length=24, rule="one").responses[0].tolist()
+    second = next(token for token in whole if whole.index(token) % 4 == 1)  # not at a block's end
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, second]}))
+    model, tokenizer = registry.load(str(directory))
+    assert model.eos_ids == models.load(directory).eos_ids == (EOS, second)
+    out = dx.decode(model, [[5, 7, 9]], gen_length=24, rule="one", eos_id=model.eos_ids)
+    at = whole.index(second)
+    assert (int(out.kept), int(out.nfe), out.responses[0].tolist()) == (
+        at,
+        at + 1,
+        [*whole[: at + 1], *[EOS] * (23 - at)],
+    )
+    said = tokenizer.decode(whole[:at])
+    engine = {"cache": "window", "block_length": 4}
+    with serving((model, tokenizer), directory, engine, name="sdlm", max_length=64) as here:
+        asked = {"model": "sdlm", "prompt": "w5 w7 w9", "max_tokens": 24, "policy": "one"}
+        _, answer = here.ask(asked)
+        choice, usage = answer["choices"][0], answer["usage"]
+        assert (choice["text"], choice["finish_reason"], usage["forward_passes"]) == (said, "stop", at + 1)
+        _, answer = here.ask({**asked, "ignore_eos": True})
+        assert answer["usage"]["forward_passes"] == 24
+    config = tmp_path / "config.json"
+    for named, passes in ((None, at + 1), ([EOS, second], at + 1), (EOS, 24), (-1, 24)):
+        config.write_text(json.dumps({"gen_length": 24, "eos_id": named}))
+        command = ["decode", "--model", str(directory), "--config", str(config), "--policy", "one", "--json"]
+        result = CliRunner().invoke(app, [*command, "w5 w7 w9"])
+        assert json.loads(result.output)["forwards"] == passes, named

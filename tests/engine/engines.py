@@ -24,7 +24,7 @@ MODELS = {
 
 
 def fast_dllm(dtype: torch.dtype) -> Model:
-    """Block-causal with shifted logits; its blocks of 8 are filled by sub-blocks of 4."""
+    """Block-causal with shifted logits, in blocks of 8."""
     torch.manual_seed(0)
     config = {
         "model_type": "Fast_dLLM_Qwen",

@@ -44,6 +44,10 @@ def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, wa
     """To the bit, at any number of lanes and pages, with settings of its own."""
     name, cache = way
     model, g = MODELS[name, dtype], torch.Generator().manual_seed(seed)
+    shared: dict[str, Any] = {
+        "sub_block_length": BLOCK // 2 if name == "fast_dllm" else None,
+        "batch_invariant": True,
+    }
 
     def one_of(*choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), (), generator=g))]
@@ -56,7 +60,7 @@ def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, wa
             "selector": one_of("confidence", "entropy", "factor"),
             "temperature": one_of(0.0, 0.9),
             "seed": one_of(1, 2, 3),
-            "eos_id": one_of(None, 5),
+            "eos_id": one_of(None, 5, (5, 6)),
             "suppress": one_of(None, [1, 2, 3]),
             "stop": one_of((), ((7,), (8, 9))),
         }
@@ -70,13 +74,13 @@ def test_a_request_gets_what_decode_gives_it_alone(seed, count, lanes, spare, wa
         max_length=64,
         page_size=BLOCK,
         pages=8 + spare,
-        batch_invariant=True,
+        **shared,
     ) as engine:
         handles = [engine.submit(p, **settings) for p, settings in zip(prompts, own, strict=True)]
         for prompt, settings_, handle in zip(prompts, own, handles, strict=True):
             streamed = list(itertools.chain.from_iterable(handle))
             done = handle.result(60)
-            expected, nfe = alone(model, prompt, cache, batch_invariant=True, **settings_)
+            expected, nfe = alone(model, prompt, cache, **shared, **settings_)
             assert streamed == done.tokens == expected
             assert done.nfe == nfe
             assert done.prompt_length == len(prompt)

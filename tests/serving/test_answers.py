@@ -430,7 +430,6 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
 def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) -> None:
     model, tokenizer = student
     ids = tokenizer.encode(PROMPT).ids
-    ended = text.endings(registry.directory_of(MODEL), tokenizer)
     config = {"rule": "confidence:0.6", "temperature": 0.7, "top_k": 3, "seed": 5, "gen_length": 24}
     own = {**config, "block_length": BLOCK, "cache": "dual", "stop": [[9, 9, 9]]}
     with serving(student, engine=own) as here:
@@ -441,8 +440,7 @@ def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) 
             return [answer["choices"][0]["text"], answer["usage"]["forward_passes"]]
 
         def expected(**fields: Any) -> list[Any]:
-            stop = [*own["stop"], *ended["stop"]]
-            asked = dx.DecodeConfig(**{**own, "stop": stop, "eos_id": ended["eos_id"]})
+            asked = dx.DecodeConfig(**own, eos_id=model.eos_ids)
             rule = fields.pop("rule", asked.rule)
             out = dx.decode(model, ids, asked.with_rule(rule, **{**fields, "seed": [fields.get("seed", 5)]}))
             return [tokenizer.decode(out.responses[0][: int(out.kept)].tolist()), int(out.nfe)]

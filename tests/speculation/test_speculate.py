@@ -253,6 +253,9 @@ def test_ends_of_a_text() -> None:
             assert int(found.kept[0]) == ends
             assert found.responses[0].tolist() == [*response[:ends], *[response[at]] * (24 - ends)]
             assert int(found.generated[0]) == ends + 1
+            several = plain(eos_id=[60, response[at]], **settings)
+            assert several.responses[0].tolist() == [*response[: ends + 1], *[60] * (23 - ends)]
+            assert int(several.kept[0]) == ends
         pair = response[6:8]
         begin = next(i for i in range(23) if response[i : i + 2] == pair)
         found = plain(stop=[pair, [60, 60, 60]], **settings)

@@ -102,7 +102,6 @@ def decode(
     from ..complete import complete, complete_left_to_right, speculating, verifying
     from ..live import LiveText
     from ..recording import Recording
-    from ..text import endings
 
     with plain_errors():
         if html is not None:
@@ -139,7 +138,7 @@ def decode(
         # A text with gaps is no chat message, so it gets a template only with --chat.
         template = registry.template_of(model, False if chat is None and (infill or suffix) else chat)
         loaded, tokenizer = loading.load(model)
-        decoding = with_ends(decoding, endings(registry.directory_of(model), tokenizer))
+        decoding = with_ends(decoding, loaded.eos_ids)
         decoder = None
         if causal:
             decoder = speculating(loaded, drafter, draft_size)

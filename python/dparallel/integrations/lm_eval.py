@@ -398,11 +398,8 @@ class DParallelLM(TemplateLM):
             temperature=temperature,
             top_p=top_p,
             top_k=None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
-            eos_id=self.eot_token_id,
-            stop=[
-                *([self.special_ids[end]] for end in until if end in self.special_ids),
-                *([end] for end in self.end_ids[1:]),
-            ],
+            eos_id=self.end_ids,
+            stop=[[self.special_ids[end]] for end in until if end in self.special_ids],
             seed=int.from_bytes(digest[:7], "big"),
         )
         return Generation(self._fit(ids, gen_length), gen_length, config, tuple(end for end in until if end))

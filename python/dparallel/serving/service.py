@@ -130,7 +130,7 @@ class ModelService:
         self.most_characters = self.max_length * max(CHARACTERS_A_TOKEN, longest)
         self.without_ends = without_ends(engine.config)
         """The config of requests with `ignore_eos` that name nothing else."""
-        self.config = with_ends(engine.config, text.endings(directory, tokenizer))
+        self.config = with_ends(engine.config, self.ends)
         (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
         seed = engine.config.seed
         self.seed = None if seed is None else arguments.numbers("seed", seed, 1, -(2**63))[0]
