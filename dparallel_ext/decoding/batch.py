@@ -104,10 +104,10 @@ class Batch:
         first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
         layout = lay_out(first, gen_length, size, schedule.aligned, settings.steps, masked)
         published = schedule.published_prefills(layout)
-        suppress = self.runner.suppress(settings.suppress)
+        sampling = settings.sampling(self.runner.suppress(settings.suppress))
         kept = len(layout.columns)
         row = SequenceState(
-            first, layout, settings, kept, suppress, published=published, num_cached=num_cached
+            first, layout, settings, sampling, kept, published=published, num_cached=num_cached
         )
         self.rows[lane] = row
         if settings.record:

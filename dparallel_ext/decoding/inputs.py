@@ -261,7 +261,7 @@ class InputPacker:
     def key_of(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
         """All that `pack` depends on, where shapes are static."""
         # A sequence keeps these objects while it lives; another sequence has others.
-        each = [(r.nfe, id(r.settings), id(r.layout), id(r.suppress)) for r in rows]
+        each = [(r.nfe, id(r.settings), id(r.layout), id(r.sampling)) for r in rows]
         blocks = [  # without their counts, which the pass before is about to change
             (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for lane_work in work.values()

@@ -55,6 +55,11 @@ class Settings:
         of_rule = rule is not None and (rule.edits > 0 or rule.reads == "response" or rule.in_order)
         return self.scheduled or self.steps is not None or of_rule
 
+    def sampling(self, suppress: Tensor | None) -> SamplingGroup:
+        """How the sequence's tokens are chosen; suppress: its ids to suppress, on the device, one tensor for
+        all sequences of a batch with the same ids."""
+        return SamplingGroup(self.temperature, self.top_p, self.top_k, suppress, self.rule)
+
 
 class SamplingGroup(NamedTuple):
     """How the tokens of some sequences are chosen."""
@@ -174,10 +179,10 @@ class SequenceState:
     prompt: int
     layout: Layout
     settings: Settings
+    sampling: SamplingGroup
+    """See `Settings.sampling`."""
     kept: int
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
-    suppress: Tensor | None = None
-    """The settings' ids to suppress, one tensor for all sequences of the batch with the same ids."""
     block_index: int = 0
     """Index of the front block, the first that is not complete; len(blocks): done."""
     open: tuple[OpenBlock, ...] = ()
@@ -206,13 +211,6 @@ class SequenceState:
     @property
     def length(self) -> int:
         return self.layout.length
-
-    @property
-    def sampling(self) -> SamplingGroup:
-        settings = self.settings
-        return SamplingGroup(
-            settings.temperature, settings.top_p, settings.top_k, self.suppress, settings.rule
-        )
 
     @property
     def columns(self) -> Sequence[int]:
@@ -299,7 +297,8 @@ class SequenceState:
         return (chosen[0], float(max(1, share + (block.step < rest))), *chosen[2:])
 
 
-IDLE = SequenceState(0, Layout((), [], 0), Settings((0.0, 0.0, 1.0, math.inf, 0.0)), 0)
+_SETTINGS = Settings((0.0, 0.0, 1.0, math.inf, 0.0))
+IDLE = SequenceState(0, Layout((), [], 0), _SETTINGS, _SETTINGS.sampling(None), 0)
 """What a lane without a sequence holds."""
 
 

@@ -168,7 +168,7 @@ class CausalBatch:
             first,
             length,
             settings,
-            self._suppress(settings.suppress, device=self.device),
+            settings.sampling(self._suppress(settings.suppress, device=self.device)),
             known=first,
             num_cached=num_cached,
             kept=gen_length,

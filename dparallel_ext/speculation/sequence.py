@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ..decoding.sequence import SamplingGroup, Settings
 
 UNKNOWN = -1
@@ -43,8 +41,8 @@ class CausalSequence:
     length: int
     """The most tokens of prompt and response."""
     settings: Settings
-    suppress: Tensor | None
-    """The settings' ids to suppress, on the device."""
+    sampling: SamplingGroup
+    """See `Settings.sampling`."""
     state: int = 0
     """The state of the settings' automaton behind the known tokens."""
     known: int = 0
@@ -71,11 +69,6 @@ class CausalSequence:
     done: bool = False
     stopped: bool = False
     """Whether EOS or a stop sequence ended it."""
-
-    @property
-    def sampling(self) -> SamplingGroup:
-        settings = self.settings
-        return SamplingGroup(settings.temperature, settings.top_p, settings.top_k, self.suppress)
 
     @property
     def columns(self) -> range:
@@ -138,5 +131,6 @@ class CausalSequence:
         return begin, end
 
 
-IDLE = CausalSequence(0, 0, Settings((0.0, 1.0, 1.0, 1.0, 0.0)), None, done=True)
+_SETTINGS = Settings((0.0, 1.0, 1.0, 1.0, 0.0))
+IDLE = CausalSequence(0, 0, _SETTINGS, _SETTINGS.sampling(None), done=True)
 """What a lane without a sequence holds."""

@@ -175,7 +175,7 @@ def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
         lambda row: setattr(row, "open", (row.open[0]._replace(step=1), *row.open[1:])),
         lambda row: setattr(row, "settings", dataclasses.replace(row.settings, temperature=0.5)),
         lambda row: setattr(row, "layout", row.layout._replace(length=row.layout.length - 1)),
-        lambda row: setattr(row, "suppress", torch.tensor([3])),
+        lambda row: setattr(row, "sampling", row.sampling._replace(suppress=torch.tensor([3]))),
     ]
     for change in wrong:
         told.clear()
