@@ -105,9 +105,7 @@ class BlockSession(RecordedSession):
         metadata = AttentionMetadata(max_q_len, max_kv_len, *about_tokens, causal=self._causal)
         with own_precision(self.model, self.model.device):
             logits = self.head(self.hidden(ids, metadata)[source])
-        for number, each in enumerate(key.groups):
-            if each.suppress is not None:
-                out = torch.zeros_like(logits[0], dtype=torch.bool).index_fill_(0, each.suppress, True)
-                logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
+        for number, out in key.suppressed(logits.shape[1]).items():
+            logits.masked_fill_((group == number)[:, None] & out, -torch.inf)
         best = row_topk(logits, self._width, mask_id=self._mask_id, check=False)
         return torch.stack((best.token, bits_of(best.logprob)))

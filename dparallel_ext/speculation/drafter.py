@@ -181,6 +181,14 @@ class DraftKey(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         return (*self[:-1], tuple(group.key for group in self.groups))
 
+    def suppressed(self, vocabulary: int) -> dict[int, Tensor]:
+        """The number of each group that suppresses ids -> (vocabulary,) bool: which. Part of the pass."""
+        return {
+            number: torch.zeros(vocabulary, dtype=torch.bool, device=ids.device).index_fill_(0, ids, True)
+            for number, group in enumerate(self.groups)
+            if (ids := group.suppress) is not None
+        }
+
 
 class RecordedSession(DraftSession):
     """A session with passes of its own, recorded if the batch's are; it does not keep the model alive.

@@ -393,12 +393,8 @@ class _Session(RecordedSession):
         about, *all_bounds = key.numbers  # `about`: the number of tensors of a pass's metadata
         embed = self.model.embed if layers.embed_tokens is None else layers.embed_tokens
         targets = layers.d2t + torch.arange(len(layers.d2t), device=inputs.device)
-        vocabulary = torch.zeros(self.model.shape.embedding_size, dtype=torch.bool, device=inputs.device)
-        never = {
-            number: vocabulary.index_fill(0, each.suppress, True)[targets]
-            for number, each in enumerate(key.groups)
-            if each.suppress is not None
-        }
+        suppressed = key.suppressed(self.model.shape.embedding_size)
+        never = {number: out[targets] for number, out in suppressed.items()}
         ids = stream = inputs
         for step, bounds in enumerate(zip(all_bounds[::2], all_bounds[1::2], strict=True)):
             metadata = AttentionMetadata(*bounds, *tensors[:about], causal=True)

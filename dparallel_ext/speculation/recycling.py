@@ -101,11 +101,8 @@ class _Session(RecordedSession):
         for _ in range(self._depth):  # each round the nodes of one depth more are those behind their parents
             behind = self.matrix[tokens[:, self._parent], self._rank]
             tokens = torch.cat((roots[:, None], behind), 1)
-        for number, each in enumerate(key.groups):
-            if each.suppress is not None:
-                out = torch.zeros_like(self.matrix[:, 0], dtype=torch.bool)
-                out.index_fill_(0, each.suppress, True)
-                behind = behind.masked_fill((group == number)[:, None] & out[behind], -1)
+        for number, out in key.suppressed(len(self.matrix)).items():
+            behind = behind.masked_fill((group == number)[:, None] & out[behind], -1)
         return behind
 
     def _draft(self, tree: Sequence[int], size: int) -> Draft:
