@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dparallel.plots import load_pyplot
+from dparallel.plots import load_pyplot, save
 
 from .harness import OURS
 from .records import curves_of_passes, grouped, own
@@ -31,7 +31,7 @@ def draw_shares(results: dict[str, Any], path: Path) -> bool:
     axes.axvline(100, color="grey", linestyle="--")
     axes.set(xlabel="share of the floor, %")
     axes.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return True
 
 
@@ -50,7 +50,7 @@ def draw_decodes(results: dict[str, Any], path: Path) -> bool:
     axes.set(xlabel="tokens a second")
     axes.invert_yaxis()
     axes.legend()
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return True
 
 
@@ -72,7 +72,7 @@ def draw_attention(results: dict[str, Any], path: Path) -> bool:
     axes.set(xlabel="length", ylabel="us", xscale="log", yscale="log", title="32 queries a sequence")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return True
 
 
@@ -98,7 +98,7 @@ def draw_rows(results: dict[str, Any], path: Path) -> bool:
     axes.set(xlabel="rows of 126464 bfloat16 logits", ylabel="milliseconds", xscale="symlog", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return True
 
 
@@ -117,5 +117,5 @@ def draw_passes(results: dict[str, Any], path: Path) -> bool:
     axes.set(xlabel="cached positions", ylabel="milliseconds", xscale="log", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
     return True

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dparallel.plots import save
+
 from .pictures import figure_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,4 +145,4 @@ def draw(path: Path) -> None:
         "passes of the model for an answer (green: diffusion, blue: autoregressive, its own text)"
     )
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save(figure, path)

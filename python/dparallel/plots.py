@@ -27,7 +27,7 @@ def accuracy_against_passes(rows: list[dict[str, Any]], path: str | Path) -> Non
 
     `rows`: results of `evaluate`; the bars are their accuracy_interval.
     """
-    _write(draw_accuracy(rows), path)
+    save(draw_accuracy(rows), path)
 
 
 def draw_accuracy(rows: list[dict[str, Any]]) -> Any:
@@ -190,11 +190,13 @@ def response_by_pass(words: list[str], steps: list[int], path: str | Path, *, ti
     marks = MaxNLocator(integer=True, min_n_ticks=1).tick_values(1, total)
     ticks = [tick for tick in marks if 1 <= tick <= total]
     figure.colorbar(scale, ax=axes, label="pass that committed it", ticks=ticks, fraction=0.02, pad=0.01)
-    _write(figure, path)
+    save(figure, path)
 
 
-def _write(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure as a PNG, whole or not at all, and close it; make the directory if need be."""
     files.directory("plot", Path(path).parent)
     with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+        # Without matplotlib's version in it, the same picture is the same file.
+        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
     load_pyplot().close(figure)
