@@ -290,6 +290,22 @@ def test_a_run_with_other_settings_is_refused(answers: Path, tmp_path: Path):
     distill.run(recipe, answers, tmp_path, progress=False)
 
 
+def test_a_run_is_over_once_its_student_is_there(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`make distill` takes a run with a training.json for finished."""
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    recipe = distill.read(RECIPES / "builtin.yaml", training=training)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dx.models, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(recipe, answers, tmp_path, progress=False)
+    assert not (tmp_path / "training.json").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"

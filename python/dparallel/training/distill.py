@@ -292,16 +292,16 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
             f"at least as many, got {most}"
         )
-    if trainer.is_world_process_zero():
-        report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
-        report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
-        files.write_json(directory / "training.json", report)
     if not isinstance(model, Model) or trainer.is_fsdp_enabled:
         trainer.save_model(str(directory))
     elif trainer.is_world_process_zero():
         # Before config.json, which makes it a checkpoint.
         files.Companions(source).save_pretrained(directory)
         dx.models.save(model, directory, dtype=torch.bfloat16)
+    if trainer.is_world_process_zero():
+        report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
+        report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
+        files.write_json(directory / "training.json", report)
     finish(trainer)
     return directory
 
