@@ -1,8 +1,7 @@
 """fp8_linear against the matrix product that it replaces, at a shape of LLaDA-8B's layers: 4096 to 12288.
 
 Floor: the weights read once, a byte each. Baselines: the same weights in 16 bits, by the matrix library; and
-the 8-bit weights widened and multiplied in each call. `error`: the root mean square of the difference to
-16-bit weights, as a share of the output's.
+the 8-bit weights widened and multiplied in each call.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 
-from .harness import CPU, OURS, Case, Work, on_cpu, result_of, sets_of
+from .harness import CPU, OURS, Case, Work, on_cpu, sets_of
 
 WIDTH = 4096
 
@@ -73,6 +72,5 @@ def case(tokens: int) -> Case:
 @pytest.mark.parametrize("rows", [1, 32], ids=lambda rows: f"{rows}_rows")
 def test_fp8_linear(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
     step = work(CPU, False, rows, WIDTH)
-    error = error_of(*(result_of(step, name) for name in (contender, "bfloat16 weights")))
     group = f"fp8_linear, {rows} rows, {WIDTH} to {3 * WIDTH}, bfloat16"
-    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=15, error=error)
+    on_cpu(benchmark, group, step, contender, read_bandwidth, rounds=15)
