@@ -47,8 +47,8 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="a file of keys, one a line (# begins a comment); a request needs one of them, or of those "
-            "in the environment's DPARALLEL_API_KEY"
+            help="a file of keys, one a line (# begins a comment), of which a request needs one; default: "
+            "the keys in the environment's DPARALLEL_API_KEY, if it has any"
         ),
     ] = None,
     api_key: Annotated[
