@@ -170,6 +170,10 @@ def test_by_the_command(tmp_path: Path) -> None:
         for size in (2, 8, 63):
             found = dx.speculate(model, prompts, gen_length=12, drafter=drafter, draft_size=size)
             assert torch.equal(found.sequences, expected.sequences)
+    found = CliRunner().invoke(cli.app, ["merge", str(out), str(tmp_path / "merged")])
+    assert found.exit_code == 2
+    assert "is a drafter, whose weights take part in drafts alone; --drafter takes it" in found.output
+    assert not (tmp_path / "merged").exists()
     other = registry.load("builtin:causal")[0]
     with pytest.raises(ValueError, match=r"drafter: .*out was trained for another model"):
         dx.speculate(other, prompts, gen_length=4, drafter=f"strided:{out}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+from dparallel_ext.speculation.checkpoint import OURS
 
 from .. import files, registry
 
@@ -75,8 +76,8 @@ def merge(
     Modules and biases that it holds whole (`modules_to_save`, `bias`) replace the base's. `model`: the base;
     default: the one that the adapter names. `mask_id`: replaces the base's.
 
-    Raises FileNotFoundError; ValueError if the adapter cannot be read, adapter and base do not fit, `out`
-    holds an adapter, or another run is writing there; OSError if the disk is full.
+    Raises FileNotFoundError; ValueError if the adapter cannot be read, is a drafter's, or does not fit the
+    base, if `out` holds an adapter, or another run is writing there; OSError if the disk is full.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
@@ -122,8 +123,7 @@ def merge(
 def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
     """The `LoraConfig` and the tensors in an adapter's directory. Raises as `merge`."""
     from peft import LoraConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     for file in FILES:
         if not (adapter / file).is_file():
@@ -142,9 +142,16 @@ def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
         )
     weights = adapter / "adapter_model.safetensors"
     try:
-        return config, load_file(weights)
+        with safe_open(weights, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"adapter: {weights} is not a readable safetensors file: {error}") from error
+    if OURS in metadata:
+        raise ValueError(
+            f"adapter: {adapter} is a drafter, whose weights take part in drafts alone; --drafter takes it"
+        )
+    return config, tensors
 
 
 def _put(tensors: Mapping[str, Tensor], base: Model, source: Path) -> dict[str, Tensor]:
