@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -448,9 +447,9 @@ def _same(tensor: Tensor) -> Tensor:
 def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
     """The files of weights, each with the index, {tensor: file}; None for a single file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():  # before an index, as in transformers
+    if files.is_there(single):  # before an index, as in transformers
         return {single: None}
-    if not index.is_file():
+    if not files.is_there(index):
         others = sorted(file.name for file in directory.glob("*.bin"))
         hint = (
             f"; {others[0]} is not read, save_pretrained of transformers writes safetensors" if others else ""
@@ -464,6 +463,6 @@ def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
             raise ValueError(f"path: {index} names {name!r:.200}, expected a file beside it")
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     for file in shards:
-        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+        if not files.is_there(file):
             raise FileNotFoundError(f"path: {index.name} names {file.name!r:.200}, not in {directory}")
     return dict.fromkeys(shards, weight_map)

@@ -67,7 +67,8 @@ def locate(path: str | Path) -> Path:
             f"path: no directory {name}; dparallel.registry.load loads the models that ship"
         )
     if not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"path: no directory {name:.200}")
+        home = "; ~ stays as it is here, and os.path.expanduser replaces it" if name.startswith("~") else ""
+        raise FileNotFoundError(f"path: no directory {name:.200}{home}")
     return fetched(name)
 
 
@@ -110,15 +111,34 @@ def read_text(file: Path) -> str:
         raise ValueError(f"path: {file} cannot be read: {error.strerror}") from error
 
 
+def is_there(file: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises FileNotFoundError for a link that leads nowhere, as the Hub's cache has them where a download was
+    cut short: without that file the checkpoint would pass for another one.
+    """
+    if os.path.isfile(file):  # Path.is_file raises for a name that is too long
+        return True
+    if os.path.islink(file):
+        raise FileNotFoundError(
+            f"path: {file} is a link to {os.readlink(file)}, which is not there; was a download cut short?"
+        )
+    return False
+
+
 def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is no file, unless it is required.
 
-    Raises FileNotFoundError, or ValueError naming the file, and a key with two values.
+    Raises FileNotFoundError, also for a link that leads nowhere, or ValueError naming the file, and a key
+    with two values.
     """
-    if not os.path.isfile(file):
+    if not is_there(file):
         if required:
-            adapter = (file.parent / "adapter_config.json").is_file()
-            hint = ", but an adapter, which `dparallel merge` adds to its base" if adapter else ""
+            hint = ""
+            if (file.parent / "adapter_config.json").is_file():
+                hint = ", but an adapter, which `dparallel merge` adds to its base"
+            elif (file.parent / "snapshots").is_dir():
+                hint = ", but the Hub's cache of a model, whose checkpoints are the folders in snapshots"
             raise FileNotFoundError(f"path: no {file.name} in {file.parent}{hint}")
         return {}
     text = read_text(file)
@@ -206,7 +226,7 @@ def added_tokens(directory: Path) -> dict[str, dict[str, Any]]:
     try:
         if listed:
             tokens = [{**token, "id": int(index)} for index, token in listed.items()]
-        elif (directory / "tokenizer.json").is_file():
+        elif is_there(directory / "tokenizer.json"):
             file = directory / "tokenizer.json"
             tokens = [dict(token) for token in read_json(file).get("added_tokens") or ()]
         else:

@@ -100,10 +100,10 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
     is_file = is_single_file(path)
     directory = path.parent if is_file else files.locate(path)
-    adapter = not is_file and any((directory / name).is_file() for name in ADAPTER)
+    adapter = not is_file and any(files.is_there(directory / name) for name in ADAPTER)
     config_file, weights = ADAPTER if adapter else WHOLE
     file = path if is_file else directory / weights
-    if not os.path.isfile(file):
+    if not files.is_there(file):
         others = [] if is_file else sorted(other.name for other in directory.glob("*.bin"))
         hint = f"; {others[0]} is not read, safetensors.torch.save_file writes its tensors" if others else ""
         raise FileNotFoundError(f"path: no file {file!s:.200}{hint}")

@@ -192,7 +192,7 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     of_files = {
         name: files.read_text(file)
         for name, file in {**alone, **{file.stem: file for file in additional}}.items()
-        if file.is_file()
+        if files.is_there(file)
     }
     if "default" in of_files:
         return of_files

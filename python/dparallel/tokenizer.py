@@ -39,7 +39,7 @@ def load(directory: Path) -> Any:
     from tokenizers import Tokenizer
 
     file = directory / "tokenizer.json"
-    if not file.is_file():
+    if not files.is_there(file):
         return qwen2(directory)
     text = files.read_text(file)
     try:
@@ -154,7 +154,7 @@ def _add(tokenizer: Any, directory: Path, added: dict[str, dict[str, Any]]) -> N
 def _vocabulary(directory: Path) -> dict[str, int]:
     config = files.read_json(directory / "tokenizer_config.json")
     kind = config.get("tokenizer_class")
-    missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
+    missing = [name for name in ("vocab.json", "merges.txt") if not files.is_there(directory / name)]
     if missing:
         other = directory / "tokenizer.model"
         hint = f"; {other.name} is not read, save_pretrained of transformers writes tokenizer.json"

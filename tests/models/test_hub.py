@@ -70,7 +70,17 @@ def test_a_directory_comes_before_the_hub(hub: list[Any], tmp_path: Path) -> Non
         FileNotFoundError, match=r"builtin:student; dparallel\.registry\.load loads the models that ship"
     ):
         models.load("builtin:student")
+    with pytest.raises(FileNotFoundError, match=r"no directory ~/b; ~ .* os\.path\.expanduser"):
+        models.load("~/b")
     assert not hub
+
+
+def test_a_folder_of_the_hub_s_cache_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    write(tmp_path / "snapshots" / "1")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in .* the folders in snapshots$"):
+        models.load(tmp_path)
+    assert models.load(tmp_path / "snapshots" / "1").mask_id == 511
 
 
 def test_without_a_network_the_error_says_how_to_get_it(hub: list[Any]) -> None:

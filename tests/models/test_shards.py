@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dparallel import registry
 from safetensors.torch import save_file
 from test_checkpoint import TENSORS, Q, put, write
 from torch import Tensor
 
-from dparallel_ext import models
+from dparallel_ext import models, speculation
 from dparallel_ext.models import files
 
 
@@ -26,6 +27,32 @@ def test_a_snapshot_of_links_as_the_hub_s_cache_has_them(tmp_path: Path) -> None
         file.rename(blobs / f"{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     assert torch.equal(models.load(snapshot).state_dict()[Q], TENSORS[Q])
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+        *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_named(cut: str, tmp_path: Path) -> None:
+    """A download was cut short: without the file it would be a checkpoint with other ends or prompts."""
+    source, snapshot = registry.directory_of("builtin:student"), tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in source.iterdir():
+        if file.name != cut:
+            (snapshot / file.name).symlink_to(file)
+    (snapshot / cut).symlink_to("../blobs/1")
+    said = rf"{cut} is a link to \.\./blobs/1, which is not there; was a download cut short\?"
+    read = registry.template_of if cut == "chat_template.jinja" else registry.load
+    with pytest.raises(FileNotFoundError, match=rf"^model: .*snapshot/{said}"):
+        read(str(snapshot))
+    if cut in ("config.json", "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"^path: .*{cut} is a link to"):
+            models.load(snapshot)
+        with pytest.raises(FileNotFoundError, match=f"^path: .*{cut} is a link to"):
+            speculation.load(snapshot)
 
 
 def shard(directory: Path, shards: dict[str, dict[str, Tensor]], index: dict[str, str]) -> None:
