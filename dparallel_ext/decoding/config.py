@@ -283,6 +283,21 @@ OF_ENGINE = (
     *ACTIVE,
 )
 """Fields that all requests of an engine share."""
+ELSEWHERE = {
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "max_gen_len", "max_completion_tokens"), "gen_length"),
+    **dict.fromkeys(("eos_token_id", "eos_token_ids"), "eos_id"),
+    **dict.fromkeys(("stop_token_ids", "stop_strings", "stopping_criteria"), "stop"),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens"), "suppress"),
+    **dict.fromkeys(("do_sample", "temp"), "temperature"),
+    **dict.fromkeys(("num_steps", "num_diffusion_steps"), "steps"),
+    **dict.fromkeys(("confidence_threshold", "entropy_threshold"), "threshold"),
+    "mask_token_id": "mask_id",
+    "small_block_size": "sub_block_length",
+    "remasking": "score",
+    "generator": "seed",
+    "output_scores": "logprobs",
+}
+"""Other libraries' names of what a field is for, where they are unlike the field's."""
 EACH = ("gen_length", "threshold", "selector", "policy", "min_commit", "max_commit", "score", "seed")
 """Fields that may have a value for each sequence, in a tuple."""
 
@@ -306,7 +321,8 @@ def configured(where: str, config: DecodeConfig | None, keywords: Mapping[str, A
 
 
 def _nearest(name: Any) -> str:
-    near = difflib.get_close_matches(str(name), DEFAULTS, 1)
+    known = ELSEWHERE.get(name) if isinstance(name, str) else None
+    near = [known] if known else difflib.get_close_matches(str(name), DEFAULTS, 1)
     return f". Did you mean {near[0]!r}?" if near else ""
 
 

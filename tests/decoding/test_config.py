@@ -17,7 +17,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, policies, rules
 from dparallel_ext.decoding import OF_ENGINE, DecodeKeywords
-from dparallel_ext.decoding.config import DEFAULTS, EACH, ROW
+from dparallel_ext.decoding.config import DEFAULTS, EACH, ELSEWHERE, ROW
 
 LLADA = golden.model("llada_tiny_a")
 SDAR = golden.model("sdar_tiny_a")
@@ -35,6 +35,8 @@ def test_the_keywords_are_the_fields() -> None:
     assert get_type_hints(DecodeKeywords) == get_type_hints(DecodeConfig)
     assert set(DEFAULTS) == set(get_type_hints(DecodeKeywords))
     assert set(OF_ENGINE) | set(EACH) | set(ROW) <= set(DEFAULTS)
+    assert set(ELSEWHERE.values()) <= set(DEFAULTS)
+    assert not set(ELSEWHERE) & set(DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -219,10 +221,13 @@ def test_what_depends_on_the_call_is_checked_there(fields: dict[str, Any], messa
     ("name", "message"),
     [
         ("treshold", "got an unexpected keyword argument 'treshold'. Did you mean 'threshold'?"),
-        ("max_tokens", "got an unexpected keyword argument 'max_tokens'"),
+        ("max_tokens", "got an unexpected keyword argument 'max_tokens'. Did you mean 'gen_length'?"),
+        ("eos_token_id", "got an unexpected keyword argument 'eos_token_id'. Did you mean 'eos_id'?"),
+        ("generator", "got an unexpected keyword argument 'generator'. Did you mean 'seed'?"),
+        ("num_beams", "got an unexpected keyword argument 'num_beams'$"),
     ],
 )
-def test_unknown_keywords_are_named_with_the_nearest(name: str, message: str) -> None:
+def test_unknown_keywords_are_named_with_the_nearest_or_what_stands_for_them(name: str, message: str) -> None:
     with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
         calls: dict[str, Callable[..., Any]] = {
             "decode": lambda **more: dx.decode(LLADA, [1], **more),

@@ -447,7 +447,7 @@ def test_too_few_prompts_are_refused_before_anything_is_written(target: Path, tm
         (
             TINY,
             500,
-            r"evaluate: expected a number that leaves prompts of .* to learn from, got 500 of 10 different",
+            r"evaluate: expected a number that leaves prompts of .*, got 500 of 10, 10 of them different",
         ),
         (OF_KIND["ppd"], 3, r"data: expected at least 10 answers, .* of kind ppd, got 7"),
     ):

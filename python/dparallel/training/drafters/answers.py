@@ -47,9 +47,10 @@ def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tupl
     try:
         apart = hold_out(drawn, held / max(1, len(drawn))).tolist()
     except ValueError as error:
+        different = len({(*prompt.tolist(),) for prompt in drawn})
         raise ValueError(
-            f"evaluate: expected a number that leaves prompts of {data} to learn from, got {held} of "
-            f"{len({(*prompt.tolist(),) for prompt in drawn})} different ones"
+            f"evaluate: expected a number that leaves prompts of {data} to learn from and others to test "
+            f"with, got {held} of {len(drawn)}, {different} of them different"
         ) from error
     return (
         [prompt for prompt, out in zip(drawn, apart, strict=True) if not out],
