@@ -376,6 +376,7 @@ def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> N
             "drafter: expected a Drafter, a name (ngram, recycling, jump_forward, ",
         ),
         ((*model, "--cache", "dual"), "cache: belongs to masked diffusion"),
+        ((*model, "--mask-id", 3), "mask_id: belongs to masked diffusion"),
         (("--drafter", "ngram"), "drafter: "),
     ):
         found = CliRunner().invoke(app, ["decode", PROMPT, *map(str, wrong)])

@@ -117,7 +117,8 @@ def decode(
         infill = infill or bool(content.get("infill"))
         content.setdefault("gen_length", 0 if infill and not suffix else registry.gen_length(model))
         causal = registry.is_causal(model, cache or content.get("cache"))
-        check_kind(model, causal, drafter=drafter, suffix=suffix or None, policy=policy, verifier=verifier)
+        of_diffusion = {"suffix": suffix or None, "policy": policy, "verifier": verifier}
+        check_kind(model, causal, drafter=drafter, mask_id=loading.mask_id, **of_diffusion)
         if causal:
             check_drafted(drafters, draft_size)
         others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
