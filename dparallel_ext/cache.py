@@ -20,7 +20,7 @@ PadTo = Callable[[int], int] | None
 
 def bucket(count: int) -> int:
     """`count` rounded up to a multiple of 8, and above 64 to one of four sizes a doubling; 0 is 0."""
-    size = max(8, 2 ** ((count - 1).bit_length() - 3))
+    size = max(8, 2 ** (count.bit_length() - 3))
     return -(-count // size) * size
 
 
@@ -140,13 +140,13 @@ class AttentionMetadata:
         ends = self.q_end.cummax(0).values  # those of padding are 0
         span = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
         place = (row - self.q_start[span]).clamp(max=WORD - 1)  # that of padding may be beyond
+        earlier = ~(-2 << place)
         if both_ways:
-            last = (self.q_end - self.q_start - 1).clamp(min=0)[span]
-            words = ~(-2 << torch.where(known, place, last))
+            words = torch.where(known, earlier, -1)
         else:
             bit = torch.where(known & (row < ends[-1]), 1 << place, 0)
             all_known = torch.zeros_like(ends).index_add_(0, span, bit)
-            words = known_first(known, all_known[span], ~(-2 << place))
+            words = known_first(known, all_known[span], earlier)
         return replace(self, ancestors=words[:, None])
 
 

@@ -51,7 +51,8 @@ def block_attention(
             result of rows in no segment is zero.
         causal: row i of a segment sees the slots [0, base + i + 1).
         ancestors: (N, W) int64, W >= Q / 64, not with `causal`: row r sees slot base + b if bit b % 64 of its
-            word b // 64 is set, its own slot included. For a tree of drafted tokens (arXiv 2401.10774).
+            word b // 64 is set, its own slot included; bits b from Q on say nothing. For a tree of drafted
+            tokens (arXiv 2401.10774).
         scale: factor of the scores, default D ** -0.5.
         max_q_len, max_kv_len: upper bounds of q_end - q_start and kv_len, which size a CUDA launch without
             waiting for the device. Default: all rows, all slots.

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 from dparallel import registry
 from dparallel.likelihood import log_likelihoods
+from dparallel.tune import own_choices
 from sdlm import MASK, VOCABULARY, ids, of_a_call, ours, theirs
 from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.cache import Span
-from dparallel_ext.models import SDLM, Qwen2, Traits
+from dparallel_ext.models import SDLM, Qwen2, Qwen3, Traits
 
 TRAITS = Traits(MASK, shift=True, strict=frozenset({"confidence", "entropy"}), aligned_blocks=False, window=4)
 PUBLISHED = {
@@ -39,7 +41,7 @@ def some_rows() -> Tensor:
     x[1, 39] = MASK
     x[2, [3, 4, 9, 20, 22, 39]] = MASK
     x[3, 1:] = MASK
-    x[4, 17:20] = x[4, 21:26] = MASK
+    x[4, 17:20] = x[4, 21:26] = x[4, 37:39] = MASK
     return x
 
 
@@ -68,12 +70,14 @@ def test_padding_is_not_seen() -> None:
 
 @torch.no_grad()
 def test_a_pass_over_spans_sees_what_a_call_sees() -> None:
-    """Of 150 tokens in three spans, the window in the last, beside another sequence and padding."""
+    """Of 150 tokens in five spans, the window in the last, beside another sequence and padding."""
     x = ids(2, 150)
     x[0, 143:] = MASK
     x[1, 36:40] = MASK
     cache = ours().new_cache(2, 150)
-    spans = [Span(0, 0, 40, 40), Span(0, 40, 86, 86), Span(1, 0, 40, 40), Span(0, 86, 150, 150)]
+    ends = (0, 20, 40, 60, 86)
+    spans = [Span(0, start, end, end) for start, end in itertools.pairwise(ends)]
+    spans += [Span(1, 0, 40, 40), Span(0, 86, 150, 150)]  # two more are padding
     metadata = cache.metadata(spans, lambda n: n + 13)
     tokens = x[metadata.rows, metadata.positions]
     known = metadata.positions < torch.tensor([142, 35])[metadata.rows]
@@ -98,6 +102,7 @@ def test_a_checkpoint_is_read_and_written(size: int, tmp_path: Path) -> None:
     assert models.traits(ours(4)) == TRAITS
     assert models.load(tmp_path, mask_id=3).mask_id == 3
     expected = model(x).logits
+    assert own_choices(str(tmp_path))["block_length"] == (size,)
     models.save(model, tmp_path / "again")
     again = models.load(tmp_path / "again", fuse=True)
     assert (type(again), again.mask_id, again.shape) == (SDLM, MASK, model.shape)
@@ -116,6 +121,7 @@ def test_the_published_config() -> None:
     assert SDLM.shape_of(first_release).window == 8
     without = {key: value for key, value in PUBLISHED.items() if key != "text_mask_token_id"}
     assert models.family_of(without) is Qwen2
+    assert models.family_of({**PUBLISHED, "model_type": "qwen3"}) is Qwen3
 
 
 @pytest.mark.parametrize(
