@@ -127,7 +127,7 @@ struct Memory {
   const Tensor& tensor;
   const char* name;
   int64_t element_size;
-  const char *begin, *end;  // the same of an empty tensor
+  const char *begin, *end;  // null of an empty tensor
 
   Memory(const Tensor& t, const char* name, int64_t element_size)
       : tensor(t),
@@ -163,8 +163,9 @@ class StepsBetween {
       above += steps_[i].most * steps_[i].stride;
     }
     const auto& [stride, least, most] = steps_[from];
-    const int64_t first = std::max(least, (distance - above) / stride - 1);
-    const int64_t last = std::min(most, (distance - below) / stride + 1);
+    // Division rounds towards 0: none is left out, and those that are too many fail below.
+    const int64_t first = std::max(least, (distance - above) / stride);
+    const int64_t last = std::min(most, (distance - below) / stride);
     for (int64_t n = first; n <= last; ++n) {
       const int64_t left = distance - n * stride;
       if (below <= left && left <= above && make(left, from + 1)) return true;
@@ -196,10 +197,8 @@ class StepsBetween {
 // What is changed in place shares no element with another argument; both of at most 6 dimensions.
 inline void own_memory(const Memory& changed, const Memory& other) {
   if (changed.end <= other.begin || other.end <= changed.begin) return;
-  DP_CHECK(changed.begin == changed.end || other.begin == other.end ||
-               !StepsBetween(changed, other).make(other.begin - changed.begin),
-           changed.name, ": expected memory of its own, which is changed in place, got some of ",
-           other.name);
+  DP_CHECK(!StepsBetween(changed, other).make(other.begin - changed.begin), changed.name,
+           ": expected memory of its own, which is changed in place, got some of ", other.name);
 }
 
 // `rows`: `t`, or the copy that a kernel has changed in its place.

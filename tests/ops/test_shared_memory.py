@@ -80,6 +80,10 @@ def test_arguments_of_kv_write_share_no_element() -> None:
             place = whole[:pages].flatten()[4 : 4 + given[name].numel()].view_as(given[name])
             with pytest.raises(ValueError, match=rf"{cache}: expected memory of its own, .* some of {name}"):
                 dx.kv_write(**{**given, cache: whole[:pages], name: place})
+    wide = torch.zeros(pages, heads, size, dim, 2)
+    place = wide.flatten()[: given["q"].numel()].view_as(given["q"])
+    with pytest.raises(ValueError, match=r"k_cache: expected memory of its own, .* some of q"):
+        dx.kv_write(**{**given, "k_cache": wide[..., 0], "q": place})
     # Rows of one buffer, and pages that take turns, have no element in common.
     fused = torch.randn(len(given["q"]), given["q"].shape[1] + 2 * heads, dim)
     q, k, v = fused.split((given["q"].shape[1], heads, heads), 1)
@@ -127,10 +131,15 @@ def test_what_is_read_is_not_what_is_changed() -> None:
         memory = torch.randn(len(student) + 1, *student.shape[1:], device=student.device)
         if name == "distillation_loss":
             others.append(True)  # inplace
-        for at, share in ((0, student), (1, memory[1:])):
-            call = [memory[:-1] if at else student, share, *others]
+        wide = torch.randn(*student.shape, 2, device=student.device)
+        for changed, read in (
+            (student, student),
+            (student, student[:1].expand_as(student)),
+            (memory[:-1], memory[1:]),
+            (wide[..., 0], wide.flatten()[: student.numel()].view_as(student)),  # the first is copied
+        ):
             with pytest.raises(OF_AN_OP, match=r"student: expected memory of its own, .* some of teacher"):
-                op_of(name)(*call)
+                op_of(name)(changed, read, *others)
     ids = torch.full((8,), 5)
     ids[:4] = MASK
     with pytest.raises(ValueError, match=r"tokens: expected memory of its own, .* got some of token"):
@@ -148,3 +157,11 @@ def test_what_is_read_is_not_what_is_changed() -> None:
         with pytest.raises(OF_AN_OP, match=rf"{name}: expected memory of its own, .* got some of x"):
             op_of("linear_kv_write")(*shared)
     op_of("linear_kv_write")(*call)
+
+
+def test_elements_that_lie_askew() -> None:
+    """Some bytes of one are another's, though not all."""
+    memory = bytearray(160)
+    tokens, token = (torch.frombuffer(memory, dtype=torch.int64, count=9, offset=at) for at in (0, 68))
+    with pytest.raises(ValueError, match=r"tokens: expected memory of its own, .* got some of token"):
+        dx.commit_(tokens[None], commit=tokens == 0, token=token, mask_id=0)
