@@ -19,7 +19,8 @@ from test_kept_speculation import lost
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import models
+from dparallel_ext import kept, models
+from dparallel_ext.cache import bucket
 from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.engine.core import EngineCore
@@ -109,22 +110,32 @@ def test_most_passes_of_a_long_decode_are_replayed(taped: list[Graphs]) -> None:
     same(third, adaptive(model, verifier, PROMPTS[0], graphs=False, **settings))
 
 
+def test_passes_have_few_shapes(taped: list[Graphs]) -> None:
+    """Though each has another number of places, rows and positions."""
+    settings: dict[str, Any] = {"mixture": 0.0, "lookahead": None, "gen_length": 64}
+    out = adaptive(golden.model("llada_tiny_a"), verifier_of(), PROMPTS[0], **settings)
+    (graphs,) = of_passes(taped)
+    assert len(graphs.recordings) < 24 < 48 < out.forwards, len(graphs.recordings)
+
+
 def test_most_passes_of_an_engine_are_replayed(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
     model, verifier = golden.model("llada_tiny_a"), verifier_of()
     all_there, work = threading.Event(), EngineCore.work
 
     def waits(self: EngineCore) -> bool:
-        all_there.wait()
+        assert all_there.wait(60)
         return work(self)
 
     monkeypatch.setattr(EngineCore, "work", waits)
 
+    asked: Any = {"gen_length": 40, "eos_id": -1}
+    requests = [(PROMPTS[n % len(PROMPTS)], (n % 2) * 0.8) for n in range(12)]
+
     def decoded(**settings: Any) -> tuple[list[list[int]], int]:
         all_there.clear()
-        numbers: Any = {"mixture": 0.9, "window": 4, "lookahead": 8}
+        numbers: Any = {"mixture": 0.9, "window": 4, "lookahead": 5}
         with dx.Engine(model, verifier=verifier, lanes=2, max_length=128, **numbers, **settings) as engine:
-            asked: Any = {"gen_length": 40, "eos_id": -1, "temperature": 0.8, "seed": 3}
-            handles = [engine.submit(PROMPTS[n % len(PROMPTS)], **asked) for n in range(12)]
+            handles = [engine.submit(prompt, temperature=t, seed=3, **asked) for prompt, t in requests]
             all_there.set()
             return [handle.result(60).tokens for handle in handles], engine.stats.forwards
 
@@ -135,27 +146,32 @@ def test_most_passes_of_an_engine_are_replayed(taped: list[Graphs], monkeypatch:
     taped.clear()
     assert decoded(graphs=False) == (found, forwards)
     assert not taped
+    for (prompt, temperature), tokens in zip(requests, found, strict=True):
+        alone = adaptive(model, verifier, prompt, temperature=temperature, seed=[3], lookahead=5, **asked)
+        assert tokens == alone.responses[0].tolist()
 
 
 def test_without_graphs_and_beyond_the_rows_nothing_is_recorded(
     taped: list[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the rows of either model; a verifier that waits for the host has none."""
+    """Beyond the rows of either model; a verifier that waits for the host has none. Rows are padded to other
+    numbers then, which need not be the same for both."""
     model, verifier = golden.model("llada_tiny_a"), verifier_of()
-    expected = adaptive(model, verifier, graphs=False)
+    expected = adaptive(model, verifier, graphs=False, lookahead=None)
     assert not taped
     rows = padding.recorded_rows
     for slow in (model, verifier):
         with monkeypatch.context() as patch:
-            for module in ("drafter", "adaptive_passes"):
-                where = f"dparallel_ext.speculation.{module}.recorded_rows"
+            for module in ("speculation.drafter", "speculation.adaptive_passes", "decoding.padding"):
+                where = f"dparallel_ext.{module}.recorded_rows"
                 patch.setattr(where, lambda of, slow=slow: 0 if of is slow else rows(of))
-            same(adaptive(copy.copy(model) if slow is verifier else model, verifier), expected)
+            fresh = copy.copy(model) if slow is verifier else model
+            same(adaptive(fresh, verifier, lookahead=None), expected)
         assert not of_passes(taped)
     taped.clear()
     hooked = verifier_of()
     hooked.lm_head.register_forward_hook(lambda module, args, output: output)
-    same(adaptive(golden.model("llada_tiny_a"), hooked), expected)
+    same(adaptive(golden.model("llada_tiny_a"), hooked, lookahead=None), expected)
     assert not of_passes(taped)
 
 
@@ -192,6 +208,17 @@ def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], which: str, how
     # A verifier of another dtype has another cache, and what was kept may come again.
     assert all(result() is None for result in recorded) == ((which, how) != ("verifier", "moved"))
     assert all(graphs.recorder is not None for graphs in taped), "a recording failed"
+
+
+def test_the_verifiers_cache_counts(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is room for the model's alone, nothing is kept."""
+    model, verifier = golden.model("llada_tiny_a"), verifier_of()
+    own = model.new_cache(1, bucket(len(PROMPTS[0]) + 24)).slots.nbytes
+    for room, kinds in ((own, 2), (kept.BYTES, 3)):
+        monkeypatch.setattr(kept, "BYTES", room)
+        for _ in range(2):
+            adaptive(model, verifier, PROMPTS[0])
+        assert len(of_passes(taped)) == kinds
 
 
 def test_a_call_goes_on_with_its_own_verifier_and_mixture(taped: list[Graphs]) -> None:

@@ -212,6 +212,19 @@ def test_a_pass_computes_the_window_and_the_masks_ahead(name: str, monkeypatch: 
         assert known == len(prompt) + 24
 
 
+def test_the_verifier_reads_no_sequence_without_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences with one token left nothing is verified, and their prompts are not computed."""
+    lanes, step = set[int](), VERIFIER.step
+
+    def spy(input_ids: Tensor, kv_cache: Any, metadata: Any) -> Tensor:
+        lanes.update(metadata.rows[metadata.slot_mapping >= 0].tolist())
+        return step(input_ids, kv_cache, metadata)
+
+    monkeypatch.setattr(VERIFIER, "step", spy)
+    adaptive(gen_length=[1, 9, 1, 9], mixture=1.0, graphs=False)
+    assert lanes == {1, 3}
+
+
 def test_a_window_of_a_block_is_exact_for_a_block_causal_model() -> None:
     """And a short one of a model that sees both ways is not: what it keeps has grown stale."""
     model = MODELS["sdar_tiny_a"]
