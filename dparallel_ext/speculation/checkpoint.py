@@ -119,7 +119,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         config = _of_metadata(file, metadata, METADATA)
     else:
         config = files.read_json(directory / config_file, required=True)
-    if adapter and OURS in metadata:
+    if OURS in metadata:
         config[OURS] = _of_metadata(file, metadata, OURS)
     return DraftCheckpoint(str(path), config, tensors)
 

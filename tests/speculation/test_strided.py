@@ -21,6 +21,7 @@ from dparallel_ext import models, speculation
 from dparallel_ext.models import IDLM, SDAR, Qwen3
 from dparallel_ext.speculation import Draft, SelfDrafter, StridedDrafter
 from dparallel_ext.speculation.adapter import Adapter, LowRank
+from dparallel_ext.speculation.checkpoint import DraftCheckpoint
 
 pytest_plugins = ["taping"]
 
@@ -330,6 +331,31 @@ def test_measured_ranks_make_trees() -> None:
     tree = heard.drafts[1][0]
     assert tree.parents[:2] == (0, 0)
     assert len({*tree.tokens[:2]}) == 2
+    uneven = StridedDrafter(chance=((0.4,), (0.3, 0.2), (0.3, 0.2)))
+    trees = dx.speculate(ours(), PROMPTS[0], drafter=uneven, draft_size=15, **settings)
+    assert torch.equal(trees.sequences, expected.sequences)
+
+
+def test_no_suppressed_token_is_guessed() -> None:
+    settings: dict[str, Any] = {"gen_length": 40, "eos_id": -1, "draft_size": 15}
+    free, bound = Heard(), Heard()
+    dx.speculate(ours(), PROMPTS[0], drafter=free, **settings)
+    guessed = [token for draft in drafts_of(free) for token in draft]
+    often = max(guessed, key=guessed.count)
+    dx.speculate(ours(), PROMPTS[0], drafter=bound, suppress=[often], **settings)
+    assert not any(often in draft for draft in drafts_of(bound))
+
+
+def test_an_adapter_is_written_with_its_factor_in_the_weights(tmp_path: Path) -> None:
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_rslora": True}
+    tensors = {"x.lora_A.weight": down, "x.lora_B.weight": up}
+    drafter = StridedDrafter(adapter=Adapter(DraftCheckpoint("it", config, tensors)))
+    drafter.save(tmp_path, torch.float32)
+    again = speculation.load(tmp_path)
+    assert isinstance(again, StridedDrafter)
+    assert again.adapter is not None
+    torch.testing.assert_close(again.adapter.pairs["x"], (down, up * 6 / 2**0.5))
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0])

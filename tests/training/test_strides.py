@@ -19,6 +19,7 @@ from dparallel.training import drafters
 from dparallel.training.drafters import answers, riders
 from dparallel.training.drafters.common import Target
 from dparallel.training.drafters.riders import StridedSettings, Strides
+from drafters import model_of
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -102,6 +103,20 @@ def test_the_loss_is_that_of_pefts_adapter_in_the_rows_of_masks(
     assert all(p.grad is None for p in ours().parameters())
 
 
+def test_ranks_are_the_shares_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all places where a rider has a token to guess; rounding makes no sum larger than 1."""
+    monkeypatch.setattr(riders, "GUESSES", 20)  # more than there are tokens
+    of = trainee_of().riders
+    ranks = riders.ranks_of(of, ours(), TEXTS, batch=2)
+    placed = riders.place(TEXTS, 3, None)
+    student, _, true = riders.logits_of(of, ours(), placed)
+    better = (student > student.gather(1, true[:, None])).sum(1)
+    for distance, row in enumerate(ranks):
+        found = better[placed.asked.nonzero()[:, 2] == distance]
+        assert row == pytest.approx((found.bincount(minlength=13) / len(found)).tolist(), abs=1.01e-5)
+        assert sum(row) <= 1
+
+
 def test_it_begins_as_the_model_and_learns() -> None:
     """In a few steps it guesses better, and takes fewer passes."""
     model = registry.load("builtin:causal", dtype=torch.float32)[0].requires_grad_(False)
@@ -115,6 +130,7 @@ def test_it_begins_as_the_model_and_learns() -> None:
     trainee = Strides(Target("it", model, None, False), settings)
     torch.manual_seed(0)
     trainee.module = trainee.build()
+    assert all(0.9 < down.abs().max() * down.shape[1] ** 0.5 <= 1 for down in trainee.module[::2])
     placed = riders.place(texts[:4], 3, 4, torch.Generator().manual_seed(0))
     plain = dx.speculation.strided.Masks(model, mask, 3, {})
     first, bare = (riders.logits_of(of, model, placed)[0] for of in (trainee.riders, plain))
@@ -209,7 +225,7 @@ def test_the_mask_is_the_models_own_or_that_of_the_releases() -> None:
         return trainee.mask_id
 
     assert mask_of(vocab_size=151936) == 151669
-    assert mask_of(mask_token_id=3) == 3
+    assert mask_of(mask_token_id=3) == mask_of(mask_token_id=3, vocab_size=151936) == 3
     with pytest.raises(ValueError, match=r"mask_id: it has no mask token; name an id .*--mask-id"):
         mask_of()
 
@@ -230,6 +246,9 @@ def test_what_it_cannot_be_trained_by_is_named(tmp_path: Path) -> None:
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             Strides(Target("it", ours(), None, False), replace(SETTINGS, **change))
+    experts = model_of("qwen3_moe", mlp_only_layers=[])
+    with pytest.raises(ValueError, match=r"expected some of \['q_proj', 'k_proj', 'v_proj', 'o_proj'\]"):
+        Strides(Target("it", experts, None, False), replace(SETTINGS, target_modules=("down",)))
 
 
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
