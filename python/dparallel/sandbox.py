@@ -213,8 +213,8 @@ PART = re.compile(
 
 def length_of(pattern: str) -> int:
     """The length of the longest text that matches, in characters, where a part that repeats without bound
-    does so as seldom as it may; at most 2^31. 0 for a pattern with what is not followed here: the flag x,
-    classes in classes, and what is no pattern.
+    does so as seldom as it may; beyond 2^31 some number beyond it. 0 for a pattern with what is not followed
+    here: the flag x, classes in classes, and what is no pattern.
 
     An automaton of texts that all have an end has as many states at least.
     """
@@ -237,7 +237,7 @@ def length_of(pattern: str) -> int:
             if not groups:
                 return 0
             length, group = max(longest, before + last), groups[-1]
-        group[1:] = min(group[1] + group[2], 2**31), length
+        group[1:] = group[1] + group[2], length
     longest, before, last = groups[0]
     return max(longest, before + last) if at == len(pattern) and len(groups) == 1 else 0
 
