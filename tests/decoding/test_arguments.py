@@ -233,6 +233,23 @@ def test_a_foreign_model_is_asked_for_its_ids() -> None:
         dx.decode(Foreign(), [7], mask_id=126336)
 
 
+def test_a_foreign_models_rows_say_which_ids_can_be_suppressed() -> None:
+    """Whatever ids its embedding has."""
+
+    class Foreign(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return torch.nn.Embedding(5, 2)
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=torch.arange(9.0).flip(0).expand(*ids.shape, 9))
+
+    assert dx.decode(Foreign(), [[3]], mask_id=4, gen_length=2, suppress=[0, 7]).sequences.tolist() == [
+        [3, 1, 1]
+    ]
+    with pytest.raises(ValueError, match=r"suppress: expected .*got 9"):
+        dx.decode(Foreign(), [[3]], mask_id=4, gen_length=2, suppress=[9])
+
+
 def test_compat_takes_the_models_own_mask() -> None:
     """As published LLaDA's by default, where the model does not say; one that it does not have is named."""
     prompt = torch.tensor([PROMPT])

@@ -126,13 +126,13 @@ def test_distance_is_its_formula(llada: models.Model, tau: float, penalty: float
 
 @pytest.mark.parametrize(
     ("by", "row"),
-    [(0.6, "confidence:0.4"), (1.0, "confidence:0.8"), (0.6, "entropy:2.0"), (1.0, "entropy:0.5")],
+    [(0.6, "confidence:0.4"), (1.0, "confidence:0.8"), (0.6, "entropy:2.0"), (1.0, "entropy:0.5"), (1.0, "")],
 )
 def test_leading_is_its_formula(llada: models.Model, row: str, by: float) -> None:
-    """Masks in front of the first that the row does not choose, or else the first; the row alone commits
-    others, too."""
+    """Masks in front of the first that the row (by default its own) does not choose, or else the first; the
+    row alone commits others, too."""
     model, counts = Sharp(llada, by), set()
-    selector, _, threshold = row.partition(":")
+    selector, _, threshold = (row or "confidence:0.9").partition(":")
     for prompt in PROMPTS:
 
         def decide(z: Tensor, x: Tensor, masked: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def test_leading_is_its_formula(llada: models.Model, row: str, by: float) -> Non
 
         expected, passes = plain(model, prompt, 32, 16, decide)
         settings: dict[str, Any] = {"gen_length": 32, "block_length": 16, "mask_id": MASK, "record": True}
-        out = dx.decode(model, prompt, rule=f"leading+{row}", **settings)
+        out = dx.decode(model, prompt, rule=f"leading+{row}" if row else "leading", **settings)
         assert torch.equal(out.sequences[0], expected)
         assert int(out.nfe) == passes
         assert out.trajectory is not None

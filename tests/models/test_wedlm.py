@@ -149,8 +149,12 @@ def test_the_traits_of_a_function_say_it() -> None:
         ({"block_length": 8, "sub_block_length": -1}, "sub_block_length: expected a whole number >= 1"),
         ({"shift": "yes"}, "shift: expected bool, got str"),
         ({"strict": "confidence"}, "strict: expected frozenset, got str"),
-        ({"window": 16, "causal": True}, "causal: does not go with a window"),
+        *(
+            ({"window": 16, name: True}, f"{name}: does not go with a window")
+            for name in ("causal", "block_causal_too", "onward")
+        ),
         ({"window": 16, "block_length": 8}, "block_length: does not go with a window"),
+        ({"window": 16, "sub_block_length": 8}, "sub_block_length: does not go with a window"),
     ],
     ids=str,
 )
