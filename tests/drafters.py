@@ -144,10 +144,10 @@ def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
     torch.manual_seed(4)
     origin = Origin(kind, models.fingerprint(target), None)
     of, more = {"ppd": (PromptTokens, {}), "hidden_transfer": (HiddenTransfer, {"layer": 1})}[kind]
-    birth = of(config_of_riders(target, 3, origin, **more))
-    for p in birth.parameters():
+    riders = of(config_of_riders(target, 3, origin, **more))
+    for p in riders.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    return RiderDrafter(birth, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
+    return RiderDrafter(riders, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))
 
 
 def strided(target: Model = MODEL) -> StridedDrafter:

@@ -68,7 +68,7 @@ class Riders(Protocol):
     """Rows of a verify pass that are not verified: each guesses a token for the draft of the next pass.
 
     A rider is in a chain behind a node of the draft (or the root); it sees what the node sees, the node, and
-    the riders before it in the chain. It joins the pass before layer `layer`, with the stream that `born`
+    the riders before it in the chain. It joins the pass before layer `layer`, with the stream that `embed`
     makes from the node's; it has no keys and values of earlier layers, and those of later layers are not
     kept. A rider emits no token, and the text does not depend on it.
     """
@@ -78,9 +78,10 @@ class Riders(Protocol):
     layer: int
     """The layer before which riders join the pass; 0: the first."""
 
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        """(R, width): the streams of R riders. nodes: (R, width), the stream of each rider's node; numbers:
-        (R,) int64, its place in the chain, from 0. Part of the pass, which may be recorded."""
+    def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+        """(R, width): the streams with which R riders join the pass. nodes: (R, width), the stream of each
+        rider's node; numbers: (R,) int64, its place in the chain, from 0. Part of the pass, which may be
+        recorded."""
 
     def guess(self, logits: Tensor, rows: Tensor, suppress: Tensor | None) -> Tensor:
         """(B, K) int64: numbers for `DraftSession.guessed` of each lane. Part of the pass.

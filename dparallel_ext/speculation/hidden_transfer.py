@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.fields import Field, read
-from .riders import Birth
+from .riders import RiderModel
 
 
-class HiddenTransfer(Birth):
+class HiddenTransfer(RiderModel):
     """The weights of Hidden Transfer: `maps` (most, width, width), used in front of layer `layer`."""
 
     KIND = "hidden_transfer"
@@ -30,7 +30,7 @@ class HiddenTransfer(Birth):
             raise ValueError(f"config: layer={self.layer}, expected one of [1, {self.target_layers})")
         self.maps = nn.Parameter(torch.zeros(self.most, self.width, self.width))
 
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+    def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
         # All maps of all rows, of which one each is kept: for few rows, reading the maps takes the time.
         every = torch.einsum("...w,kvw->...kv", nodes, self.maps)
         number = numbers[..., None, None].expand(*numbers.shape, 1, self.width)

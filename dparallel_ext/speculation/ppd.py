@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .riders import Birth
+from .riders import RiderModel
 
 
-class PromptTokens(Birth):
+class PromptTokens(RiderModel):
     """The weights of PPD: `prompt` (most, width), the embeddings of a node's riders by their distance."""
 
     KIND = "ppd"
@@ -26,5 +26,5 @@ class PromptTokens(Birth):
         super().__init__(config)
         self.prompt = nn.Parameter(torch.zeros(self.most, self.width))
 
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+    def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
         return F.embedding(numbers, self.prompt)

@@ -37,8 +37,8 @@ GUESSES = 10
 """Tokens that a rider guesses, the most probable first."""
 
 
-class Birth(nn.Module):
-    """The trained weights of a kind, and how riders' rows are made with them, see `drafter.Riders`."""
+class RiderModel(nn.Module):
+    """The trained weights of riders of one kind, see `drafter.Riders`."""
 
     KIND: ClassVar[str]
     most: int
@@ -57,7 +57,7 @@ class Birth(nn.Module):
         self.target_layers, self.most = values["num_target_layers"], values["num_riders"]
         self.layer = 0
 
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+    def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
         """Riders' streams (..., width); nodes (..., width), numbers (...)."""
         raise NotImplementedError
 
@@ -107,34 +107,34 @@ class RiderDrafter(Planned):
     `dparallel drafter` trains.
 
     Args:
-        birth: is put into evaluation mode, without gradients.
+        model: the trained weights; in evaluation mode and without gradients from now on.
         ranks: see `Planned`; up to `GUESSES` shares for each rider.
         source: names the drafter in errors.
     """
 
-    def __init__(self, birth: Birth, ranks: Ranks, source: str = "drafter") -> None:
-        instance("birth", birth, Birth)
-        super().__init__(checked("ranks", ranks, birth.most))
-        self.birth, self.source = birth.eval().requires_grad_(False), source
-        self.on = Placed(self.birth)
+    def __init__(self, model: RiderModel, ranks: Ranks, source: str = "drafter") -> None:
+        instance("model", model, RiderModel)
+        super().__init__(checked("ranks", ranks, model.most))
+        self.model, self.source = model.eval().requires_grad_(False), source
+        self.on = Placed(self.model)
 
     def __repr__(self) -> str:
-        return f"RiderDrafter({self.birth.KIND}, riders={self.birth.most}, layer={self.birth.layer})"
+        return f"RiderDrafter({self.model.KIND}, riders={self.model.most}, layer={self.model.layer})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        birth = self.birth
-        sizes = {"vocabulary": birth.vocabulary, "width": birth.width, "layers": birth.target_layers}
-        check_target(self.source, birth.origin, model, **sizes)
+        own = self.model
+        sizes = {"vocabulary": own.vocabulary, "width": own.width, "layers": own.target_layers}
+        check_target(self.source, own.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        birth = self.on(model.device, model.dtype)
-        return RiderSession(self, birth, lanes, birth.parameters())
+        riders = self.on(model.device, model.dtype)
+        return RiderSession(self, riders, lanes, riders.parameters())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `write_checkpoint`."""
-        config = {**self.birth.config, "ranks": [list(row) for row in self.ranks]}
-        write_checkpoint(path, config, self.birth.state_dict(), dtype)
+        config = {**self.model.config, "ranks": [list(row) for row in self.ranks]}
+        write_checkpoint(path, config, self.model.state_dict(), dtype)
 
 
 def checked(argument: str, ranks: Any, riders: int) -> Ranks:
@@ -156,13 +156,13 @@ def checked(argument: str, ranks: Any, riders: int) -> Ranks:
     return tuple(tuple(float(share) for share in row) for row in rows)
 
 
-def drafter_of_riders(of: type[Birth], checkpoint: DraftCheckpoint) -> RiderDrafter:
+def drafter_of_riders(of: type[RiderModel], checkpoint: DraftCheckpoint) -> RiderDrafter:
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
     with shapes_only():
-        birth = of(checkpoint.config)
-    ranks = checked("config: ranks", checkpoint.config.get("ranks"), birth.most)
-    checkpoint.fill(birth)
-    return RiderDrafter(birth, ranks, checkpoint.source)
+        model = of(checkpoint.config)
+    ranks = checked("config: ranks", checkpoint.config.get("ranks"), model.most)
+    checkpoint.fill(model)
+    return RiderDrafter(model, ranks, checkpoint.source)
 
 
 class RiderSession(DraftSession):

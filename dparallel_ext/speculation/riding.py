@@ -88,9 +88,9 @@ def step(
     if riders.layer:
         without = AttentionMetadata(metadata.max_q_len, metadata.max_kv_len, *below, causal=metadata.causal)
         stream = model.run_layers(stream, kv_cache, without, 0, riders.layer)
-    born = riders.born(stream.sum[node], number)
-    delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(born)))[order]
-    stream = Stream(torch.cat((stream.x, born))[order], delta)
+    joining = riders.embed(stream.sum[node], number)
+    delta = None if stream.delta is None else torch.cat((stream.delta, torch.zeros_like(joining)))[order]
+    stream = Stream(torch.cat((stream.x, joining))[order], delta)
     if isinstance(riders, Adapting):
         model = riders.through(model, (order >= len(ids))[:, None])
     return model.final_norm(model.run_layers(stream, kv_cache, metadata, riders.layer))

@@ -51,7 +51,7 @@ class Masks:
         model = self._target()
         self._adapted = adapted(model, self._parts) if model is not None and self._parts else None
 
-    def born(self, nodes: Tensor, numbers: Tensor) -> Tensor:
+    def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
         model = self._target()
         assert model is not None  # the batch keeps it
         return model.embedded(torch.full_like(numbers, self._mask)).sum

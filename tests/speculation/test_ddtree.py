@@ -268,7 +268,7 @@ def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
     [
         (BlockDrafter, "model: expected DraftModel"),
         (TreeDrafter, "model: expected DraftModel"),
-        (RiderDrafter, "birth: expected Birth"),
+        (RiderDrafter, "model: expected RiderModel"),
         (AdaDecode, "heads: expected ExitHeads"),
     ],
 )

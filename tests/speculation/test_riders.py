@@ -39,7 +39,7 @@ def guessed(drafter: RiderDrafter, target: Model, tokens: Tensor) -> Tensor:
     """Logits (n, V) in float64 of riders behind the last of tokens (m,): rows of one causal sequence, which
     begin at a layer."""
     t = {name: p.double() for name, p in target.state_dict().items()}
-    own, count = drafter.birth, drafter.birth.most
+    own, count = drafter.model, drafter.model.most
     x = t["model.embed_tokens.weight"][tokens]
     for i in range(target.shape.layers):
         if i == own.layer:
@@ -132,11 +132,11 @@ def test_the_loss_is_that_of_the_riders_in_plain_torch(kind: str) -> None:
         if kind == "ppd"
         else training.Transfers(target, training.TransferSettings(layer=1, **settings))
     )
-    trainee.module = drafter.birth
+    trainee.module = drafter.model
     generator = torch.Generator().manual_seed(0)
     texts = [(torch.randint(10, 61, (n,), generator=generator), p) for n, p in ((14, 3), (9, 6), (20, 2))]
     placed = training.place(texts, 3, 4, generator)
-    student, teacher, true = training.logits_of(drafter.birth, MODEL, placed)
+    student, teacher, true = training.logits_of(drafter.model, MODEL, placed)
     seen = 0
     for b, a, i in placed.asked.nonzero().tolist():
         text, prompt = texts[b]
@@ -152,15 +152,15 @@ def test_the_loss_is_that_of_the_riders_in_plain_torch(kind: str) -> None:
     generator = torch.Generator().manual_seed(5)
     some = torch.randint(3, (3,), generator=generator).tolist()
     placed = training.place([texts[i] for i in some], 3, 4, generator)
-    student, teacher, _ = (t.double() for t in training.logits_of(drafter.birth, MODEL, placed))
+    student, teacher, _ = (t.double() for t in training.logits_of(drafter.model, MODEL, placed))
     p, q = teacher.softmax(-1), (student / 2).softmax(-1)
     weights = [0.8**i for _, _, i in placed.asked.nonzero().tolist()]
     kl = (p * (p / q).log()).sum(-1).tolist()
     expected = sum(w * each for w, each in zip(weights, kl, strict=True)) / sum(weights)
     assert trainee.loss_of(texts, 5).item() == pytest.approx(expected, rel=1e-3)
-    ranks = training.ranks_of(drafter.birth, MODEL, texts)
+    ranks = training.ranks_of(drafter.model, MODEL, texts)
     every = training.place(texts, 3, None)
-    student, _, true = training.logits_of(drafter.birth, MODEL, every)
+    student, _, true = training.logits_of(drafter.model, MODEL, every)
     place = (student > student.gather(1, true[:, None])).sum(1)
     for i, row in enumerate(ranks):
         own = place[every.asked.nonzero()[:, 2] == i]
@@ -174,11 +174,11 @@ def test_a_fault_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Riders in another order, at another place, or of another node."""
     expected = plain()
 
-    def born(self: Any, nodes: Tensor, numbers: Tensor) -> Tensor:
+    def embed(self: Any, nodes: Tensor, numbers: Tensor) -> Tensor:
         return original(self, nodes.roll(1, 0), 2 - numbers)
 
-    original = type(riding(kind).birth).born
-    monkeypatch.setattr(type(riding(kind).birth), "born", born)
+    original = type(riding(kind).model).embed
+    monkeypatch.setattr(type(riding(kind).model), "embed", embed)
     noted = Noted(riding(kind), Knowing(list(expected.sequences), tree=True, right=0.7))
     found = plain(drafter=noted, draft_size=8)
     assert torch.equal(found.sequences, expected.sequences)  # whatever they guess
@@ -321,7 +321,7 @@ def test_a_bad_rider_does_not_matter() -> None:
     """Plain decoding would not have computed it; what it guesses is nothing in particular."""
     drafter = riding("ppd")
     with torch.no_grad():
-        drafter.birth.prompt[1] = math.nan
+        drafter.model.prompt[1] = math.nan
     found = plain(drafter=drafter, draft_size=8)
     assert torch.equal(found.sequences, plain().sequences)
 
@@ -353,7 +353,7 @@ def test_riders_are_no_tokens_of_a_draft() -> None:
             return session
 
     one = riding("ppd")
-    plain(drafter=Counting(one.birth, one.ranks), draft_size=11)
+    plain(drafter=Counting(one.model, one.ranks), draft_size=11)
     assert max(size for size, _ in seen) == 11
     assert all(size >= rows for size, rows in seen)
     assert [rows for _, rows in seen[:3]] == [3, 3, 3]  # of prompts: riders alone
@@ -410,9 +410,9 @@ def test_a_file_holds_all_of_it(tmp_path: Path, kind: str, name: str) -> None:
     for found in (dx.speculation.load(path), drafter_of(str(path))):
         assert isinstance(found, RiderDrafter)
         assert found.ranks == drafter.ranks
-        assert found.birth.layer == drafter.birth.layer
-        state = drafter.birth.state_dict()
-        assert all(torch.equal(t, state[key]) for key, t in found.birth.state_dict().items())
+        assert found.model.layer == drafter.model.layer
+        state = drafter.model.state_dict()
+        assert all(torch.equal(t, state[key]) for key, t in found.model.state_dict().items())
         assert repr(found) == repr(drafter)
     expected = plain(drafter=drafter, draft_size=8)
     found = plain(drafter=path, draft_size=8)

@@ -273,7 +273,7 @@ def test_riders_are_trained_by_the_command(
     assert len(report["held_out"]["accepted"]) <= 2
     assert report["settings"]["soften"] == 1.5
     drafter = dx.speculation.load(out)
-    assert (drafter.birth.KIND, drafter.birth.most, drafter.birth.layer) == (kind, 2, len(more))
+    assert (drafter.model.KIND, drafter.model.most, drafter.model.layer) == (kind, 2, len(more))
     assert [len(row) for row in drafter.ranks] == [10, 10]
     prompts = [torch.tensor([3, 4, 5])]
     model, _ = registry.load(str(target))

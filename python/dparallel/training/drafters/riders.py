@@ -255,7 +255,7 @@ def logits_of(riders: Riders, model: models.Model, placed: Placed) -> tuple[Tens
         nodes = stream[at[..., 0], places]  # (B, A, width)
     numbers = torch.arange(n, device=device).expand(*places.shape, n)
     of_riders = nodes[:, :, None].expand(-1, -1, n, -1).flatten(0, 2).float()
-    x = riders.born(of_riders, numbers.flatten()).view(len(ids), -1, s.width)  # (B, A n, width)
+    x = riders.embed(of_riders, numbers.flatten()).view(len(ids), -1, s.width)  # (B, A n, width)
     row = torch.arange(x.shape[1], device=device)
     same_chain = (row[:, None] // n == row // n) & (row[:, None] >= row)
     seen = torch.arange(length, device=device) <= places.repeat_interleave(n, 1)[..., None]  # (B, A n, L)
