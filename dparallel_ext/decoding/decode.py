@@ -19,8 +19,8 @@ from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
-from .sequence import whole_length
-from .settings import OfModel, Settings, check_model, check_settings, make_settings, vocabulary
+from .sequence import Settings, whole_length
+from .settings import OfModel, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -141,8 +141,7 @@ def decode(
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
-        options: Any = {"batch_invariant": config.batch_invariant, "graphs": config.graphs}
-        batch = start(model, prompts, config, draft_size=draft_size, **options)
+        batch = start(model, prompts, config, draft_size=draft_size)
         arguments.check_streamer(streamer, size)
         run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
@@ -180,12 +179,11 @@ def start(
     *,
     draft_size: int | None = None,
     schedule: Callable[[Schedule], Schedule] = lambda schedule: schedule,
-    **options: Any,
 ) -> Batch:
     """The batch of a call of `decode`, its prompts admitted.
 
-    schedule: maps the cache mode's schedule to the one that is followed. options: arguments of `Batch`.
-    Raises ValueError naming the argument that does not fit.
+    schedule: maps the cache mode's schedule to the one that is followed. Raises ValueError naming the
+    argument that does not fit.
     """
     model = for_decoding(model)
     check_call(model)
@@ -212,7 +210,8 @@ def start(
         mask_id,
         pad_id=next(iter(config.eos_ids), mask_id),
         device=prompts[0].device if prompts else "cpu",
-        **options,
+        batch_invariant=config.batch_invariant,
+        graphs=config.graphs,
     )
     each = zip(prompts, counts, settings, masked, strict=True)
     for lane, (prompt, count, setting, columns) in enumerate(each):

@@ -342,14 +342,14 @@ def make(
     kind = (kinds | {"block": Block, "window": Sliding})[cache]
     options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
-        block_length,
-        sub_block_length or block_length,
-        traits.shift,
-        causal,
-        causal and traits.aligned_blocks,
-        causal and traits.onward,
-        active_blocks,
-        open_at,
-        activate_at,
+        block_length=block_length,
+        sub_block_length=sub_block_length or block_length,
+        shift=traits.shift,
+        causal=causal,
+        aligned=causal and traits.aligned_blocks,
+        onward=causal and traits.onward,
+        active_blocks=active_blocks,
+        open_at=open_at,
+        activate_at=activate_at,
         **options,
     )
