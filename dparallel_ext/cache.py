@@ -24,7 +24,7 @@ def bucket(count: int) -> int:
     return -(-count // size) * size
 
 
-WHOLE = 256
+MIN_VARLEN = 256
 """The least length of a sequence at which a pass over all of it attends by `varlen_attention` to its packed
 keys, and not through the cache. Measured on an H200 with LLaDA's heads, with the launch that rotates the
 packed keys: 256 positions take 15 us against 13 alone, 49 against 87 in a batch of 8; 512 take 24 against
@@ -358,8 +358,8 @@ class KVCache:
 
 
 def is_whole(span: Span) -> bool:
-    """Whether the span is a whole sequence of at least `WHOLE` positions."""
-    return span.start == 0 and span.end == span.visible >= WHOLE
+    """Whether the span is a whole sequence of at least `MIN_VARLEN` positions."""
+    return span.start == 0 and span.end == span.visible >= MIN_VARLEN
 
 
 def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:

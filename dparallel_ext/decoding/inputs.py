@@ -85,7 +85,7 @@ class InputPacker:
         it.
         """
         reach, onward = self._reach(rows, work), any(lane_work.onward for lane_work in work.values())
-        lanes = sorted({*work, *self.beside_of(len(rows), work, reach)})
+        lanes = sorted({*work, *self.filler_lanes(len(rows), work, reach)})
         packing, longest = Packing(), (0, 0)
         if isinstance(self.model, Model):
             assert self.kv_cache is not None
@@ -234,7 +234,7 @@ class InputPacker:
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
 
-    def beside_of(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
+    def filler_lanes(self, lanes: int, work: Mapping[int, SequenceWork], reach: int) -> set[int]:
         """Idle lanes whose logits are computed for nothing, so that the number of sequences takes few
         values."""
         if not self.static_shapes or self._pad_to is None:

@@ -34,7 +34,7 @@ from .sizing import Fixed, Sizer
 
 
 @dataclass
-class Counts:
+class AcceptanceCounts:
     """Drafted and accepted tokens by the depth of their nodes; index 0 is for the root's children."""
 
     drafted: list[int]
@@ -118,7 +118,7 @@ class CausalBatch:
         self.rows: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0
-        self.counts = Counts([], [])
+        self.counts = AcceptanceCounts([], [])
         self._most = 0 if drafter is None else drafter.most
         self._session: DraftSession | None = space.session
         if self._session is not None:

@@ -24,9 +24,9 @@ from ..ops.inputs import DTYPES
 
 OURS = "dparallel"
 """The key of config.json for what the published layout has no place for."""
-WHOLE = ("config.json", "model.safetensors")
+FILES = ("config.json", "model.safetensors")
 """The files of a drafter's directory."""
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """The files of a LoRA adapter, as PEFT writes them."""
 METADATA = "config"
 """The key of a single file's metadata that holds the content of config.json."""
@@ -100,8 +100,8 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
     path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
     is_file = is_single_file(path)
     directory = path.parent if is_file else files.locate(path)
-    adapter = not is_file and any(files.is_there(directory / name) for name in ADAPTER)
-    config_file, weights = ADAPTER if adapter else WHOLE
+    adapter = not is_file and any(files.is_there(directory / name) for name in ADAPTER_FILES)
+    config_file, weights = ADAPTER_FILES if adapter else FILES
     file = path if is_file else directory / weights
     if not files.is_there(file):
         others = [] if is_file else sorted(other.name for other in directory.glob("*.bin"))
@@ -162,9 +162,9 @@ def write_checkpoint(
         with files.replacing(path) as file:
             file.write_bytes(save(stored, {METADATA: json.dumps(config)}))
         return
-    names, metadata = WHOLE, {"format": "pt"}
+    names, metadata = FILES, {"format": "pt"}
     if "peft_type" in config:
-        names, metadata[OURS] = ADAPTER, json.dumps(config.pop(OURS))
+        names, metadata[OURS] = ADAPTER_FILES, json.dumps(config.pop(OURS))
         del config["torch_dtype"]
     weights = save(stored, metadata)
     files.replace_model(files.directory("path", path), config, lambda file: file.write_bytes(weights), names)

@@ -116,13 +116,13 @@ def test_lanes_that_fill_up_a_pass_change_nothing(
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
-    beside, idle = inputs.InputPacker.beside_of, []
+    beside, idle = inputs.InputPacker.filler_lanes, []
 
     def seen(self: inputs.InputPacker, *args: Any) -> set[int]:
         idle.append(beside(self, *args))
         return idle[-1]
 
-    monkeypatch.setattr(inputs.InputPacker, "beside_of", seen)
+    monkeypatch.setattr(inputs.InputPacker, "filler_lanes", seen)
     out = dx.decode(model, prompts, gen_length=lengths, **settings)
     assert any(lanes for lanes in idle)
     assert taped[0].replays > 0

@@ -73,7 +73,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
             return own(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen, causal=causal)
         return by_a_mask(q, k, v, cu_seqlens, seqused_k, max_seqlen=max_seqlen, causal=causal)
 
-    monkeypatch.setattr(caches, "WHOLE", LONG)
+    monkeypatch.setattr(caches, "MIN_VARLEN", LONG)
     monkeypatch.setattr(attention, "varlen_attention", called)
     monkeypatch.setattr(caches, "has_varlen", lambda like: not like.is_cuda or has_varlen(like))
     return calls

@@ -17,7 +17,7 @@ from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, one_of, whole
 from dparallel_ext.decoding.settings import check_mask
 from dparallel_ext.models import files as checkpoints
-from dparallel_ext.speculation.checkpoint import WHOLE, Origin
+from dparallel_ext.speculation.checkpoint import FILES, Origin
 from dparallel_ext.speculation.drafter import Drafter
 
 from ... import registry
@@ -157,7 +157,7 @@ class Trainee(ABC):
     SETTINGS: ClassVar[type[Settings]]
     config: dict[str, Any]
     """The drafter's config.json."""
-    file: ClassVar[str] = WHOLE[1]
+    file: ClassVar[str] = FILES[1]
     """The name of the drafter's weights."""
     module: nn.Module
     """The trained module, made by `build`, on the target's device."""

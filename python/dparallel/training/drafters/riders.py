@@ -30,7 +30,7 @@ from dparallel_ext.models import IDLM, rope
 from dparallel_ext.models.modules import rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter, StridedDrafter, strided
 from dparallel_ext.speculation.adapter import Adapter, LowRank
-from dparallel_ext.speculation.checkpoint import ADAPTER, DraftCheckpoint
+from dparallel_ext.speculation.checkpoint import ADAPTER_FILES, DraftCheckpoint
 from dparallel_ext.speculation.drafter import Adapting, Riders
 from dparallel_ext.speculation.riders import GUESSES, config_of
 
@@ -162,7 +162,7 @@ class Strides(_Riders):
     SETTINGS = StridedSettings
     module: nn.ParameterList
     """Of each adapted layer down and up, see `LowRank`."""
-    file = ADAPTER[1]
+    file = ADAPTER_FILES[1]
     _settings: StridedSettings
 
     def __init__(self, target: Target, settings: StridedSettings) -> None:
