@@ -451,8 +451,9 @@ def test_what_a_request_does_not_say_is_as_the_config(student: tuple[Any, Any]) 
         assert ask(temperature=0, max_tokens=16) == expected(temperature=0.0, gen_length=16)
         assert ask(temperature=0, policy="one") == expected(temperature=0.0, rule="one")
         assert ask(temperature=0, policy="credit") == expected(temperature=0.0, rule="credit")
-        status, answer = here.ask({"model": MODEL, "prompt": ids, "policy": "credit"})
-        assert (status, answer["error"]["param"]) == (400, "temperature")
+        for request, param in (({"policy": "credit"}, "temperature"), ({"logprobs": 1}, "logprobs")):
+            status, answer = here.ask({"model": MODEL, "prompt": ids, **request})
+            assert (status, answer["error"]["param"]) == (400, param)
 
 
 def test_a_verifier_decodes_from_left_to_right() -> None:

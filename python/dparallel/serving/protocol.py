@@ -263,15 +263,6 @@ class CompletionRequest(Options):
     def _as_in_chats(cls, value: Any) -> Any:
         return None if value is False else value
 
-    @model_validator(mode="after")
-    def _most_probable(self) -> Self:
-        if self.scored and self.logprobs and self.temperature:
-            message = (
-                "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
-            )
-            raise ApiError(400, f"{message}, got {self.logprobs}", param="logprobs")
-        return self
-
     @field_validator(
         "prompt",
         mode="before",

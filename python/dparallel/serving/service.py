@@ -345,9 +345,17 @@ class ModelService:
         changes |= {} if automaton is None else {"automaton": automaton}
         changes |= {"stop": [*config.stop, *([stop] for stop in ids)], "logprobs": request.scored}
         if request.policy is None:
-            return config.replace(**changes)
-        parse_policy(request.policy, files=False)
-        return config.with_rule(request.policy, **changes)
+            config = config.replace(**changes)
+        else:
+            parse_policy(request.policy, files=False)
+            config = config.with_rule(request.policy, **changes)
+        sampled = arguments.temperature_in_force(config.temperature) > 0
+        if sampled and isinstance(request, CompletionRequest) and request.logprobs:
+            message = (
+                "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
+            )
+            raise ApiError(400, f"{message}, got {request.logprobs}", param="logprobs")
+        return config
 
     def _check_ids(self, param: str, ids: list[int]) -> None:
         wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
