@@ -133,9 +133,13 @@ def adaptive(device: str) -> Any:
     given = prompts(device)
     settings: Any = {"gen_length": 16, "suppress": range(61, 512)}
     out = dx.adaptive_decode(model, given, verifier=verifier, mixture=0.0, lookahead=3, window=3, **settings)
+    named = dx.adaptive_decode(model, given[1] % 9, verifier="builtin:verifier", gen_length=4)
+    if device != "cpu":
+        with pytest.raises(ValueError, match="verifier: expected on cuda:0 as the model, got cpu"):
+            dx.adaptive_decode(model, given, verifier=drafters.MODEL, **settings)
     with dx.Engine(model, lanes=2, max_length=64, verifier=verifier) as engine:
         handles = [engine.submit(p, **settings) for p in given]
-        return out.sequences, [handle.result(60).tokens for handle in handles]
+        return out.sequences, named.sequences, [handle.result(60).tokens for handle in handles]
 
 
 def infilled(device: str) -> Any:

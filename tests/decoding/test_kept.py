@@ -67,6 +67,18 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
     assert taped == [graphs]
 
 
+def test_each_mask_token_has_recordings_of_its_own(taped: list[Graphs]) -> None:
+    """And so has each cache, of one layer or of all."""
+    model = golden.model("llada_tiny_a")
+    ways: list[dict[str, Any]] = [{}, {"mask_id": 7}, {"cache": "none"}]
+    for _ in range(2):
+        for way in ways:
+            out = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
+            assert torch.equal(out.sequences, plain(model, PROMPTS[0], **way))
+    assert len(taped) == 3
+    assert all(graphs.replays > 0 for graphs in taped)
+
+
 def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = (golden.model("llada_tiny_a") for _ in range(2))
 

@@ -126,6 +126,16 @@ class Remasks(Rule):
         return Decision(remask=where.decoded if self.wide else where.decoded[:, :2])
 
 
+@dataclass(frozen=True)
+class Decides(Rule):
+    """One field of a decision, of two columns."""
+
+    field: str
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        return Decision(**{self.field: where.masked[:, :2]})
+
+
 @dataclass(eq=True)
 class Unfrozen(Rule):
     bar: float = 0.5
@@ -162,6 +172,9 @@ def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
         (Masked(), ValueError, "Masked: decide: expected a Decision, got Tensor"),
         (Remasks(), ValueError, "Remasks: remask: expected None of a rule whose edits are 0"),
         (Remasks(wide=False, edits=1), ValueError, r"Remasks: remask: .* \(3, 8\), got .*\(3, 2\)"),
+        (Decides("commit"), ValueError, r"Decides: commit: expected a bool Tensor \(3, 8\), got .*\(3, 2\)"),
+        (Decides("token"), ValueError, r"Decides: token: expected an int64 Tensor \(3, 8\), got .*\(3, 2\)"),
+        (Decides("impossible"), ValueError, r"Decides: impossible: .* bool Tensor \(3,\), got .*\(3, 2\)"),
         (Unfrozen(), ValueError, "Unfrozen: expected a rule that can be hashed, such as a frozen dataclass"),
         (Own(state=[1]), ValueError, "Own: expected a rule that can be hashed, .* 'list'"),
         (Own(row="foo:3"), ValueError, "Own: row: expected a policy row, .*, got 'foo:3'"),

@@ -266,6 +266,7 @@ def test_an_end_cuts_what_a_pass_has_accepted() -> None:
             out = adaptive(prompts=[prompt], mixture=1.0, lookahead=8, eos_id=eos, record=True)
             assert out.passes is not None
             assert sum(one.accepted + 1 for one in out.passes[0]) == int(out.generated)
+            assert all(one.drafted == one.accepted + len(one.refused) for one in out.passes[0])
             assert int(out.accepted.sum()) + int(out.nfe) == int(out.generated)
             assert out.sequences[0].tolist() == [*prompt.tolist(), *text[:kept], *[eos] * (24 - kept)]
             assert (int(out.kept), int(out.generated)) == (kept, kept + 1)
@@ -301,6 +302,9 @@ def test_a_verifier_by_its_name_or_path(tmp_path: Path) -> None:
     expected = adaptive()
     for path in (tmp_path, str(tmp_path)):
         assert torch.equal(adaptive(verifier=path).sequences, expected.sequences)
+    dx.models.save(VERIFIER, tmp_path, dtype=torch.bfloat16)
+    found = dx.speculation.adaptive.verifier_of(tmp_path, LLADA)
+    assert (found.device, found.dtype) == (LLADA.device, LLADA.dtype)
     named = registry.load(registry.VERIFIER)[0].to(LLADA.device, LLADA.dtype)
     by_name = adaptive(verifier=registry.VERIFIER, prompts=[PROMPTS[0] % 9])
     assert torch.equal(by_name.sequences, adaptive(verifier=named, prompts=[PROMPTS[0] % 9]).sequences)
@@ -345,6 +349,12 @@ def test_nothing_asked_for_is_nothing() -> None:
     assert out.lengths.tolist() == [len(prompt) for prompt in PROMPTS]
 
 
+def test_positions_that_the_verifier_is_not_made_for_are_warned_of() -> None:
+    verifier = model_of(vocab_size=SHARED, max_position_embeddings=16).to(LLADA.device)
+    with pytest.warns(UserWarning, match="gen_length: 27 positions .* config says 16"):
+        adaptive(prompts=PROMPTS[:1], verifier=verifier)
+
+
 def test_in_16_bits_it_decodes() -> None:
     models = [golden.model("dream_tiny_a").bfloat16(), model_of(vocab_size=SHARED, dtype=torch.bfloat16)]
     model, verifier = (one.to(LLADA.device) for one in models)
@@ -370,6 +380,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"lookahead": 2.5}, "lookahead: expected a whole number >= 1, got 2.5"),
         ({"threshold": 0.5}, "threshold: with a verifier decoding goes left to right"),
         ({"block_length": 8}, "block_length: with a verifier decoding goes left to right"),
+        ({"config": dx.DecodeConfig(block_length=8)}, "block_length: with a verifier decoding goes left to"),
         ({"cache": "dual"}, "cache: with a verifier decoding goes left to right.* got 'dual'"),
         ({"infill": True}, "infill: with a verifier"),
         ({"logprobs": True}, "logprobs: with a verifier"),

@@ -73,6 +73,7 @@ def test_bad_input_is_named_before_anything_runs() -> None:
         ({"drafter": own(taps=(0,), apart=True)}, "drafter: apart: expected no such attribute .* taps"),
         ({"drafter": own(observe=print, apart=True)}, "drafter: apart: expected no such .* method observe"),
         ({"draft_size": -1, "drafter": "ngram"}, "draft_size: expected a whole number >= 0"),
+        ({"config": dx.DecodeConfig(threshold=0.5)}, "threshold: belongs to masked diffusion"),
         ({"suppress": [61]}, r"suppress: expected token ids in \[0, 61\), got 61"),
         ({"gen_length": [1, 2]}, "gen_length: expected a number or one for each of 4"),
     ]
@@ -121,6 +122,15 @@ def test_what_is_no_draft_is_refused(draft: Any, message: str) -> None:
 
     with pytest.raises(ValueError, match=message):
         plain(prompts=PROMPTS[:1], drafter=Bad([]), draft_size=5)
+
+
+def test_each_lane_has_a_draft() -> None:
+    class Twice(Knowing):
+        def propose(self, lanes: Any, sizes: Any) -> list[Draft]:
+            return [Draft(), Draft()]
+
+    with pytest.raises(ValueError, match="drafter: expected a draft for each of 1 lanes, got 2"):
+        plain(prompts=PROMPTS[:1], drafter=Twice([]), draft_size=5)
 
 
 def test_a_bad_row_is_named_by_sequence_and_position() -> None:
