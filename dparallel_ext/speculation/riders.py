@@ -114,7 +114,7 @@ class RiderDrafter(Planned):
 
     def __init__(self, model: RiderModel, ranks: Ranks, source: str = "drafter") -> None:
         instance("model", model, RiderModel)
-        super().__init__(checked("ranks", ranks, model.most))
+        super().__init__(checked_ranks("ranks", ranks, model.most))
         self.model, self.source = model.eval().requires_grad_(False), source
         self.on = Placed(self.model)
 
@@ -137,7 +137,7 @@ class RiderDrafter(Planned):
         write_checkpoint(path, config, self.model.state_dict(), dtype)
 
 
-def checked(argument: str, ranks: Any, riders: int) -> Ranks:
+def checked_ranks(argument: str, ranks: Any, riders: int) -> Ranks:
     """`ranks` as tuples, see `Planned`. Raises ValueError naming the argument unless they are shares for each
     rider."""
     rows = ranks if isinstance(ranks, (list, tuple)) else ()
@@ -160,7 +160,7 @@ def drafter_of_riders(of: type[RiderModel], checkpoint: DraftCheckpoint) -> Ride
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
     with shapes_only():
         model = of(checkpoint.config)
-    ranks = checked("config: ranks", checkpoint.config.get("ranks"), model.most)
+    ranks = checked_ranks("config: ranks", checkpoint.config.get("ranks"), model.most)
     checkpoint.fill(model)
     return RiderDrafter(model, ranks, checkpoint.source)
 

@@ -25,7 +25,7 @@ from ..models import IDLM, Model
 from ..models.fields import Field, read
 from .adapter import Adapter, LowRank, adapted
 from .checkpoint import OURS, DraftCheckpoint
-from .riders import MOST, Planned, RiderSession, checked, likeliest
+from .riders import MOST, Planned, RiderSession, checked_ranks, likeliest
 from .trees import Ranks
 
 KIND = "strided"
@@ -96,7 +96,7 @@ class StridedDrafter(Planned):
         self.mask_id = mask_id if mask_id is None else whole("mask_id", mask_id, 0)
         masks = self.stride - 1
         if isinstance(chance, (list, tuple)):
-            super().__init__(checked("chance", chance, masks))
+            super().__init__(checked_ranks("chance", chance, masks))
         else:
             super().__init__(((number("chance", chance, 0.0, 1.0),),) * masks)
         self._guesses = max(map(len, self.ranks))
@@ -159,7 +159,7 @@ def drafter_of_masks(checkpoint: DraftCheckpoint) -> StridedDrafter:
     fields = {"num_riders": Field(int, most=16), "mask_token_id": Field(int, None, least=0)}
     values = read(ours, fields, within=OURS)
     riders = values["num_riders"]
-    ranks = checked(f"config: {OURS}: ranks", ours.get("ranks"), riders)
+    ranks = checked_ranks(f"config: {OURS}: ranks", ours.get("ranks"), riders)
     return StridedDrafter(riders + 1, Adapter(checkpoint), mask_id=values["mask_token_id"], chance=ranks)
 
 
