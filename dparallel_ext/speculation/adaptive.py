@@ -115,6 +115,8 @@ def adaptive_decode(
     numbers = checked_numbers(mixture, window, lookahead)
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
+        device = prompts[0].device if prompts else torch.device("cpu")
+        prompts = arguments.moved(prompts, torch.device("cpu"))
         size = len(prompts)
         model = diffusion_model(model)
         mask = mask_of(model, config.mask_id)
@@ -141,11 +143,10 @@ def adaptive_decode(
             **numbers,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids.cpu(), count, setting)
+            batch.admit(lane, ids, count, setting)
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
         if not named:  # else the next call reads another
             batch.keep()
-    device = prompts[0].device if prompts else torch.device("cpu")
     fields = decoded(batch, device, config, "draft_nfe")
     return AdaptiveOutput(
         verifier_nfe=fields.pop("draft_nfe"), verifier_forwards=batch.draft_forwards, **fields
