@@ -108,6 +108,7 @@ def instance(name: str, value: Any, kind: type) -> None:
 
 
 def function(name: str, value: Any) -> Any:
+    """`value`. Raises ValueError naming the argument unless it can be called."""
     if not callable(value):
         raise ValueError(f"{name}: expected a function, got {type(value).__name__}")
     return value

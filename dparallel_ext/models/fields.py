@@ -47,6 +47,7 @@ class Field:
         return f"{name} >= {self.least:g} and <= {self.most:.15g}"
 
 
+# Within these bounds no product of sizes overflows, and a senseless config makes few modules.
 LAYERS = Field(int, most=1000)
 WIDTH = Field(int, most=2**20)
 HEADS = Field(int, most=2**16)
@@ -57,7 +58,6 @@ ROPE_THETA = Field(float, 10000.0, most=1e30)
 POSITIONS = Field(int, None)
 BLOCK_LENGTH = Field(int, most=4096)
 NO = Field(bool, False)
-"""Within the bounds above no product of sizes overflows, and a senseless config makes few modules."""
 
 
 def read(config: Mapping[str, Any], table: Mapping[str, Field], within: str | None = None) -> dict[str, Any]:
