@@ -1,7 +1,7 @@
 """Baselines that people would use instead, in plain torch, written from the formulas; on any device.
 
-A `Commit` takes (tokens (B, L), logits (B, L, V), mask_id, start, end, the rule's parameter) and fills masked
-positions of the window [start, end) in place.
+A `Commit` takes (tokens (B, L), logits (B, L, V), mask_id, start, end) and fills masked positions of the
+window [start, end) in place. Those here take the rule's parameter, too.
 """
 
 from __future__ import annotations

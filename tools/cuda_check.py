@@ -82,6 +82,8 @@ Table = dict[str, dict[str, Any]]
 
 
 def hash_of(source: Path, headers: str, table: Table) -> str:
+    """A hash of all that the numbers of a source depend on. headers: their text, behind nvcc's version;
+    table: the loops that are looked for in it."""
     named = [f"{kernel} {entry['work']} {entry['least']}" for kernel, entry in table.items()]
     made_of = "\0".join(["loops", headers, *named, source.read_text()])
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
