@@ -63,7 +63,7 @@ def complete(
         kept = min(int(out.kept[i]), gaps[i] + count)
         response = tokenizer.decode(tokens[:kept].tolist())
         if recording is not None:
-            how, took = how_of(config, guesses=draft_size), alone(seconds, prompts, live)
+            how, took = how_of(config, guesses=draft_size), seconds_alone(seconds, prompts, live)
             shown: dict[str, Any] = {"model": name, "how": how, "seconds": took, "infill": infill}
             answer = answer_of(out, i, texts, kept=kept, length=gaps[i] + count, **shown)
             recording.add(text.shown(prompt), answer)
@@ -130,14 +130,14 @@ def complete_left_to_right(
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
         if recording is not None:
-            shared: dict[str, Any] = {"seconds": alone(seconds, prompts, live), "length": len(tokens)}
+            shared: dict[str, Any] = {"seconds": seconds_alone(seconds, prompts, live), "length": len(tokens)}
             answer = answer_of(out, i, texts, model=name, how=decoder.how, kept=kept, **shared)
             recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
         yield {**row, "forwards": int(out.nfe[i]), key: int(getattr(out, field)[i])}
 
 
-def alone(seconds: float, prompts: Sequence[object], live: LiveText | None) -> float | None:
+def seconds_alone(seconds: float, prompts: Sequence[object], live: LiveText | None) -> float | None:
     """The seconds of a call if it had one prompt and did not show its passes meanwhile; else None."""
     return seconds if len(prompts) == 1 and live is None else None
 

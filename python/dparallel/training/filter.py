@@ -180,8 +180,8 @@ def train(
     columns count too, although the filter's output there has no effect: without them the teacher's filter was
     worse (95.4 % right in 8.7 passes, not 97.6 %).
     """
-    apart = held[records.prompt]
-    learned, judged = records.of(~apart), records.of(apart)
+    held_out = held[records.prompt]  # (R,)
+    learned, judged = records.of(~held_out), records.of(held_out)
     size = records.confidence.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -297,9 +297,9 @@ def run(
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """A report as text."""
-    (learned, judged), (prompts, apart) = report["passes"], report["prompts"]
+    (learned, judged), (prompts, held_out) = report["passes"], report["prompts"]
     yield f"oracle: {report['oracle_passes']:.1f} passes an answer"
-    yield f"trained on {learned} passes over {prompts} prompts, tested on {judged} over {apart}"
+    yield f"trained on {learned} passes over {prompts} prompts, tested on {judged} over {held_out}"
     yield f"{'tau':>5} {'right':>8} {'wrong':>8}  (accepted, of the masked columns)"
     for row in report["held_out"]:
         yield f"{row['tau']:>5g} {row['accepted']:>8.1%} {row['false_positive_rate']:>8.2%}"

@@ -45,7 +45,7 @@ def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tupl
     if not held:
         return drawn, []
     try:
-        apart = hold_out(drawn, held / max(1, len(drawn))).tolist()
+        held_out = hold_out(drawn, held / max(1, len(drawn))).tolist()
     except ValueError as error:
         different = len({(*prompt.tolist(),) for prompt in drawn})
         raise ValueError(
@@ -53,8 +53,8 @@ def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tupl
             f"with, got {held} of {len(drawn)}, {different} of them different"
         ) from error
     return (
-        [prompt for prompt, out in zip(drawn, apart, strict=True) if not out],
-        [prompt for prompt, out in zip(drawn, apart, strict=True) if out],
+        [prompt for prompt, out in zip(drawn, held_out, strict=True) if not out],
+        [prompt for prompt, out in zip(drawn, held_out, strict=True) if out],
     )
 
 

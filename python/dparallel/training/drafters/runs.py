@@ -104,7 +104,7 @@ def run(
     learned, judged = prompts_of(data, prompt_field, encode, evaluate)
     check_prompts(model, [*learned, *judged])
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
-    _apart(trainee, settings, len(learned))  # before anything is written
+    _held_back(trainee, settings, len(learned))  # before anything is written
     directory = files.directory("out", out)
     with files.locked("out", directory):
         answers = trainee.learnable(answers_of(directory, model, learned, settings, progress))
@@ -139,15 +139,15 @@ def _frozen(model: models.Model) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _apart(trainee: Trainee, settings: Settings, count: int) -> int:
+def _held_back(trainee: Trainee, settings: Settings, count: int) -> int:
     """The number of `count` answers that the trainee measures with. Raises ValueError for too few answers."""
-    apart = min(trainee.measured, count // 10)
-    if trainee.measured and not apart:
+    held_back = min(trainee.measured, count // 10)
+    if trainee.measured and not held_back:
         raise ValueError(
             f"data: expected at least 10 answers, of which a tenth measures a drafter of kind "
             f"{settings.kind}, got {count}"
         )
-    return apart
+    return held_back
 
 
 def _train(
@@ -163,8 +163,8 @@ def _train(
         torch.manual_seed(settings.seed)
         module = trainee.build()
     trainee.module = module.to(device).train()
-    apart = _apart(trainee, settings, len(answers))
-    learned, measured = answers[: len(answers) - apart], answers[len(answers) - apart :]
+    held_back = _held_back(trainee, settings, len(answers))
+    learned, measured = answers[: len(answers) - held_back], answers[len(answers) - held_back :]
     identity = json.loads(json.dumps({**asdict(settings), "config": trainee.config, "answers": len(answers)}))
     seconds, curve = loop.run(
         directory,
