@@ -20,6 +20,7 @@ from dparallel_ext.models import Model
 from dparallel_ext.ops import block_attention
 
 from .bench_cache import BLOCK, TAKEN, random_model
+from .harness import OURS
 
 POLICY: dict[str, Any] = {"selector": "quota", "threshold": TAKEN, "score": "confidence"}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,7 +80,7 @@ def test_engine(benchmark: Any, cache: str, dtype: torch.dtype) -> None:
     assert stats.sequence_passes == 4 * sum(int(out.nfe) for out in single)  # finished ones take no pass
     baseline = min(before, seconds(one_by_one))
     benchmark.extra_info.update(
-        contender=f"dparallel_ext, Engine ({same}/{sum(lengths)} tokens the same)",
+        contender=f"{OURS}, Engine ({same}/{sum(lengths)} tokens the same)",
         baselines={"one after the other": baseline},
     )
 
@@ -102,7 +103,7 @@ def test_shared_prefix(benchmark: Any) -> None:
     spent[False] = seconds(lambda: all_of_them(False))
     benchmark.pedantic(lambda: all_of_them(True), rounds=2)
     benchmark.extra_info.update(
-        contender=f"dparallel_ext, prefix tree ({computed[True]} prompt tokens computed)",
+        contender=f"{OURS}, prefix tree ({computed[True]} prompt tokens computed)",
         baselines={f"without the tree ({computed[False]})": spent[False]},
     )
 
@@ -116,7 +117,7 @@ def test_batch_invariant(benchmark: Any, dtype: torch.dtype) -> None:
     benchmark.group = f"8 sequences, batch_invariant, {name_of(dtype)}"
     benchmark.pedantic(lambda: dx.decode(model, prompts, batch_invariant=True, **settings), rounds=3)
     benchmark.extra_info.update(
-        contender="dparallel_ext, batch_invariant", baselines={"dparallel_ext, shared passes": shared}
+        contender=f"{OURS}, batch_invariant", baselines={f"{OURS}, shared passes": shared}
     )
 
 

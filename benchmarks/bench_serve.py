@@ -19,6 +19,7 @@ from dparallel.toy import tasks
 
 import dparallel_ext as dx
 
+from .harness import OURS
 from .serving import Served, ask_all, percentile, server
 
 CLIENTS, MODEL = 200, "builtin:student"
@@ -59,7 +60,7 @@ def test_serve(benchmark: Any, served: Served) -> None:
     same = min(sum(a.text == b for a, b in zip(texts, expected, strict=True)) for texts in replies)
     timed = [reply for texts in replies[1:] for reply in texts]
     benchmark.extra_info.update(
-        contender=f"dparallel_ext ({same}/{CLIENTS} with the same text)",
+        contender=f"{OURS} ({same}/{CLIENTS} with the same text)",
         baselines={"decode, one by one": statistics.median(seconds)},
         latencies={
             name: {p: percentile([getattr(r, field) for r in timed], p / 100) for p in (50, 95)}
