@@ -347,6 +347,7 @@ def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
     assert guessed["forwards"] <= plain["forwards"] * 2 / 3
     refused = run("decode", PROMPT, "--draft-size", 4, code=2)
     assert "draft_size: needs a fixed number of tokens a pass" in refused
+    assert "a policy 'one' or 'steps:N'" in refused
 
 
 def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
     """Raise ValueError naming `draft_size` if states cannot be guessed."""
+    if schedule.known_first:
+        raise ValueError(
+            f"draft_size: states are guessed within a block, and {schedule.in_which_parts}, so expected None"
+        )
     for setting in settings:
         got = None if setting.rule is None else f"the rule {type(setting.rule).__name__}"
         if got is None and setting.policy[0] != policies.SELECTORS["quota"]:
@@ -97,13 +101,9 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
             got = f"the selector {selector!r}"
         if got is not None:
             raise ValueError(
-                "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule) or "
-                f"the selector 'quota', got {got}"
+                "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule; as "
+                f"a policy 'one' or 'steps:N') or the selector 'quota', got {got}"
             )
-    if schedule.known_first:
-        raise ValueError(
-            f"draft_size: states are guessed within a block, and {schedule.in_which_parts}, so expected None"
-        )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
 

@@ -34,8 +34,9 @@ def traits(model: Any) -> Traits:
         return stated
     if isinstance(inner, Model):
         return _of_family(type(inner), inner.mask_id, inner.block_length, inner.window)
-    if not callable(inner):
-        raise ValueError(f"model: expected a module or function, got {type(inner).__name__}")
+    if not callable(inner) or isinstance(inner, type):
+        got = f"the class {inner.__name__}" if isinstance(inner, type) else type(inner).__name__
+        raise ValueError(f"model: expected a module or function, got {got}")
     config = getattr(inner, "config", None)
     family = family_of({key: getattr(config, key, None) for key in DECISIVE}) or Model
     candidates = [

@@ -113,7 +113,8 @@ class StridedDrafter(Planned):
         if mask_id is None:
             raise ValueError(
                 'drafter: "strided" is for models that guess ahead at masks, as I-DLM does, or for their '
-                f"adapters; the config of this {type(model).__name__} names no mask token"
+                f"adapters; this {type(model).__name__} has no mask token, which its config, --mask-id or "
+                "models.load(mask_id=) names"
             )
         if mask_id >= model.shape.embedding_size:
             raise ValueError(

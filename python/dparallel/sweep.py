@@ -84,9 +84,11 @@ def sweep(
         cleared: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
         causal_config = config.replace(**cleared)
     of_policies = None if any(causal for _, causal in models) else draft_size
-    drafters = list(drafters)
+    drafters, of_causal = list(drafters), loading
+    if not all(causal for _, causal in models) or {*drafters} == {PLAIN}:
+        of_causal = replace(loading, mask_id=None)  # it is the diffusion models', or nobody's
     for name, causal in models:  # before the first measurement, which may take hours
-        of_name = replace(loading, mask_id=None) if causal else loading
+        of_name = of_causal if causal else loading
         if causal:
             _check_drafters(name, drafters, causal_config, of_name)
         else:
@@ -94,7 +96,7 @@ def sweep(
         problem_set.length(name)
         registry.template_of(name, chat)
     for name, causal in models:
-        of_name = replace(loading, mask_id=None) if causal else loading
+        of_name = of_causal if causal else loading
         conditions = of_name.conditions(name)
         unasked = {key for key, value in vars(registry.Loading()).items() if getattr(of_name, key) == value}
         older = {key: conditions[key] for key in unasked}  # of rows that do not name them

@@ -268,7 +268,8 @@ def test_suppressed_ids_are_never_decoded(llada) -> None:
         ({"temperature": -1.0, "threshold": 0.5}, "temperature: expected a finite number"),
         ({"mask_id": -3}, "mask_id: expected a whole number >= 0"),
         ({"seed": torch.zeros(2, dtype=torch.int64), "temperature": 1.0}, "seed: expected an integer"),
-        ({"model": "llada"}, "model: expected a module or function"),
+        ({"model": "llada"}, "model: expected a module or function, got str"),
+        ({"model": models.LLaDA}, "model: expected a module or function, got the class LLaDA"),
     ],
 )
 def test_bad_arguments_are_named(llada, change: dict, message: str) -> None:

@@ -277,7 +277,7 @@ def test_sampled_tokens_are_of_their_rows() -> None:
         ({"rule": "credit"}, "rule: Credit does not go with SDLM, .* so expected a policy row, as "),
         ({"rule": "distance:0.4"}, "rule: Distance does not go with SDLM, which commits from left to right"),
         ({"rule": lambda stats, masked, step: masked}, "rule: FunctionRule does not go with SDLM"),
-        ({"draft_size": 2}, "draft_size: "),
+        ({"draft_size": 2}, "draft_size: .* a window slides"),
         ({"block_length": 65}, "block_length: expected a window of at most 64 masks, got 65"),
         ({"block_length": 8, "sub_block_length": 4}, "sub_block_length: a window is filled as a whole"),
     ],

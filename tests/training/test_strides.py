@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from dparallel import cli, registry
+from dparallel.serving import runner
 from dparallel.toy import tasks, train
 from dparallel.training import drafters
 from dparallel.training.drafters import answers, riders
 from dparallel.training.drafters.common import Target
 from dparallel.training.drafters.riders import StridedSettings, Strides
 from drafters import model_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -195,6 +196,42 @@ def test_by_the_command(tmp_path: Path) -> None:
         dx.speculate(other, prompts, gen_length=4, drafter=f"strided:{out}")
     found = CliRunner().invoke(cli.app, ["drafter", str(target), str(tmp_path / "no"), "--rank", "4"])
     assert "rank: belongs to strided, not to dflash" in found.output
+
+
+def test_the_mask_of_an_adapter_from_elsewhere_is_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command, and beside a drafter alone; a model without a mask token is read with it."""
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{layer}.lora_A.weight": torch.ones(1, 192), f"{layer}.lora_B.weight": torch.ones(192, 1)}
+    adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    masks: list[int | None] = []
+
+    def serve(self: runner.Server, sockets: Any = None) -> None:
+        masks.extend(model.engine.model.mask_id for model in self.service.models.values())
+
+    monkeypatch.setattr(runner.Server, "run", serve)
+    tuned, rows = tmp_path / "tuned.json", tmp_path / "rows.json"
+    few = ("--problems", "1", "--draft-size", "2")
+    for command in (
+        ("decode", "sam has 4 cups now"),
+        ("evaluate", *few, "--json", str(rows)),
+        ("tune", str(tuned), *few, "--repeats", "1"),
+        ("serve", "--port", "0"),
+    ):
+        asked = [*command, "--model", "builtin:causal"]
+        drafter, mask = ("--drafter", f"strided:{tmp_path}"), ("--mask-id", "9")
+        found = CliRunner().invoke(cli.app, [*asked, *drafter])
+        assert found.exit_code == 2
+        assert "has no mask token, which its config, --mask-id or models.load(mask_id=) names" in found.output
+        found = CliRunner().invoke(cli.app, [*asked, *drafter, *mask])
+        assert found.exit_code == 0, found.output
+        found = CliRunner().invoke(cli.app, [*asked, *mask])
+        assert "mask_id: belongs to masked diffusion" in found.output
+    assert masks == [9]
+    assert json.loads(rows.read_text())[0]["mask_id"] == json.loads(tuned.read_text())["mask_id"] == 9
 
 
 def test_one_file_holds_it_too(tmp_path: Path) -> None:

@@ -96,7 +96,10 @@ def check_text(**texts: str | None) -> None:
 
 
 def check_kind(model: str, causal: bool, **options: Any) -> None:
-    """Raise ValueError for an option that is given (not None) and belongs to another kind of model."""
+    """Raise ValueError for an option that is given (not None) and belongs to another kind of model. A mask
+    token may be a drafter's, as of masks that ride in a verify pass."""
+    if causal and options.get("drafter"):
+        options["mask_id"] = None
     for name, value in options.items():
         of_causal = name in ("drafter", "draft_size", "context")
         if value is None or of_causal == causal:

@@ -152,10 +152,8 @@ def serve(
                 for guessing in drafter or (PLAIN,):
                     drafter_name = None if guessing == PLAIN else guessing
                     called = f"{each}+{guessing}" if several and drafter_name else each
-                    without_mask = replace(loading, mask_id=None)
-                    models.append(
-                        runner.Model(called, each, decoding, without_mask, drafter_name, draft_size)
-                    )
+                    kept_mask = loading if all(causal.values()) else replace(loading, mask_id=None)
+                    models.append(runner.Model(called, each, decoding, kept_mask, drafter_name, draft_size))
             elif verifier:
                 decoding = config_without_policy(fields, **shared)
                 models.append(runner.Model(each, each, decoding, loading, verifier=verifier, numbers=numbers))
