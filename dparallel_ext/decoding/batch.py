@@ -264,7 +264,7 @@ class Batch:
             if row.masks_left > (most if len(live) == 1 else least):
                 continue
             after = copy.copy(row)
-            after.block_index, after.open = row.block_index + 1, row.open[1:]
+            after.leave_front()
             self.open_front(after)
             if row.masks_left <= least:
                 states[0][b] = after
@@ -317,9 +317,7 @@ class Batch:
         for left, _, _ in counts:  # blocks behind the front one may be complete, too
             if left or row.done:
                 break
-            start, end = row.block
-            row.generated += row.index(end) - row.index(start)
-            row.block_index, row.open = row.block_index + 1, row.open[1:]
+            start, end = row.leave_front()
             if (row.settings.eos_ids or row.settings.stop) and self._stops(b, start, end):
                 self.end(b)
         return True

@@ -119,7 +119,7 @@ def decode(
         draft_size: self-speculation (SSD, arXiv 2510.04147), see `self_speculation`: the same text in fewer
             passes, each over up to 1 + draft_size copies of a sequence, which hold guesses of what the next
             passes would commit (`DecodeOutput.canvases` counts the copies). Needs the fixed schedule or the
-            selector "quota", and another cache than "window". None and 0: nothing is guessed.
+            selector "quota". None and 0: nothing is guessed.
         attention_mask: bool or whole numbers, in the shape of `prompt`; 0 marks padding, on either side.
             Padding is taken out: it costs nothing and changes nothing.
         streamer: an object with `put` and `end`, as transformers' streamers, and perhaps `put_draft`. Needs a

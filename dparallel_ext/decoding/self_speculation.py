@@ -16,6 +16,9 @@ Where keys and values outlive a pass, a guessed state shares the sequence's page
 its pass computes, which have pages of its own. Positions that it does not compute are as the passes before
 left them: so a state is guessed only if its pass computes all positions that the guessed passes before it
 would have written.
+
+A window (WeDLM, SDLM) slides over the ends of blocks, and so do its states. SDLM's, which are filled from
+left to right, are those of its published `self_speculative` decoding (arXiv 2509.24007).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from .. import policies
 from ..arguments import whole
 from ..cache import KVCache
 from ..models import Model
-from ..rules import Decision, Rule, Where
+from ..rules import Decision, Leading, Rule, Where
 from ..types import RowStats
 from .batch import Batch
 from .schedule import Schedule
@@ -45,17 +48,24 @@ from .sequence import IDLE, SequenceState, Settings
 
 @dataclass(frozen=True)
 class Ranks(Rule):
-    """Commits by the policy row, and remembers each position's token and score (the best commits first)."""
+    """Commits by the policy row, and remembers each position's token and score (the best commits first).
+
+    leading: it commits as `Leading` does, the first position first.
+    """
 
     score: str
+    leading: bool
 
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         token = torch.zeros((lanes, columns), dtype=torch.int64, device=device)
         return token, torch.zeros((lanes, columns), device=device)
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        score: Tensor = getattr(stats, self.score)
         where.remember(state[0], stats.token)
+        if self.leading:
+            where.remember(state[1], -where.column)
+            return Leading().decide(stats, where, ())
+        score: Tensor = getattr(stats, self.score)
         where.remember(state[1], -score if self.score == "entropy" else score)
         return Decision()
 
@@ -82,8 +92,8 @@ class Pass(NamedTuple):
 
 
 def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
-    """How many states a pass guesses at most: no two have as many masks, and the last has one. Raises
-    ValueError naming `draft_size`."""
+    """How many states a pass guesses at most: no two have as many masks of the last pass's window, and the
+    last has one. Raises ValueError naming `draft_size`."""
     size = 0 if draft_size is None else whole("draft_size", draft_size, 0)
     return min(size, max(1, schedule.block_length - 1))
 
@@ -95,7 +105,8 @@ def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
             f"draft_size: states are guessed within a block, and {schedule.in_which_parts}, so expected None"
         )
     for setting in settings:
-        got = None if setting.rule is None else f"the rule {type(setting.rule).__name__}"
+        free = setting.rule is not None and not isinstance(setting.rule, Leading)
+        got = f"the rule {type(setting.rule).__name__}" if free else None
         if got is None and setting.policy[0] != policies.SELECTORS["quota"]:
             selector = next(name for name, i in policies.SELECTORS.items() if i == setting.policy[0])
             got = f"the selector {selector!r}"
@@ -118,6 +129,8 @@ def new_cache(
     """
     lanes, per_lane = block_table.shape
     size = schedule.block_length
+    if schedule.known_first:
+        size *= 2  # what the pass before has decoded, too
     unit = math.gcd(size, page_size) if schedule.aligned else 1  # blocks begin at multiples of it
     each = (page_size - unit + size - 1) // page_size + 1
     each = per_lane if schedule.to_the_end else min(per_lane, each)
@@ -150,6 +163,8 @@ class SelfSpeculation(Batch):
         self.count, self.draft_size = lanes, draft_size
         self.passes, self.canvases = [0] * lanes, [0] * lanes
         self._last = [Pass(b) for b in range(lanes)]
+        self._ended: dict[int, int] = {}
+        """Lanes that an end of the text ended in the last pass -> the first column of their padding."""
         if kv_cache is None and schedule.keeps:
             size = schedule.block_length
             table = torch.arange(lanes * max(1, -(-width // size)), device="cpu").view(lanes, -1)
@@ -172,7 +187,7 @@ class SelfSpeculation(Batch):
         self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **options: Any
     ) -> SequenceState:
         self._last[lane], self.passes[lane], self.canvases[lane] = Pass(lane), 0, 0
-        ranks = Ranks(policies.score_of(settings.policy))
+        ranks = Ranks(policies.score_of(settings.policy), isinstance(settings.rule, Leading))
         return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **options)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
@@ -186,6 +201,10 @@ class SelfSpeculation(Batch):
                 raise
             # The error may be in a guessed state that decoding would never have come to.
             return self._verify({b: [] for b in live})
+
+    def end(self, b: int) -> None:
+        self._ended[b] = self.rows[b].ahead
+        super().end(b)
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         if not self.batch_invariant:
@@ -203,39 +222,53 @@ class SelfSpeculation(Batch):
         return {b: self._draft(b, tokens[b], *states[self.rows[b].settings.rule]) for b in live}  # type: ignore[index]
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
-        """The guesses of sequence b. held: its tokens. token, rank: (lanes, columns), see `Ranks`."""
+        """The guesses of sequence b. held: its tokens, and then those of the last guess. token, rank: (lanes,
+        columns), see `Ranks`."""
         row, last = self.rows[b], self._last[b]
-        block, window = row.open[0], self.schedule.front_window(row)
+        window = self.schedule.front_window(row)
         start, end = max(window.start, last.start), min(window.end, last.end)
         if start >= end:
             return []
         tokens, ranks = (kept[last.lane, start:end].tolist() for kept in (token, rank))
-        masked = [column for column in range(block.start, block.end) if held[column] == self.mask_id]
-        known = [column for column in masked if start <= column < end]
+        known = [column for column in range(start, end) if held[column] == self.mask_id]
         known.sort(key=lambda column: (-ranks[column - start], column))
         guesses: list[Guess] = []
         while len(guesses) < self.draft_size:
-            block = row.open[0]
-            columns = known[: int(policies.most(row.policy(block)))]
-            if not columns or len(columns) == len(masked):  # a state without a mask has nothing to decide
-                break
+            columns = known[: int(policies.most(row.policy(row.open[0])))]
             known = known[len(columns) :]
-            masked = [column for column in masked if column not in columns]
-            before, row = row, copy.copy(row)
-            row.open = (block._replace(masks_left=len(masked), first_mask=masked[0], step=block.step + 1),)
-            # Samples are keyed by the number of their pass.
-            row.nfe, row.published, row.step_in_block = (
-                number + 1 for number in (row.nfe, row.published, row.step_in_block)
-            )
-            if not self._follows(before, row):
+            for column in columns:
+                held[column] = tokens[column - start]
+            before, row = row, self._after_pass(row, held)
+            if not columns or not self._follows(before, row):
                 break
-            guesses.append(Guess(columns, [tokens[column - start] for column in columns], row))
+            guesses.append(Guess(columns, [held[column] for column in columns], row))
         return guesses
 
+    def _after_pass(self, row: SequenceState, held: list[int]) -> SequenceState:
+        """The sequence after another pass, which leaves these tokens."""
+        after, blocks = copy.copy(row), []
+        for block in row.open:
+            left = [column for column in range(block.start, block.end) if held[column] == self.mask_id]
+            first = left[0] if left else block.start
+            blocks.append(block._replace(masks_left=len(left), first_mask=first, step=block.step + 1))
+        after.open = tuple(blocks)
+        # Samples are keyed by the number of their pass.
+        after.nfe, after.published, after.step_in_block = (
+            number + 1 for number in (row.nfe, row.published, row.step_in_block)
+        )
+        while after.open and not after.masks_left:
+            after.leave_front()
+        if after.block_index > row.block_index:
+            self.open_front(after)
+        return after
+
     def _follows(self, before: SequenceState, after: SequenceState) -> bool:
-        """Whether two states may be in one pass: none of the keys and values that `after` sees, but does not
-        compute, are written by the pass over `before`, which comes first in the schedule.
+        """Whether two states may be in one pass: `after` has a mask to decide, and none of the keys and
+        values that it sees, but does not compute, are written by the pass over `before`, which comes first in
+        the schedule. Blocks other than a window's begin with a pass of their own.
         """
+        if after.done or (after.block_index > before.block_index and not self.schedule.known_first):
+            return False
         if not self.schedule.keeps:
             return True
         within = covers(self.schedule.computed(after), self.schedule.computed(before))
@@ -307,31 +340,44 @@ class SelfSpeculation(Batch):
         slots[:, :, where[1], :, where[2]] = slots[:, :, where[0], :, where[2]]
 
     def _decide(self, lanes: dict[int, list[int]]) -> list[int]:
-        """Run the pass; return the sequences whose block it completed. lanes: of each sequence's states."""
+        """Run the pass; return the sequences of which it completed a block. lanes: of each sequence's
+        states."""
         before = self.tokens.clone()
         windows = {
             b: self.schedule.front_window(self.rows[b])[:2] for states in lanes.values() for b in states
         }
         numbers = {b: self.rows[b].nfe + 1 for b in windows}
         computed = {b: self.schedule.computed(self.rows[b]) for b in windows}
-        finished = super().step(list(windows))
+        self._ended = {}
+        finished = set(super().step(list(windows)))
         pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
         earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
         is_right = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
-        # Behind a state that has completed the block, at an EOS, nothing comes, whatever its masks became.
-        is_right |= dict.fromkeys(finished, False)
+        # Behind a state that has ended, at an EOS, nothing comes, whatever its masks became.
+        is_right |= {lane: False for lane in windows if self.rows[lane].done}
         last = {
             b: next(lane for lane in states if not is_right.get(lane, False)) for b, states in lanes.items()
         }
         self.tokens[list(last)] = self.tokens[list(last.values())]
+        completed = []
         for b, lane in last.items():
+            accepted = lanes[b][: lanes[b].index(lane) + 1]
             self.passes[b] += 1
             self.canvases[b] += len(lanes[b])
-            self._last[b], self.rows[b] = Pass(lane, *windows[lane], computed[lane]), self.rows[lane]
+            self.rows[b] = self.rows[lane]
+            first, end = computed[lane]
+            if lane != b and first < self.rows[b].num_cached:  # final, and perhaps shared from now on
+                final = min(end, self.rows[b].num_cached)
+                self._copy(lane, b, range(first, final))
+                first = final
+            self._last[b] = Pass(lane, *windows[lane], (first, end))
             if self.rows[b].settings.record:
-                accepted = lanes[b][: lanes[b].index(lane) + 1]
                 self._record(b, {each: numbers[each] for each in accepted})
-        return [b for b, lane in last.items() if lane in finished]
+                if lane in self._ended:
+                    self.runner.trajectory.clear(b, self._ended[lane])
+            if finished.intersection(accepted):
+                completed.append(b)
+        return completed
 
     def _record(self, b: int, numbers: dict[int, int]) -> None:
         """Copy the commits of sequence b's accepted states to its trajectory.

@@ -250,6 +250,14 @@ class SequenceState:
         held = self.index(end) - first
         return OpenBlock(start, end, held, held, self.columns[first])
 
+    def leave_front(self) -> tuple[int, int]:
+        """Go on to the block after the front one, which is complete; return the columns [start, end) of
+        that."""
+        start, end = self.block
+        self.generated += self.index(end) - self.index(start)
+        self.block_index, self.open = self.block_index + 1, self.open[1:]
+        return start, end
+
     @property
     def ahead(self) -> int:
         """The column where the front block's first mask stood when it began; if done, the length."""

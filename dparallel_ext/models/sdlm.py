@@ -38,11 +38,16 @@ class SDLM(Model):
       `decode` gives its tokens, those too.
     - Above temperature 0 the policy row judges softmax(logits); the published code judges the distribution
       from which it samples.
-    - Published `self_speculative` decoding, where passes check the tokens of the pass before, is not here.
     - The mask token is never committed.
 
+    Published `self_speculative` decoding, where passes check the tokens of the pass before, is
+    `rule="one", draft_size=block_length - 1` (`decoding.self_speculation`): the text of a token a pass, in
+    fewer passes. The first token of a pass, which the published loop keeps for the next, is committed at
+    once. At temperature 0 tokens and passes are the published ones; above, where the published loop compares
+    samples of two passes, the text is still that of a token a pass.
+
     The tests compare, on random weights, logits with those of transformers' Qwen2 under the published masks,
-    and tokens and passes with the published loop, written again in plain torch. No released weights were
+    and tokens and passes with the published loops, written again in plain torch. No released weights were
     read.
     """
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import dparallel_ext as dx
+from dparallel_ext import models
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import EagleTrees, TreeDrafter
@@ -247,6 +248,15 @@ WAYS: dict[str, Way] = {
     "wedlm": decoded(wedlm.ours, threshold=1.0),
     "wedlm, its rule": decoded(wedlm.ours, rule="distance:0.4,0.02"),
     "sdlm": decoded(sdlm.ours, threshold=1.0),
+    **{
+        f"{name}, guesses": decoded(
+            lambda of=of: models.wrap(sdlm.of_few_words(of.theirs())),
+            rule="one",
+            draft_size=3,
+            eos_id=[5, 11],
+        )
+        for name, of in (("wedlm", wedlm), ("sdlm", sdlm))
+    },
     **{
         family: decoded(lambda family=family: drafters.model_of(family), cache=cache, threshold=2.0)
         for family, cache in {

@@ -110,8 +110,11 @@ def test_the_text_is_that_of_the_schedule_alone(way: tuple[str, str]) -> None:
     assert saved > CASES
 
 
-def check_trajectories(out: dx.DecodeOutput, plain: dx.DecodeOutput) -> None:
-    """The same, but that several passes of the one are one of the other."""
+def check_trajectories(out: dx.DecodeOutput, plain: dx.DecodeOutput, every_pass: bool = True) -> None:
+    """The same, but that several passes of the one are one of the other.
+
+    every_pass: none has only tokens behind an end, which are padding later.
+    """
     assert out.trajectory is not None
     assert plain.trajectory is not None
     for name in ("confidence", "logprob"):
@@ -122,7 +125,8 @@ def check_trajectories(out: dx.DecodeOutput, plain: dx.DecodeOutput) -> None:
         order = other[other > 0].argsort(stable=True)
         passes = one[one > 0][order]
         assert bool((passes.diff() >= 0).all())  # in the order of the schedule
-        assert passes.unique().tolist() == list(range(1, int(out.nfe[b]) + 1))
+        numbers, nfe = passes.unique().tolist(), int(out.nfe[b])
+        assert (numbers == list(range(1, nfe + 1))) or (not every_pass and max(numbers) <= nfe)
 
 
 def reference(

@@ -277,7 +277,7 @@ def test_sampled_tokens_are_of_their_rows() -> None:
         ({"rule": "credit"}, "rule: Credit does not go with SDLM, .* so expected a policy row, as "),
         ({"rule": "distance:0.4"}, "rule: Distance does not go with SDLM, which commits from left to right"),
         ({"rule": lambda stats, masked, step: masked}, "rule: FunctionRule does not go with SDLM"),
-        ({"draft_size": 2}, "draft_size: .* a window slides"),
+        ({"draft_size": 2, "rule": RULE}, "draft_size: needs a fixed number of tokens a pass"),
         ({"block_length": 65}, "block_length: expected a window of at most 64 masks, got 65"),
         ({"block_length": 8, "sub_block_length": 4}, "sub_block_length: a window is filled as a whole"),
     ],
@@ -341,6 +341,10 @@ def test_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     row = json.loads(run("decode", "--json", "w5 w7 w9"))
     assert row["response"] == tokenizer.decode(out.responses[0][: int(out.kept)].tolist())
     assert row["forwards"] == int(out.nfe)
+    guesses = json.loads(run("decode", "--policy", "one", "--draft-size", "3", "--json", "w5 w7 w9"))
+    out = dx.decode(ours(), [[5, 7, 9]], gen_length=24, rule="one", draft_size=3, eos_id=EOS)
+    assert guesses["response"] == tokenizer.decode(out.responses[0][: int(out.kept)].tolist())
+    assert guesses["forwards"] == int(out.nfe)
     result = CliRunner().invoke(app, ["decode", *shared, "w5", "--suffix", "w7"])
     assert (result.exit_code, result.output[:26]) == (2, "error: suffix: does not go")
     (tmp_path / "prompts.jsonl").write_text("w5 w7 w9\n")
