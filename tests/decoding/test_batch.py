@@ -86,6 +86,13 @@ def test_sdar_decodes_the_published_tokens(sdar: SDAR, case: dict[str, Any], cac
         assert out.forwards == int(out.nfe) == case["forwards"] - (done > 0) - (blocks - done)
 
 
+@pytest.mark.parametrize("length", [7, 8, 9])
+def test_a_prompt_of_a_whole_block_is_prefilled_as_published(sdar: SDAR, length: int) -> None:
+    """And every block that is filled is stored by a pass of its own."""
+    out = dx.decode(sdar, torch.arange(3, 3 + length), gen_length=16 - length, block_length=8, cache="block")
+    assert int(out.nfe_published - out.nfe) == (length >= 8) + 2 - length // 8
+
+
 @pytest.mark.parametrize(("size", "cache"), [(4, "block"), (16, "block"), (4, "none")])
 def test_a_block_length_that_is_given_is_attended_by(sdar: SDAR, size: int, cache: str) -> None:
     """In `decode` and in the Engine, as if the model had it; the model keeps its own."""

@@ -125,6 +125,10 @@ def test_edits_thresholds_are_strict() -> None:
     for bar, passes, token in ((0.5, 5, 3), (0.49, 3, 6)):
         out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, rule=Edit(bar, bar))
         assert (out.responses[0].tolist(), int(out.nfe)) == ([token] * 4, passes)
+    # So an end that may still be edited ends nothing.
+    for eos in (None, 3):
+        out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, eos_id=eos, rule=Edit(0.5, 0.49))
+        assert (out.responses[0].tolist(), int(out.kept), int(out.nfe)) == ([6] * 4, 4, 6)
 
 
 @dataclass(frozen=True)

@@ -350,6 +350,11 @@ def test_published_taps() -> None:
         ({"dflash_config": None}, "'dflash_config' is null"),
         ({"dflash_config": {"mask_token_id": 61}}, "mask_token_id=61, expected an id below 61"),
         ({"dflash_config": {"target_layer_ids": [0]}}, "'mask_token_id' is missing"),
+        ({"fc_layernorm": True}, "fc_layernorm=True is not supported"),
+        (
+            {"dflash_config": {"mask_token_id": 60, "fc_layernorm": True}},
+            "fc_layernorm=True is not supported",
+        ),
         (
             {"dflash_config": {"mask_token_id": 60, "target_layer_ids": [0, 2]}},
             r"target_layer_ids: expected ascending numbers of layers of \[-1, 2\), got \[0, 2\]",
