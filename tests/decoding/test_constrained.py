@@ -195,6 +195,14 @@ def test_a_token_as_probable_as_a_lower_one(equal: float, way: tuple[Any, float]
     assert decode_of(form, logits, selector=way[0], threshold=way[1]) == ([1, 1], 1)
 
 
+@pytest.mark.parametrize("way", [("entropy", 5.0), ("margin", 0.0)])
+def test_a_token_that_another_is_more_probable_than_is_not_certain(way: tuple[Any, float]) -> None:
+    """Though the way by it is more probable than that by the other."""
+    form = [[1, 2], [3, NOWHERE], [NOWHERE, 3], [NOWHERE, NOWHERE]]
+    logits = [[2.0, 1.9, 0.0], [0.0, 5.0, 0.0]]
+    assert decode_of(form, logits, selector=way[0], threshold=way[1]) == ([1, 1], 2)
+
+
 @pytest.mark.parametrize("other", [math.inf, 3e38])
 def test_the_largest_logits_of_tokens_that_may_not_follow(other: float) -> None:
     form = [[1, 2, NOWHERE], [3, NOWHERE, NOWHERE], [NOWHERE, 3, NOWHERE], [NOWHERE, NOWHERE, 3]]

@@ -158,8 +158,8 @@ def test_logits_that_are_none_are_named(logits: Any) -> None:
 
 
 def test_no_rule_commits_what_is_suppressed(llada: models.Model) -> None:
-    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9])
-    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[9], rule=Greedy(9))
+    one = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[7, 9])
+    out = dx.decode(llada, PROMPTS, gen_length=8, block_length=8, suppress=[7, 9], rule=Greedy(9))
     assert torch.equal(out.sequences, one.sequences)
 
 

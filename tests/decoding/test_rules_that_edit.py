@@ -122,9 +122,17 @@ def test_edits_thresholds_are_strict() -> None:
         logits[..., low : low + 2] = 0.0  # each has the probability 0.5
         return SimpleNamespace(logits=logits)
 
+    progress: list[float] = []
+
+    class Noted(Edit):
+        def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+            progress.append(float(where.progress))
+            return super().decide(stats, where, state)
+
     for bar, passes, token in ((0.5, 5, 3), (0.49, 3, 6)):
-        out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, rule=Edit(bar, bar))
+        out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, rule=Noted(bar, bar))
         assert (out.responses[0].tolist(), int(out.nfe)) == ([token] * 4, passes)
+    assert progress[:5] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])  # a pass beyond the schedule's
     # So an end that may still be edited ends nothing.
     for eos in (None, 3):
         out = dx.decode(model, [[1, 2]], mask_id=9, gen_length=4, eos_id=eos, rule=Edit(0.5, 0.49))
