@@ -273,6 +273,7 @@ struct Chunk {
       commit_copies();  // none, so that the wait above is for one group more each time
     } while (++g < n);
     if (max > kLargest) {  // infinities share the probability evenly
+      risen = 0;           // where kLargest may be, which is as large
       max = kLargest;
       sum = weighted = 0.0f;
 #pragma unroll 1

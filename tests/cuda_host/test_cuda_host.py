@@ -40,8 +40,9 @@ def programs() -> Path:
 
 
 def test_kernels_equal_the_cpus_and_stay_in_their_memory(programs: Path) -> None:
-    """And the CPU's; of more losses, whose padding lanes are beyond the range of their exponentials."""
-    for settings in ((0, 240), (100, 40, 3)):
+    """And the CPU's; of more losses, whose padding lanes are beyond the range of their exponentials; and of
+    rows with +inf behind the largest finite number, which is the token."""
+    for settings in ((0, 240), (100, 40, 3), (23, 20, 0)):
         result = run(programs / "cases", *settings)
         assert result.returncode == 0, result.stderr[-4000:]
         assert f"{settings[1]} cases, no difference" in result.stdout

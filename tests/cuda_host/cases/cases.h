@@ -143,6 +143,17 @@ struct Rows {
     }
   }
 
+  // Behind an element of a row, which becomes as large, some become infinite: not many, so that a
+  // thread meets the element first.
+  void append_infinities() {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = below(std::min<int64_t>(vocab, 3000));
+      put(r * stride + first, kLargest);
+      for (int64_t v = first + 1; v < vocab; ++v)
+        if (chance(0.03)) put(r * stride + v, kInfinity);
+    }
+  }
+
   Logits flat() const {
     return {memory.get(), dtype, vocab, std::max<int64_t>(1, rows), 0, stride};
   }

@@ -7,6 +7,7 @@ void row_stats_case() {
   const int64_t vocab = random_vocab(), total = below(6);
   Rows logits(total, vocab, true, 0.0);
   if (chance(0.3)) logits.exaggerate();
+  if (logits.dtype == DType::float32 && chance(0.3)) logits.append_infinities();
   std::vector<int64_t> rows;
   if (chance(0.5) && total > 0)
     for (int64_t i = below(5); i > 0; --i) rows.push_back(below(total));
