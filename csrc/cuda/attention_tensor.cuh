@@ -25,9 +25,10 @@ struct TensorShared {
   };
   // Of a launch whose segments have no more rows: where all tiles are short they need no more
   // queries.
-  static size_t bytes(int longest) {
-    return sizeof(TensorShared) -
-           (longest <= kShortRows ? sizeof(uint16_t) * (kTallRows - kShortRows) * kDim : 0);
+  static LargeShared of_launch(int longest) {
+    constexpr size_t all = sizeof(TensorShared);
+    constexpr size_t spared = sizeof(uint16_t) * (kTallRows - kShortRows) * kDim;
+    return {longest <= kShortRows ? all - spared : all, all};
   }
 };
 

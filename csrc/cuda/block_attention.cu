@@ -252,9 +252,9 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
   auto* scratch = static_cast<float*>(workspace.scratch);
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto attend = [&](auto kernel, size_t shared_bytes) {
+    const auto attend = [&](auto kernel, LargeShared shared) {
       return DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, static_cast<unsigned>(shape.cluster), kThreads,
-                                       shared_bytes, clusters(), stream, args, shape, scratch);
+                                       shared, clusters(), stream, args, shape, scratch);
     };
     const int longest = shape.max_q_len * static_cast<int>(shape.group.size);
     const auto attend_by = [&](auto restricted) {
@@ -262,12 +262,12 @@ int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, 
       if constexpr (sizeof(typename T::Storage) == 2) {
         if (shape.on_tensor_cores && args.k_layout.head_dim <= 64)
           return attend(block_attention_tensor_kernel<T, 64, kRestricted>,
-                        TensorShared<64>::bytes(longest));
+                        TensorShared<64>::of_launch(longest));
         if (shape.on_tensor_cores)
           return attend(block_attention_tensor_kernel<T, kTensorDim, kRestricted>,
-                        TensorShared<kTensorDim>::bytes(longest));
+                        TensorShared<kTensorDim>::of_launch(longest));
       }
-      return attend(block_attention_plain_kernel<T, kRestricted>, 0);
+      return attend(block_attention_plain_kernel<T, kRestricted>, {});
     };
     const int code = args.restricted() ? attend_by(std::true_type{}) : attend_by(std::false_type{});
     if (code != 0 || shape.part_rows == 0) return code;

@@ -9,15 +9,29 @@
 
 namespace dparallel::cuda {
 
+// The bytes of DPARALLEL_LARGE_SHARED of a launch, and the most of any launch of its kernel. The
+// most is a property of the kernel and not of a launch: between setting it and launching another
+// thread may launch the same kernel, and a recording may hold several launches of it.
+struct LargeShared {
+  size_t bytes = 0, most = 0;
+
+  static constexpr LargeShared of(size_t bytes) { return {bytes, bytes}; }
+};
+
 #if defined(DPARALLEL_CUDA_HOST)
 
 #define DPARALLEL_LARGE_SHARED(name, ...) DPARALLEL_SHARED(name, __VA_ARGS__)
-#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, early, stream, ...) \
-  ((void)(stream), (void)(shared_bytes), (void)(early),                                           \
-   cuda_host::launch(grid, block, [&] { kernel(__VA_ARGS__); }, cluster), 0)
-#define DPARALLEL_LAUNCH_EARLY DPARALLEL_LAUNCH
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared, early, stream, ...)        \
+  ((void)(stream),                                                                                 \
+   cuda_host::large_shared(reinterpret_cast<const void*>(+kernel), (shared).bytes, (shared).most), \
+   cuda_host::launch(                                                                              \
+       grid, block, [&] { kernel(__VA_ARGS__); }, cluster, early),                                 \
+   cudaGetLastError())
+#define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                    \
+  DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, 1, block, dparallel::cuda::LargeShared{}, \
+                            cuda_host::has_clusters(), stream, __VA_ARGS__)
 inline void let_next_begin() {}
-inline void wait_for_earlier() {}
+inline void wait_for_earlier() { cuda_host::wait_for_earlier(); }
 
 template <auto kernel>
 bool has_clusters_here() {
@@ -39,7 +53,6 @@ template <class V>
 const V* of_peer(const V* p, unsigned rank) {
   return static_cast<const V*>(cuda_host::peer(p, rank));
 }
-inline void prefetch(const void*) {}
 
 #else
 
@@ -48,14 +61,16 @@ inline void prefetch(const void*) {}
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   auto& name = *reinterpret_cast<dparallel::cuda::Same<__VA_ARGS__>*>(name##_bytes)
 
-// `cluster` blocks in a row are a cluster; the grid is a multiple of it. `early`: see
-// wait_for_earlier. Yields a cudaError_t.
-#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared_bytes, early, stream, ...) \
-  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared_bytes, early,             \
+// `cluster` blocks in a row are a cluster; the grid is a multiple of it. shared: a LargeShared.
+// `early`: see wait_for_earlier. Yields the launch's cudaError_t, which cudaGetLastError does not
+// tell any more.
+#define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared, early, stream, ...) \
+  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared, early,             \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
-// DPARALLEL_LAUNCH of a kernel that waits for the kernels before it, see wait_for_earlier.
+// DPARALLEL_LAUNCH of a kernel that waits for the kernels before it, see wait_for_earlier. Yields
+// the launch's cudaError_t, too.
 #define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                 \
-  dparallel::cuda::launch_clusters(kernel, grid, 1, block, 0,                    \
+  dparallel::cuda::launch_clusters(kernel, grid, 1, block, {},                   \
                                    dparallel::cuda::has_clusters_here<kernel>(), \
                                    static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
@@ -81,16 +96,17 @@ __device__ __forceinline__ void wait_for_earlier() {
 }
 
 template <class... Parameters, class... Args>
-int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster, unsigned block,
-                    size_t shared_bytes, bool early, cudaStream_t stream, const Args&... args) {
+[[nodiscard]] int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster,
+                                  unsigned block, LargeShared shared, bool early,
+                                  cudaStream_t stream, const Args&... args) {
   // cudaGetLastError takes an error away, or the next launch would be blamed for it.
-  if (shared_bytes > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(shared_bytes)) != cudaSuccess)
+  if (shared.most > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              static_cast<int>(shared.most)) != cudaSuccess)
     return static_cast<int>(cudaGetLastError());
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = shared.bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
@@ -117,8 +133,9 @@ bool has_clusters_here() {
   std::atomic<int>& kept = known[device];
   if (kept == 0) {
     cudaFuncAttributes attributes{};
-    kept = 1 + (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                attributes.ptxVersion >= 90);
+    const bool known_here = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    if (!known_here) cudaGetLastError();  // the launch has its own
+    kept = 1 + (known_here && attributes.ptxVersion >= 90);
   }
   return kept > 1;
 }
@@ -219,11 +236,6 @@ __device__ __forceinline__ const V* of_peer(const V* p, unsigned rank) {
 #else
   return p;
 #endif
-}
-
-// Begins to bring a line into the L2 cache that will be read soon.
-__device__ __forceinline__ void prefetch(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 #endif

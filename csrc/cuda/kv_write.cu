@@ -205,10 +205,9 @@ int launch(const KvWriteArgs& args, void* stream) {
   if (items > INT32_MAX)
     return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
   const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
-  DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, kNorms>), grid, kWriteThreads, stream, args,
-                         static_cast<uint32_t>(units),
-                         static_cast<uint32_t>(args.rotary_dim / 2 / W));
-  return static_cast<int>(cudaGetLastError());
+  return DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, kNorms>), grid, kWriteThreads, stream, args,
+                                static_cast<uint32_t>(units),
+                                static_cast<uint32_t>(args.rotary_dim / 2 / W));
 }
 
 }  // namespace

@@ -422,8 +422,8 @@ int launch_product(const LinearArgs& args, const End& at_end, int cluster, void*
   return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes, End>),
                                    static_cast<unsigned>(tiles * chunks * cluster),
                                    static_cast<unsigned>(cluster), kProductThreads,
-                                   (sizeof(Ring<W, kTiles, kHeight, kBytes>)), early, stream, args,
-                                   at_end, cluster, static_cast<int>(chunks));
+                                   LargeShared::of(sizeof(Ring<W, kTiles, kHeight, kBytes>)), early,
+                                   stream, args, at_end, cluster, static_cast<int>(chunks));
 }
 
 template <class T, class W, int kTiles, class End>

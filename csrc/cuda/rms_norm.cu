@@ -121,13 +121,14 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
 }
 
 template <class T, int W>
-void launch(const RmsNormArgs& args, void* stream) {
+int launch(const RmsNormArgs& args, void* stream) {
   const bool wide = args.width > kLongRow;
   const int64_t rows = wide ? 1 : kNormWarps;
   const auto grid = static_cast<unsigned>((args.count + rows - 1) / rows);
   if (wide)
-    DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, kNormWarps>), grid, kNormThreads, stream, args);
-  else DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, 1>), grid, kNormThreads, stream, args);
+    return DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, kNormWarps>), grid, kNormThreads, stream,
+                                  args);
+  return DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, 1>), grid, kNormThreads, stream, args);
 }
 
 }  // namespace
@@ -140,9 +141,7 @@ int rms_norm(const RmsNormArgs& args, void* stream) {
     const bool vectors =
         multiples_of_16({args.x, args.delta, args.weight, args.bias, args.sum, args.out},
                         {args.width, x.outer, x.inner, d.outer, d.inner}, element_size(args.dtype));
-    if (vectors) launch<T, T::kWidth>(args, stream);
-    else launch<T, 1>(args, stream);
-    return static_cast<int>(cudaGetLastError());
+    return vectors ? launch<T, T::kWidth>(args, stream) : launch<T, 1>(args, stream);
   });
 }
 

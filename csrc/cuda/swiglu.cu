@@ -36,10 +36,10 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluArgs args,
 }
 
 template <class T, int W>
-void launch(const SwigluArgs& args, void* stream) {
+int launch(const SwigluArgs& args, void* stream) {
   const int64_t tiles = (args.width / W + kSwigluThreads - 1) / kSwigluThreads;
-  DPARALLEL_LAUNCH_EARLY((swiglu_kernel<T, W>), static_cast<unsigned>(args.count * tiles),
-                         kSwigluThreads, stream, args, static_cast<uint32_t>(tiles));
+  return DPARALLEL_LAUNCH_EARLY((swiglu_kernel<T, W>), static_cast<unsigned>(args.count * tiles),
+                                kSwigluThreads, stream, args, static_cast<uint32_t>(tiles));
 }
 
 }  // namespace
@@ -52,9 +52,7 @@ int swiglu(const SwigluArgs& args, void* stream) {
     const bool vectors =
         multiples_of_16({args.gate, args.up, args.out},
                         {args.width, g.outer, g.inner, u.outer, u.inner}, element_size(args.dtype));
-    if (vectors) launch<T, T::kWidth>(args, stream);
-    else launch<T, 1>(args, stream);
-    return static_cast<int>(cudaGetLastError());
+    return vectors ? launch<T, T::kWidth>(args, stream) : launch<T, 1>(args, stream);
   });
 }
 

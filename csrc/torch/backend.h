@@ -41,8 +41,9 @@ inline void parallel(int64_t n, cpu::Body body, const void* context) {
 //   Backend::launch<cpu::op, cuda::op, cuda::op_scratch, cuda::op_counters>(name, arguments, like)
 // without the last two, or with nullptr, where the CUDA kernels need no such memory. Before that
 // it looks at the indices and other contents of tensors where kHostReads says that this costs
-// nothing: on the CPU. On a GPU the host would have to wait for them; there the kernels pass over
-// indices that are out of bounds, or report them.
+// nothing: on the CPU. On a GPU the host would have to wait for them; there some kernels pass over
+// indices that are out of bounds, or report them, and others trust the caller, as an op's docstring
+// says.
 struct Cpu {
   static constexpr bool kHostReads = true;
 

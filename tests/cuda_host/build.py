@@ -61,7 +61,7 @@ def programs() -> Path:
     )
 
     def make(directory: Path) -> None:
-        for name, parts in (("cases", objects[1:]), ("faults", [objects[0], *objects[-2:]])):
+        for name, parts in (("cases", objects[1:]), ("faults", [objects[0], *objects[-3:]])):
             run(CXX, "-fsanitize=address,undefined", *parts, "-o", directory / name)
 
     return kept("programs", map(str, objects), make)
@@ -113,7 +113,8 @@ def emulation(memory: str = "") -> list[Job]:
     """What executes the kernels, and, with `memory`, sees accesses beyond it. Linked last: of functions that
     both have, the kernels' are taken."""
     flags = f"{PLAIN} -O2 -DDPARALLEL_CUDA_HOST"
-    return [(HERE / "cuda_host.cpp", flags), (HERE / "races.cpp", f"{flags} {memory}")]
+    own = [(HERE / f"{name}.cpp", flags) for name in ("cuda_host", "launches")]
+    return [*own, (HERE / "races.cpp", f"{flags} {memory}")]
 
 
 def compiled(jobs: Iterable[Job]) -> list[Path]:

@@ -13,7 +13,7 @@
 
 Index threadIdx{0}, blockIdx{0};
 const char* cuda_host::own_stack = nullptr;
-bool cuda_host::looks_for_races = false;
+bool cuda_host::looks_for_races = false, cuda_host::before_wait = false;
 
 namespace cuda_host {
 namespace {
@@ -29,6 +29,7 @@ struct Fiber {
   ThreadClock clock;
   std::vector<std::pair<void*, const void*>> copies;  // begun
   std::vector<size_t> groups;                         // how many of them, of each group
+  bool waits = false;                                 // for the kernels before
 };
 
 struct Lane {
@@ -91,7 +92,8 @@ bool in_atomic = false;
 std::vector<std::unique_ptr<Block>> pool;
 Block* current = nullptr;
 Context scheduler;
-const std::function<void()>* body = nullptr;
+const Body* body = nullptr;
+bool launch_is_early = false;
 
 unsigned Cluster::live() const {
   unsigned live = 0;
@@ -174,6 +176,7 @@ bool happened_before(const Epoch& access) {
 
 void run_fiber() {
   (*body)();
+  if (before_wait) fail("a thread of an early launch that does not wait");
   --current->live;
   if (current->live > 0 && current->arrived[0] == current->live)
     release(0);  // threads that have left do not hold up a barrier
@@ -202,6 +205,7 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.clock = {};
     fiber.copies.clear();
     fiber.groups.clear();
+    fiber.waits = launch_is_early;
   }
 }
 
@@ -210,6 +214,7 @@ void run(Block& block, unsigned thread) {
   threadIdx.x = thread;
   blockIdx.x = block.index;
   own_stack = block.fibers[thread].stack.get();
+  before_wait = block.fibers[thread].waits;
   scheduler.switch_to(block.fibers[thread].context);
 }
 
@@ -227,6 +232,8 @@ void resident(unsigned blocks) { fixed_resident = blocks; }
 void clusters(bool on) { clusters_on = on; }
 
 bool has_clusters() { return clusters_on; }
+
+void wait_for_earlier() { before_wait = current->fibers[threadIdx.x].waits = false; }
 
 bool chance(unsigned of) { return below(of) == 0; }
 
@@ -352,6 +359,15 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool b
   }
 }
 
+bool in_shared_memory(const void* p, size_t bytes) {
+  for (const auto& [key, memory] : current->shared) {
+    const auto at =
+        reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(memory.bytes.get());
+    if (at < memory.size && bytes <= memory.size - at) return true;
+  }
+  return false;
+}
+
 void* shared_memory(const void* key, size_t bytes) {
   SharedMemory& shared = current->shared[key];
   auto& memory = shared.bytes;
@@ -374,6 +390,7 @@ void copy(void* to, const void* from) {
 void copy_later(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     fail("misaligned copy");
+  if (before_wait && from != nullptr) look_early(from, 16, false);
   if (chance(2)) return copy(to, from);
   touch(to, 16, true);
   std::memset(to, 0xff, 16);
@@ -396,8 +413,10 @@ void finish_copies(unsigned pending) {
   }
 }
 
-void launch(unsigned grid, unsigned threads, const std::function<void()>& thread,
-            unsigned cluster) {
+void launch(unsigned grid, unsigned threads, Body thread, unsigned cluster, bool early) {
+  if (launch_fails()) return;
+  launch_frame = static_cast<const char*>(__builtin_frame_address(0));
+  launch_is_early = early && watches_early;
   const unsigned limits[] = {1, 2, 3, 8};
   const unsigned blocks = fixed_resident > 0 ? fixed_resident : limits[below(4)];
   const unsigned limit = (blocks + cluster - 1) / cluster;  // clusters in flight
@@ -450,6 +469,7 @@ void launch(unsigned grid, unsigned threads, const std::function<void()>& thread
   }
   current = nullptr;
   own_stack = nullptr;
+  before_wait = false;
 }
 
 }  // namespace cuda_host

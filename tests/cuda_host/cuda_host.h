@@ -7,7 +7,8 @@
 // threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
 // are compiled with -fsanitize=thread, and so tell of each access: one beyond its memory aborts
 // where the program has the address sanitizer. Where races are looked for, threads also switch at
-// any access, and a race aborts: see races.h.
+// any access, and a race aborts: see races.h. A thread of an early launch that does not wait for
+// the kernels before, or that first reads or writes memory that may be theirs, aborts, too.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 
 #define __host__
 #define __device__
@@ -39,7 +39,7 @@ extern Index threadIdx, blockIdx;
 
 using cudaError_t = int;
 constexpr cudaError_t cudaErrorInvalidValue = 1;
-inline cudaError_t cudaGetLastError() { return 0; }
+cudaError_t cudaGetLastError();  // and takes it away
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace cuda_host {
@@ -48,12 +48,38 @@ constexpr size_t kLaneBytes = 32;
 constexpr size_t kStack = 256 * 1024;
 extern const char* own_stack;  // of the running thread
 extern bool looks_for_races;   // no at first
+extern bool before_wait;       // whether the running thread has kernels to wait for
+
+// What every thread of a launch calls. It keeps no copy.
+class Body {
+ public:
+  template <class Call>
+  Body(const Call& call)
+      : object_(&call), call_([](const void* object) { (*static_cast<const Call*>(object))(); }) {}
+  void operator()() const { call_(object_); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*);
+};
 
 void seed(uint64_t value);
 void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
-// `cluster` blocks in a row are a cluster.
-void launch(unsigned grid, unsigned threads, const std::function<void()>& thread,
-            unsigned cluster = 1);
+// `cluster` blocks in a row are a cluster. `early`: kernels before may still run.
+void launch(unsigned grid, unsigned threads, Body thread, unsigned cluster = 1, bool early = false);
+// After `most` more, launches run nothing and fail, until the next call; negative: none does.
+void fail_launches(int most);
+bool launch_failed();  // since that call
+// The bytes of a launch's large shared memory, and the most of its kernel, which does not change.
+void large_shared(const void* kernel, size_t bytes, size_t most);
+extern const char* launch_frame;  // of the launch that runs: its caller's are above
+extern bool watches_early;        // whether early launches are watched: no at first
+bool launch_fails();              // of a launch that begins
+// Memory that threads of an early launch may read before they wait, from now on.
+void constant(const void* p, size_t bytes);
+void wait_for_earlier();
+// An access of a thread that has not waited.
+void look_early(const void* p, size_t bytes, bool writes);
 void clusters(bool on);  // whether kernels are told that there are clusters: yes at first
 bool has_clusters();
 bool chance(unsigned of);     // true once in so many times
@@ -68,6 +94,7 @@ const char* exchange(const void* mine, size_t bytes);
 // c += A B of a warp, its registers as mma.cuh says, of bfloat16 (`brain`) or float16.
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain);
 void* shared_memory(const void* key, size_t bytes);  // of the calling block
+bool in_shared_memory(const void* p, size_t bytes);  // of the calling block
 // Where what lies at `p`, in the calling block's, lies in that of block `rank` of its cluster.
 const void* peer(const void* p, unsigned rank);
 // 16 bytes, zeros where `from` is null, into shared memory, at once or when the calling thread

@@ -69,10 +69,45 @@ bool reads_peers(Cluster cluster) {
   for (uint64_t seed = 0; seed < 50; ++seed) {
     cuda_host::seed(seed);
     std::vector<float> out(32 * 8);
-    DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, 0, false, nullptr, out.data(), cluster);
+    const dparallel::cuda::LargeShared none;
+    (void)DPARALLEL_LAUNCH_CLUSTERS(of_peers, 8, 4, 32, none, false, nullptr, out.data(), cluster);
     for (int i = 0; i < 32 * 8; ++i)
       if (out[i] != static_cast<float>(100 * ((i / 32 + 1) % 4) + 31 - i % 32)) return false;
   }
+  return true;
+}
+
+// An early launch that doubles a number of the kernel before, by a constant factor.
+enum Early { kWaits, kReadsTooSoon, kCopiesTooSoon, kWritesTooSoon, kNeverWaits };
+
+__global__ void doubled(const float* numbers, const uint4* rows, const float* two, float* out,
+                        Early early) {
+  DPARALLEL_SHARED(row, uint4[32]);
+  const float by = *two;
+  float x = 0.0f;
+  if (early == kReadsTooSoon) x = numbers[threadIdx.x];
+  if (early == kCopiesTooSoon) dparallel::cuda::copy_async(row + threadIdx.x, rows, true);
+  if (early == kWritesTooSoon) out[threadIdx.x] = 0.0f;
+  if (early != kNeverWaits || threadIdx.x > 0) dparallel::cuda::wait_for_earlier();
+  if (early != kNeverWaits) out[threadIdx.x] = by * (x + numbers[threadIdx.x]);
+}
+
+bool doubles(Early early) {
+  std::vector<float> numbers(32, 1.0f), two(1, 2.0f), out(32);
+  std::vector<uint4> rows(1);
+  cuda_host::watches_early = true;
+  cuda_host::constant(two.data(), sizeof(float));
+  return DPARALLEL_LAUNCH_EARLY(doubled, 1, 32, nullptr, numbers.data(), rows.data(), two.data(),
+                                out.data(), early) == 0 &&
+         out[31] == 2.0f;
+}
+
+// Two launches of a kernel, which agree about the most shared memory that it has, or not.
+__global__ void roomy() {}
+
+bool agree(size_t most) {
+  for (const auto& shared : {dparallel::cuda::LargeShared{72, 80}, {80, most}})
+    if (DPARALLEL_LAUNCH_CLUSTERS(roomy, 1, 1, 32, shared, false, nullptr) != 0) return false;
   return true;
 }
 
@@ -396,6 +431,17 @@ int main(int count, char** argv) {
     return reads_peers(kGone) ? 0 : 1;
   } else if (name == "peer_elsewhere") {
     return reads_peers(kElsewhere) ? 0 : 1;
+  } else if (name == "early" || name == "read_too_soon" || name == "copied_too_soon" ||
+             name == "written_too_soon" || name == "never_waits") {
+    return doubles(name == "early"              ? kWaits
+                   : name == "read_too_soon"    ? kReadsTooSoon
+                   : name == "copied_too_soon"  ? kCopiesTooSoon
+                   : name == "written_too_soon" ? kWritesTooSoon
+                                                : kNeverWaits)
+               ? 0
+               : 1;
+  } else if (name == "roomy" || name == "room_changes") {
+    return agree(name == "roomy" ? 80 : 81) ? 0 : 1;
   } else if (name == "overrun") {
     std::vector<float> data(64), out(64);
     DPARALLEL_LAUNCH(overrun, 1, 64, nullptr, data.data(), out.data());

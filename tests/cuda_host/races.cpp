@@ -12,6 +12,7 @@ void touch(const void* p, size_t bytes, bool writes) {
   if (!looks_for_races) return;
 #endif
   if (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(own_stack) < kStack) return;
+  if (before_wait) look_early(p, bytes, writes);
   const auto* at = static_cast<const volatile char*>(p);
   static_cast<void>(at[0]);
   static_cast<void>(at[bytes - 1]);

@@ -1,9 +1,10 @@
 """The CUDA kernels, executed on the CPU by tests/cuda_host, against the CPU's and the oracles.
 
 Threads are fibers in random order, several blocks interleaved; memory is of exact size under
-AddressSanitizer and UndefinedBehaviorSanitizer, and races are looked for with --races. That this notices
-faults is tested with planted ones. A build of the extension whose ops run these kernels on the CPU's
-tensors then goes through the tests that every device goes through.
+AddressSanitizer and UndefinedBehaviorSanitizer, races are looked for with --races, and launches that may
+begin before the kernels before them are done have to wait for these. That this notices faults is tested with
+planted ones. A build of the extension whose ops run these kernels on the CPU's tensors then goes through the
+tests that every device goes through.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ def test_kernels_have_no_race(programs: Path) -> None:
         assert result.returncode == 0, result.stderr
 
 
+def test_launches_that_fail_are_reported(programs: Path) -> None:
+    """And leave no error for the next launch to be blamed for."""
+    for number, op in enumerate(OPS_OF_CASES):
+        result = run(programs / "cases", "--failing", 7, 12, number)
+        assert result.returncode == 0, result.stderr
+        assert int(re.findall(r"(\d+) failed", result.stdout)[0]) > 0, op
+
+
 def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> None:
     """Against the float64 oracles, the published decoders' tokens, and torch's checks of custom ops."""
     package = build.extension()
@@ -98,6 +107,11 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("peaked_too_soon", ""),
         ("last_child", ""),
         ("walked_too_soon", ""),
+        ("read_too_soon", "a read before the kernels before are done"),
+        ("copied_too_soon", "a read before the kernels before are done"),
+        ("written_too_soon", "a write before the kernels before are done"),
+        ("never_waits", "a thread of an early launch that does not wait"),
+        ("room_changes", "the most shared memory of a kernel changes"),
     ],
 )
 def test_the_host_notices_a_faulty_kernel(programs: Path, fault: str, said: str) -> None:
@@ -155,6 +169,7 @@ def test_a_sound_kernel_is_not_accused(programs: Path) -> None:
     for looks in ([], ["--races"]):
         for sound in (
             "copied", "peers", "teams", "counted", "owned", "moved", "ranked", "peaked", "linked", "gathered",
+            "early", "roomy",
         ):  # fmt: skip
             assert run(programs / "faults", *looks, sound).returncode == 0
         for resident in (1, 2, 8, 0):

@@ -65,7 +65,7 @@ void wrong_case(AcceptArgs args, Memory& memory, const std::vector<int64_t>& par
         if (args.rows_of(other).hold(row) && args.rows_of(b).hold(row)) sound.end[b] = -1;
   Output found(args.count, args.lanes, args.max_q_len),
       expected(args.count, args.lanes, args.max_q_len);
-  cuda::accept(found.into(args), memory.workspace(), nullptr);
+  launched(cuda::accept(found.into(args), memory.workspace(), nullptr));
   memory.check();
   args.q_end = sound.end.data();
   cpu::accept(expected.into(args), serial);
@@ -130,7 +130,7 @@ void accept_case() {
   cpu::accept(on_cpu.into(args), serial);
   Memory memory(cuda::accept_scratch(args), cuda::accept_counters(args));
   if (chance(0.3) && !many) wrong_case(args, memory, parent);
-  cuda::accept(on_cuda.into(args), memory.workspace(), nullptr);
+  launched(cuda::accept(on_cuda.into(args), memory.workspace(), nullptr));
   memory.check();
   same_walk(on_cuda, on_cpu, lane_count);
   same(on_cuda.rows.tokens, on_cpu.rows.tokens, "row tokens");

@@ -54,7 +54,7 @@ void kv_write_case() {
   args.q = q2.memory.get();
   args.k_cache = keys2.memory.get();
   args.v_cache = values2.memory.get();
-  cuda::kv_write(args, nullptr);
+  launched(cuda::kv_write(args, nullptr));
   near(q2, q, "q");
   near(keys2, keys, "k_cache");
   near(values2, values, "v_cache");
@@ -74,7 +74,7 @@ void kv_write_case() {
   args.positions += row;
   args.slot_mapping += row;
   args.count = 1;
-  cuda::kv_write(args, nullptr);
+  launched(cuda::kv_write(args, nullptr));
   REQUIRE(std::memcmp(alone.memory.get() + row * row_bytes, q2.memory.get() + row * row_bytes,
                       row_bytes) == 0,
           "q of a row alone is not what it is among others");
@@ -113,7 +113,7 @@ void kv_move_case() {
       if (slot < 0 && chance(0.5))
         slot = one_of<int64_t>({pages * page_size, INT64_MAX, 1LL << 32});
   args.kv_cache = on_cuda.get();
-  cuda::kv_move(args, nullptr);
+  launched(cuda::kv_move(args, nullptr));
   REQUIRE(std::memcmp(on_cuda.get(), on_cpu.get(), bytes) == 0, "kv_cache differs");
 }
 
@@ -200,7 +200,7 @@ void block_attention_case() {
     std::memset(to.memory.get(), 0xff, to.bytes());
     Memory memory(cuda::block_attention_scratch(args), 0);
     args.out = to.memory.get();
-    cuda::block_attention(args, memory.workspace(), nullptr);
+    launched(cuda::block_attention(args, memory.workspace(), nullptr));
   };
   launch(out2);
   near(out2, out, "out");

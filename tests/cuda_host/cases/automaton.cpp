@@ -33,7 +33,7 @@ void class_stats_case() {
                       offsets.data(), classes, on_cpu.output()};
   cpu::class_stats(args, serial);
   args.output = on_cuda.output();
-  cuda::class_stats(args, nullptr);
+  launched(cuda::class_stats(args, nullptr));
   same(on_cuda.tokens, on_cpu.tokens, "tokens");
   close(on_cuda.fields, on_cpu.fields, "fields");
 }
@@ -80,7 +80,7 @@ void best_path_case() {
   cpu::best_path(args_of(on_cpu), serial);
   const BestPathArgs args = args_of(on_cuda);
   Memory memory(cuda::best_path_scratch(args), 0);
-  cuda::best_path(args, memory.workspace(), nullptr);
+  launched(cuda::best_path(args, memory.workspace(), nullptr));
   same(on_cuda.state, on_cpu.state, "state");
   same(on_cuda.chosen, on_cpu.chosen, "token_class");
 }

@@ -40,6 +40,8 @@ inline void serial(int64_t n, cpu::Body body, const void* context) {
 
 inline std::string now;  // the case being run
 
+struct LaunchFailed {};  // ends a case
+
 #define REQUIRE(condition, ...)                         \
   do {                                                  \
     if (!(condition)) {                                 \
@@ -49,6 +51,15 @@ inline std::string now;  // the case being run
       std::exit(1);                                     \
     }                                                   \
   } while (0)
+
+// A launcher's answer: what CUDA said of its launches, once.
+inline void launched(int code) {
+  const bool failed = cuda_host::launch_failed();
+  REQUIRE((code != 0) == failed, "a launch %s, and the launcher said %d",
+          failed ? "failed" : "succeeded", code);
+  REQUIRE(cudaGetLastError() == 0, "an error is left behind");
+  if (failed) throw LaunchFailed{};
+}
 
 template <class T>
 void same(const std::vector<T>& cuda, const std::vector<T>& cpu, const char* name) {

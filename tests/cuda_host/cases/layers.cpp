@@ -46,7 +46,7 @@ void rms_norm_case() {
   cpu::rms_norm(args, serial);
   args.sum = adds ? sum2.memory.get() : nullptr;
   args.out = out2.memory.get();
-  cuda::rms_norm(args, nullptr);
+  launched(cuda::rms_norm(args, nullptr));
   near(out2, out, "out");
   near(sum2, sum, "sum");
 }
@@ -63,7 +63,7 @@ void swiglu_case() {
       width, out.memory.get()};
   cpu::swiglu(args, serial);
   args.out = out2.memory.get();
-  cuda::swiglu(args, nullptr);
+  launched(cuda::swiglu(args, nullptr));
   near(out2, out, "out");
 }
 
@@ -77,7 +77,7 @@ void product_case(LinearArgs args, int64_t count, Numbers& out,
   const auto launch = [&](Numbers& to, int64_t rows) {
     args.count = rows;
     args.out = to.memory.get();
-    on_cuda(args, nullptr);
+    launched(on_cuda(args, nullptr));
   };
   cuda_host::clusters(chance(0.8));
   launch(out2, count);
@@ -132,6 +132,8 @@ struct ProductWeights {
 
 LinearArgs ProductShape::args(const ProductWeights& weights) {
   const bool bytewise = !weights.scale.empty();
+  if (bytewise) cuda_host::constant(weights.bytes.get(), constant ? out_width * in : 0);
+  else cuda_host::constant(weights.numbers.memory.get(), constant ? weights.numbers.bytes() : 0);
   return {dtype,
           x.memory.get(),
           stride,
@@ -161,7 +163,7 @@ void fp8_linear_case() {
                      wide.memory.get()};
   cpu::fp8_widen(widen, serial);
   widen.out = wide2.memory.get();
-  cuda::fp8_widen(widen, nullptr);
+  launched(cuda::fp8_widen(widen, nullptr));
   REQUIRE(std::memcmp(wide.memory.get(), wide2.memory.get(), wide.bytes()) == 0,
           "widened weights differ");
 }
@@ -173,15 +175,16 @@ void linear_swiglu_case() {
   const ProductWeights weights(s, chance(0.5));
   LinearArgs args = s.args(weights);
   cuda_host::clusters(chance(0.8));
-  (args.scale != nullptr ? cuda::fp8_linear : cuda::linear)(args, nullptr);
+  launched((args.scale != nullptr ? cuda::fp8_linear : cuda::linear)(args, nullptr));
   Numbers out(s.dtype, s.count * width), out2(out);
   const RowStrides rows{std::max<int64_t>(1, s.count), 0, 2 * width};
   const char* up = s.out.memory.get() + width * element_size(s.dtype);
-  cuda::swiglu({s.dtype, s.out.memory.get(), up, rows, rows, s.count, width, out.memory.get()},
-               nullptr);
+  const SwigluArgs swiglu{s.dtype, s.out.memory.get(), up, rows, rows, s.count,
+                          width,   out.memory.get()};
+  launched(cuda::swiglu(swiglu, nullptr));
   args.out = out2.memory.get();
   const std::unique_ptr<char[]> scratch(new char[cuda::linear_swiglu_scratch(args)]);
-  cuda::linear_swiglu(args, {scratch.get(), nullptr}, nullptr);
+  launched(cuda::linear_swiglu(args, {scratch.get(), nullptr}, nullptr));
   REQUIRE(std::memcmp(out.memory.get(), out2.memory.get(), out.bytes()) == 0, "out differs");
   cuda_host::clusters(true);
 }
@@ -225,7 +228,7 @@ void linear_kv_write_case() {
   args.product.out = q.memory.get();
   const int64_t scratch_bytes = cuda::linear_kv_write_scratch(args);
   const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
-  cuda::linear_kv_write(args, {scratch.get(), nullptr}, nullptr);
+  launched(cuda::linear_kv_write(args, {scratch.get(), nullptr}, nullptr));
 
   LinearArgs product = s.args(weights);
   const bool bytewise = product.scale != nullptr;
@@ -234,8 +237,8 @@ void linear_kv_write_case() {
   if (in_steps && s.count > 0) {
     Numbers some(s.dtype, s.count * q_heads * dim), more(s.dtype, s.count * 2 * heads * dim);
     const auto by = bytewise ? cuda::fp8_linear : cuda::linear;
-    by(columns_of(product, 0, q_heads * dim, some.memory.get()), nullptr);
-    by(columns_of(product, q_heads * dim, 2 * heads * dim, more.memory.get()), nullptr);
+    launched(by(columns_of(product, 0, q_heads * dim, some.memory.get()), nullptr));
+    launched(by(columns_of(product, q_heads * dim, 2 * heads * dim, more.memory.get()), nullptr));
     for (int64_t n = 0; n < s.count; ++n) {
       std::memcpy(s.out.memory.get() + n * width * size,
                   some.memory.get() + n * q_heads * dim * size, q_heads * dim * size);
@@ -243,7 +246,7 @@ void linear_kv_write_case() {
                   more.memory.get() + n * 2 * heads * dim * size, 2 * heads * dim * size);
     }
   } else {
-    (bytewise ? cuda::fp8_linear : cuda::linear)(product, nullptr);
+    launched((bytewise ? cuda::fp8_linear : cuda::linear)(product, nullptr));
   }
   write.q = s.out.memory.get();
   write.k = s.out.memory.get() + q_heads * dim * size;
@@ -251,7 +254,7 @@ void linear_kv_write_case() {
   write.q_stride = write.k_stride = write.v_stride = width;
   write.k_cache = keys.memory.get();
   write.v_cache = values.memory.get();
-  cuda::kv_write(write, nullptr);
+  launched(cuda::kv_write(write, nullptr));
   const auto bits = [](const Numbers& found, const Numbers& expected, const char* name) {
     REQUIRE(std::memcmp(found.memory.get(), expected.memory.get(), expected.bytes()) == 0,
             "%s differs", name);

@@ -28,7 +28,7 @@ void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const Fl
   const LossArgs args = args_of(cuda_out);
   cpu::certainty_forcing_loss(args_of(cpu_out), serial);
   Memory memory(cuda::certainty_forcing_loss_scratch(args), 0);
-  cuda::certainty_forcing_loss(args, memory.workspace(), nullptr);
+  launched(cuda::certainty_forcing_loss(args, memory.workspace(), nullptr));
   same(cuda_out.error, cpu_out.error, "error");
   const auto near = [](const std::vector<R>& cuda, const std::vector<R>& cpu, const char* name) {
     for (size_t i = 0; i < cpu.size(); ++i) {
@@ -55,7 +55,7 @@ void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const Fl
                             grad_entropy.data(), a.get()};
   cpu::certainty_forcing_loss_backward(backward, serial);
   backward.grad = b.get();
-  cuda::certainty_forcing_loss_backward(backward, nullptr);
+  launched(cuda::certainty_forcing_loss_backward(backward, nullptr));
   const double step = rows.dtype == DType::bfloat16  ? 0.01
                       : rows.dtype == DType::float16 ? 2e-3
                                                      : 2e-6;
@@ -82,7 +82,7 @@ void loss_case_of(const Rows& rows, const std::vector<int64_t>& labels, const Fl
   over_the_logits(
       a.get(), [&] { cpu::certainty_forcing_loss_backward(backward, serial); }, "grad, CPU");
   over_the_logits(
-      b.get(), [&] { cuda::certainty_forcing_loss_backward(backward, nullptr); }, "grad");
+      b.get(), [&] { launched(cuda::certainty_forcing_loss_backward(backward, nullptr)); }, "grad");
 }
 
 }  // namespace
@@ -123,7 +123,7 @@ void distillation_case_of(const Rows& student, const Rows& teacher, const Flag* 
   const DistillationArgs args = args_of(cuda_out);
   cpu::distillation_loss(args_of(cpu_out), serial);
   Memory memory(cuda::distillation_loss_scratch(args), 0);
-  cuda::distillation_loss(args, memory.workspace(), nullptr);
+  launched(cuda::distillation_loss(args, memory.workspace(), nullptr));
   same(cuda_out.error, cpu_out.error, "error");
   // q and p of number i of all, and whether rounding decides between their signs.
   const auto probabilities = [&](int64_t i) {
@@ -170,7 +170,7 @@ void distillation_case_of(const Rows& student, const Rows& teacher, const Flag* 
                                     a.get()};
   cpu::distillation_loss_backward(backward, serial);
   backward.grad = b.get();
-  cuda::distillation_loss_backward(backward, nullptr);
+  launched(cuda::distillation_loss_backward(backward, nullptr));
   const double step = student.dtype == DType::bfloat16  ? 0.01
                       : student.dtype == DType::float16 ? 2e-3
                                                         : 4e-6;
@@ -197,7 +197,8 @@ void distillation_case_of(const Rows& student, const Rows& teacher, const Flag* 
               "%s over the logits: row %lld", name, (long long)i);
   };
   over_the_logits(a.get(), [&] { cpu::distillation_loss_backward(backward, serial); }, "grad, CPU");
-  over_the_logits(b.get(), [&] { cuda::distillation_loss_backward(backward, nullptr); }, "grad");
+  over_the_logits(
+      b.get(), [&] { launched(cuda::distillation_loss_backward(backward, nullptr)); }, "grad");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Every CUDA kernel, executed by cuda_host, against its CPU kernel on random cases, in memory of
-// exact size. Usage: cases [--races] [--no-barriers] SEED CASES [OP]. Exits 1 at the first
-// difference, after naming it; --no-barriers is a planted fault.
+// exact size. Usage: cases [--races] [--no-barriers] [--failing] SEED CASES [OP]. Exits 1 at the
+// first difference, after naming it; --no-barriers is a planted fault, and with --failing launches
+// fail, all from one of the first three of a case on.
 #include "cases.h"
 
 using namespace cases;
@@ -31,10 +32,14 @@ struct {
 constexpr int kOps = sizeof cases_of / sizeof cases_of[0];
 
 int main(int argc, char** argv) {
+  bool failing = false;
   for (; argv[1][0] == '-'; ++argv, --argc) {
     if (std::string(argv[1]) == "--races") cuda_host::looks_for_races = true;
+    else if (std::string(argv[1]) == "--failing") failing = true;
     else cuda_host::barriers(false);
   }
+  cuda_host::watches_early = true;
+  int failed = 0;
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const int cases = std::atoi(argv[2]);
   for (int i = 0; i < cases; ++i) {
@@ -42,8 +47,16 @@ int main(int argc, char** argv) {
     cuda_host::seed(engine());
     const auto& op = cases_of[argc > 3 ? std::atoi(argv[3]) : i % kOps];
     now = std::string(op.name) + " of seed " + argv[1] + ", case " + std::to_string(i);
-    op.run();
+    cuda_host::constant(nullptr, 0);
+    if (failing) cuda_host::fail_launches(static_cast<int>(below(3)));
+    try {
+      op.run();
+    } catch (LaunchFailed) {
+      ++failed;
+      cuda_host::clusters(true);
+    }
   }
-  std::printf("%d cases, no difference\n", cases);
+  if (failing) std::printf("%d cases, of which %d failed\n", cases, failed);
+  else std::printf("%d cases, no difference\n", cases);
   return 0;
 }
