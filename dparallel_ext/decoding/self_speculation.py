@@ -100,10 +100,6 @@ def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
 
 def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
     """Raise ValueError naming `draft_size` if states cannot be guessed."""
-    if schedule.known_first:
-        raise ValueError(
-            f"draft_size: states are guessed within a block, and {schedule.in_which_parts}, so expected None"
-        )
     for setting in settings:
         free = setting.rule is not None and not isinstance(setting.rule, Leading)
         got = f"the rule {type(setting.rule).__name__}" if free else None
