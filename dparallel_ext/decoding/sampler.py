@@ -197,8 +197,7 @@ def _allowed(
             sound &= (token[..., None] != where.suppress).all(-1)
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
-    must_move = where.policy[:, 2:3] >= 1
-    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
+    commit |= where.must_move & ~(commit & where.masked).any(1, keepdim=True) & best
     for name, cells in (("edit", edit), ("remask", remask)):
         if cells is not None:
             expect(f"{type(rule).__name__}: {name}", cells, where.masked)

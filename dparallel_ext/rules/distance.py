@@ -41,5 +41,5 @@ class Distance(Rule):
         score = stats.entropy + self.penalty * (column - first).float()
         below = masked & (score < self.tau)
         least = column == score.masked_fill(~masked, torch.inf).argmin(1, keepdim=True)
-        must_move = ~below.any(1, keepdim=True) & (where.policy[:, 2:3] >= 1)
-        return Decision(below | (masked & least & must_move))
+        none = ~below.any(1, keepdim=True)
+        return Decision(below | (masked & least & none & where.must_move))

@@ -22,5 +22,5 @@ class Leading(Rule):
         masked = where.masked
         chosen = where.by_policy(stats)
         run = chosen & ((masked & ~chosen).cumsum(1) == 0)
-        first = masked & (masked.cumsum(1) == 1) & (where.policy[:, 2:3] >= 1)
+        first = masked & (masked.cumsum(1) == 1) & where.must_move
         return Decision(run | first)

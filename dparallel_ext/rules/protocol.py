@@ -63,8 +63,8 @@ class Where:
     open: Tensor
     """(W, C) bool: cells with statistics that hold masks. A rule may commit them."""
     masked: Tensor
-    """(W, C) bool: open cells in the window. In the front block's window at least one of them commits,
-    whatever the rule decides."""
+    """(W, C) bool: open cells in the window. In a window that `must_move`, as the front block's, at least one
+    of them commits, whatever the rule decides."""
     token: Tensor
     """(W, C) int64: the token in each cell; -1 without statistics."""
     decoded: Tensor
@@ -100,6 +100,11 @@ class Where:
     def progress(self) -> Tensor:
         """(W,) float64: the share of the fixed schedule's passes that is done, from 0 to 1."""
         return ((self.step - 1).double() / (self.steps - 1).clamp(min=1)).clamp(0, 1)
+
+    @property
+    def must_move(self) -> Tensor:
+        """(W, 1) bool: whether the window is one of which at least one masked cell commits."""
+        return self.policy[:, 2:3] >= 1  # min_commit
 
     def by_policy(self, stats: RowStats) -> Tensor:
         """(W, C) bool: the masked cells that the policy rows commit by these statistics."""
