@@ -306,6 +306,27 @@ def test_a_run_is_over_once_its_student_is_there(
     assert not (tmp_path / "training.json").exists()
 
 
+def test_an_answer_ends_with_the_tokenizer_s_end_too(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `trajectories` judged it: a model tuned for chats may end with a token that config.json lacks."""
+    source = shutil.copytree(registry.directory_of("builtin:teacher"), tmp_path / "model")
+    file = source / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"eos_token": "[EOS]"', '"eos_token": "[UNK]"'))
+    recipe = distill.read(RECIPES / "builtin.yaml", model=str(source), training={"max_steps": 1})
+    collators: list[trajectories.Collator] = []
+
+    def stop(self: Any, data_collator: trajectories.Collator, **_: Any) -> None:
+        collators.append(data_collator)
+        raise InterruptedError
+
+    monkeypatch.setattr(CertaintyForcingTrainer, "__init__", stop)
+    with pytest.warns(UserWarning, match="answers: "), pytest.raises(InterruptedError):
+        distill.run(recipe, answers, tmp_path / "student", progress=False)
+    known = tokenizer.load(source)
+    assert collators[0].ends == (known.token_to_id("[EOS]"), known.token_to_id("[UNK]"))
+
+
 @pytest.mark.slow
 def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"

@@ -22,7 +22,7 @@ from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
 
-from .. import files, registry, tokenizer
+from .. import files, registry, text, tokenizer
 from ..problems import read_prompts
 from . import adapters, trajectories
 
@@ -251,7 +251,8 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     args.disable_tqdm = not progress
     source = registry.directory_of(recipe.model)
     files.apart("out", directory, source)
-    rows = _rows(recipe, answers, source)
+    loaded_tokenizer = tokenizer.load(source)
+    rows = _rows(recipe, answers, loaded_tokenizer)
     checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
     if checkpoint is not None:
         _check_record(directory, settings)
@@ -262,8 +263,10 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     eos = model.eos_id
     if eos is None:
         raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
+    # The tokenizer's, too, by which `trajectories` judged the answers.
+    ends = dict.fromkeys((*model.eos_ids, *text.end_tokens(source, loaded_tokenizer)))
     collator = trajectories.Collator(
-        eos, ends=tuple(model.eos_ids), block_length=model.block_length, **recipe.collator
+        eos, ends=tuple(ends), block_length=model.block_length, **recipe.collator
     )
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
@@ -306,12 +309,15 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     return directory
 
 
-def _rows(recipe: Recipe, answers: str | Path, source: Path) -> trajectories.Trajectories:
-    """The answers to train on. Raises ValueError if there is none, or if they do not fit the recipe."""
+def _rows(recipe: Recipe, answers: str | Path, of_model: Any) -> trajectories.Trajectories:
+    """The answers to train on. of_model: the model's tokenizer.
+
+    Raises ValueError if there is no answer, or if they do not fit the recipe.
+    """
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"answers: {answers} holds no right answer")
-    rows.check_tokenizer(recipe.model, tokenizer.load(source))
+    rows.check_tokenizer(recipe.model, of_model)
     if other := mismatch(recipe, rows.settings):
         warn(other)
     total = trajectories.Collator(0, **recipe.collator).total_length
