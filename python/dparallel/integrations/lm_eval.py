@@ -65,8 +65,8 @@ class DParallelLM(TemplateLM):
             "builtin:student".
         policy: the text of a rule or a policy, see `rules.parse`.
         gen_length: tokens decoded for every request of `generate_until`. Default: the task's max_gen_toks,
-            else 256. A diffusion model's answer depends on the length, so published results name it, and this
-            argument overrides the task's.
+            else the model's (`registry.gen_length`). A diffusion model's answer depends on the length, so
+            published results name it, and this argument overrides the task's.
         block_length, sub_block_length, cache, refresh, batch_invariant: as in `dparallel_ext.decode`. The
             default of cache is "block" for block-causal models and "none" for others; both are exact.
         likelihood: "monte_carlo" or "left_to_right", see `dparallel.likelihood`. Default: by the model.
