@@ -243,9 +243,36 @@ def test_saves_into_one_directory_wait_for_each_other(
 
     monkeypatch.setattr(os, "replace", replacing_config)
     monkeypatch.setattr(fcntl, "flock", locking)
+    opened = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
     save("first")
     others[0].join()
+    assert len(opened) == (len(os.listdir("/proc/self/fd")) if opened else 0)
     assert json.loads(config.read_text())["name"] == weights.read_text() == "second"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_are_never_beside_another_models_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, beside = os.replace, list[bool]()
+
+    def replacing(source: Any, target: Any) -> None:
+        if Path(target).name == "model.safetensors":
+            beside.append((tmp_path / "config.json").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    for name in ("first", "first", "second"):
+        replace_model(tmp_path, {"name": name}, lambda file: file.write_text("weights"))
+    assert beside == [False, True, False]
+
+
+def test_on_a_file_system_without_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    replace_model(tmp_path, {}, lambda file: file.write_text("weights"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 

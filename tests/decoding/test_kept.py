@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import kept, models
+from dparallel_ext.cache import bucket
 from dparallel_ext.decoding import graphs as recording
 from dparallel_ext.decoding import workspace
 from dparallel_ext.decoding.graphs import LIMIT, CudaRecorder, Graphs, run_pass
@@ -110,6 +112,24 @@ def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytes
     for value in (1, 2, 3):
         kept.put(model, value, value, 4)
     assert [kept.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
+
+
+def test_there_is_room_for_so_many_bytes(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = golden.model("llada_tiny_a")
+    monkeypatch.setattr(kept, "BYTES", 2 * model.new_cache(1, bucket(len(PROMPTS[0]) + 32)).slots.nbytes)
+    for mask_id, made in ((511, 1), (7, 2), (8, 3), (7, 3), (8, 3), (511, 4)):
+        dx.decode(model, PROMPTS[0], mask_id=mask_id, **SETTINGS)
+        assert len(taped) == made
+
+
+def test_a_function_as_a_rule_keeps_no_model_alive(taped: list[Graphs]) -> None:
+    model = golden.model("llada_tiny_a")
+    rule = functools.partial(lambda of, stats, masked, step: masked, model)
+    dx.decode(model, PROMPTS[0], gen_length=8, block_length=8, rule=rule)
+    gone = weakref.ref(model)
+    del model, rule
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "trained", "replaced"])
@@ -302,3 +322,6 @@ def test_the_same_ids_to_suppress_are_the_same_tensor() -> None:
     assert first.tolist() == [2, 7]
     assert space.suppress(torch.tensor([2, 7]), cpu) is first
     assert space.suppress(torch.tensor([], dtype=torch.int64), cpu) is None
+    for number in range(200):
+        space.suppress(torch.tensor([number]), cpu)
+    assert len(space.suppressed) <= 64

@@ -211,13 +211,15 @@ def test_what_is_kept_goes_with_the_weights(taped: list[Graphs], which: str, how
 
 
 def test_the_verifiers_cache_counts(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is room for the model's alone, nothing is kept."""
+    """Where there is room for the model's alone, nothing is kept, and what was there stays."""
     model, verifier = golden.model("llada_tiny_a"), verifier_of()
     own = model.new_cache(1, bucket(len(PROMPTS[0]) + 24)).slots.nbytes
-    for room, kinds in ((own, 2), (kept.BYTES, 3)):
+    settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "cache": "dual"}
+    for room, kinds in ((own, 3), (kept.BYTES, 4)):
         monkeypatch.setattr(kept, "BYTES", room)
         for _ in range(2):
             adaptive(model, verifier, PROMPTS[0])
+            dx.decode(model, PROMPTS[0], **settings)
         assert len(of_passes(taped)) == kinds
 
 

@@ -39,6 +39,7 @@ def prompts() -> list[Prompt]:
         ("hashes", "-3", "#### -3.0", True),
         ("hashes", "3", "####", False),
         ("last_number", "work #### 18", "she makes 9 * 2 = $18.", True),
+        ("last_number", "#### 1,200", "about 1200.0", True),
         ("last_number", "18", "18 or 19", False),
         ("last_number", "18", "none", False),
         ("boxed", r"\boxed{\frac{1}{2}}", r"thus \boxed{ \frac{1}{2} }", True),
