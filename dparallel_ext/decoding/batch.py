@@ -386,7 +386,7 @@ class Batch:
         elif row.edited and schedule.shift and schedule.keeps and not schedule.causal and row.step_in_block:
             start += 1  # a token that was remasked there would have no logits in the next pass
         first += first > 0 and schedule.shift
-        return max(start, first), max(window.end, min(end, last))
+        return max(start, first), min(end, last)
 
     def _groups(self, live: list[int]) -> list[list[int]]:
         """The live lanes, grouped by the pass that they share."""

@@ -281,6 +281,10 @@ def test_forms_are_forgotten() -> None:
     assert recorder.taken == 1  # it was forgotten, so this pass ran as it is
     run(1000, 1)
     assert recorder.taken == 2
+    for form in range(LIMIT):
+        run(form, 7)
+        run(1000, 1)
+    assert recorder.taken == 2  # what is used is not
     graphs.drop_stale([1])
     assert not graphs.recordings
     run(1000, 1)

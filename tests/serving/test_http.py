@@ -197,6 +197,9 @@ def test_paths_and_methods(served: Here) -> None:
     status, headers, _ = exchange(served, "PUT", "/health")
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert exchange(served, "OPTIONS", "/nowhere")[0] == 404
+    counted = exchange(served, "GET", "/metrics")[2].decode()
+    assert 'path="other",status="404"' in counted  # whatever paths there are, so that there are few counts
+    assert "nowhere" not in counted
     # A target may be a whole URL, as a proxy gets it.
     for path in ("/v1/completions", "/v1/completions/"):
         assert exchange(served, "POST", f"http://Some.Host:80{path}", body)[0] == 200
