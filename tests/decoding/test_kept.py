@@ -282,8 +282,9 @@ def test_forms_are_forgotten() -> None:
     run(1000, 1)
     assert recorder.taken == 2
     for form in range(LIMIT):
-        run(form, 7)
+        run(2000 + form, 7)
         run(1000, 1)
+    run(1000, 1)
     assert recorder.taken == 2  # what is used is not
     graphs.drop_stale([1])
     assert not graphs.recordings

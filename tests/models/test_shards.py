@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from dparallel import registry
-from safetensors.torch import save_file
+from drafters import model_of
+from safetensors.torch import load_file, save_file
 from test_checkpoint import TENSORS, Q, put, write
 from torch import Tensor
 
 from dparallel_ext import models, speculation
-from dparallel_ext.models import files
+from dparallel_ext.models import Model, files
 
 
 def test_a_snapshot_of_links_as_the_hub_s_cache_has_them(tmp_path: Path) -> None:
@@ -115,3 +116,14 @@ def test_what_git_and_torch_left_is_named(tmp_path: Path) -> None:
     put(tmp_path, "added_tokens.json", {"<|mask|>": "x"})
     with pytest.raises(ValueError, match=r"added_tokens\.json does not list its added tokens"):
         files.mask_token_id(tmp_path)
+
+
+def test_a_tied_head_that_is_gathered_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor asked for."""
+    model, head = model_of("llama", tie_word_embeddings=True), "lm_head.weight"
+    monkeypatch.setattr(Model, "sharded", True)
+    gathered = model.state_dict()
+    assert head in gathered
+    for state in (gathered, {name: tensor for name, tensor in gathered.items() if name != head}):
+        models.save(model, tmp_path, state_dict=state)
+        assert load_file(tmp_path / "model.safetensors").keys() == gathered.keys() - {head}
