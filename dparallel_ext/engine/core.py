@@ -56,13 +56,10 @@ class EngineCore:
         kind: the kind of the model.
         batch: the batch that `kind` has made.
         kv_cache: the batch's cache, whose pages the scheduler assigns.
-        share: whether requests share pages, as the scheduler was told.
     """
 
-    def __init__(
-        self, kind: Kind, batch: Batch, kv_cache: KVCache, scheduler: Scheduler, share: bool
-    ) -> None:
-        self.batch, self.scheduler, self._kv_cache, self._share = batch, scheduler, kv_cache, share
+    def __init__(self, kind: Kind, batch: Batch, kv_cache: KVCache, scheduler: Scheduler) -> None:
+        self.batch, self.scheduler, self._kv_cache = batch, scheduler, kv_cache
         self._kind = kind
         self.arrivals: list[Request] = []  # submitted, and not yet received by the engine's thread
         self.requests: dict[int, Request] = {}  # by id: received, waiting or running
@@ -233,8 +230,7 @@ class EngineCore:
         row = self.batch.rows[request.lane]
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, opened))
-        if self._share:
-            self.publish(request, row.num_cached)
+        self.publish(request, row.num_cached)
         if finished:
             self._stream(request)
             if row.done:

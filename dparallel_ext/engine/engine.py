@@ -197,7 +197,7 @@ class Engine:
         self._page_size, self._pages = page_size, pages
         self._page_bytes = kv_cache.slots[:, :, 0].numel() * kv_cache.slots.element_size()
         scheduler = Scheduler(lanes=lanes, pages=pages, page_size=page_size, share=share)
-        self.core = EngineCore(kind, batch, kv_cache, scheduler, share)
+        self.core = EngineCore(kind, batch, kv_cache, scheduler)
         self._start()
 
     def __reduce__(self) -> Any:
