@@ -121,7 +121,7 @@ def make_settings(
             f"infill: does not go with {type(model).__name__}, which sees given tokens from behind, got True"
         )
     if rule is not None and rule.in_order and config.infill:
-        name = "an automaton" if automaton is not None else type(rule).__name__
+        name = "a form (automaton)" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
     for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
         if name in model_traits.strict and name in selectors:
@@ -163,11 +163,11 @@ def make_settings(
 def _constrained(config: DecodeConfig, rule: Rule | None, automaton: Automaton) -> Rule:
     """The rule of an automaton. Raises ValueError for what does not go with it."""
     if rule is not None:
-        raise ValueError(f"rule: expected a policy row or none beside an automaton, got {shown(rule)}")
+        raise ValueError(f"rule: expected a policy row or none beside a form (automaton), got {shown(rule)}")
     if temperature_in_force(config.temperature) > 0:
         raise ValueError(
-            "temperature: expected 0 beside an automaton, since a diffusion model's masks are filled in the "
-            f"most probable way, got {config.temperature}"
+            "temperature: expected 0 beside a form (automaton), since a diffusion model's masks are "
+            f"filled in the most probable way, got {config.temperature}"
         )
     return Constrained(automaton)
 

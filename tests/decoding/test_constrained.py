@@ -257,10 +257,10 @@ def test_a_form_goes_by_tokens_that_can_be_decoded(llada: models.Model) -> None:
 def test_what_does_not_go_with_a_form_is_refused(llada: models.Model) -> None:
     form = a_form(1)
     for wrong, message in [
-        ({"rule": "credit"}, "rule: expected a policy row or none beside an automaton, got Credit"),
+        ({"rule": "credit"}, "rule: expected a policy row or none beside a form .automaton., got Credit"),
         ({"rule": lambda stats, masked, step: masked}, "rule: expected a policy row or none beside"),
-        ({"infill": True}, "infill: does not go with an automaton"),
-        ({"temperature": 0.5}, "temperature: expected 0 beside an automaton"),
+        ({"infill": True}, "infill: does not go with a form"),
+        ({"temperature": 0.5}, "temperature: expected 0 beside a form"),
         ({"active_blocks": 2, "threshold": 0.5}, "active_blocks"),
         ({"draft_size": 2}, "draft_size"),
     ]:

@@ -76,7 +76,7 @@ def test_an_answer_is_an_object(here: Here, client: OpenAI, length: int) -> None
 def test_answers_that_are_drawn(here: Here, client: OpenAI) -> None:
     asked = {"model": "json", "max_tokens": 30, "temperature": 1, "seed": 5, "n": 4, **MODE}
     if here.engine.mask_id is not None:
-        with bad_request("temperature", "expected 0 beside an automaton"):
+        with bad_request("temperature", "expected 0 beside a form"):
             chat(client, **asked)
         return
     texts = [choice.message.content for choice in chat(client, PROMPTS[0], **asked).choices]

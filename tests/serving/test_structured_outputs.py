@@ -133,7 +133,7 @@ def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
             "structured_outputs",
             "not beside a response_format",
         ),
-        ({"temperature": 0.5, **by_pattern("sam")}, "temperature", "expected 0 beside an automaton"),
+        ({"temperature": 0.5, **by_pattern("sam")}, "temperature", "expected 0 beside a form"),
         (
             {"extra_body": {"structured_outputs": {"regex": "sam"}, "policy": "credit"}},
             "policy",
@@ -148,7 +148,7 @@ def test_what_is_no_form_is_named(client: OpenAI, asked: dict[str, Any], param: 
 
 
 def test_nothing_follows_an_answer_of_a_form(client: OpenAI) -> None:
-    with bad_request("suffix", "suffix: does not go with an automaton"):
+    with bad_request("suffix", "suffix: does not go with a form"):
         client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=8, suffix=" .", **by_pattern("sam"))
 
 
