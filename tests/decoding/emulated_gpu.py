@@ -8,8 +8,9 @@ gradients, autocast, and what torch computes on a GPU alone.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dparallel_ext import backends
 from dparallel_ext.ops import inputs
@@ -65,12 +65,29 @@ def on_cpu(value: Any) -> Any:
     return value.inner if is_there(value) else value
 
 
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of each leaf of an op's arguments or results, which nest in lists, tuples and dicts alone.
+    (torch's general walk takes longer than the op.)"""
+    if isinstance(value, list | tuple):
+        return type(value)([mapped(change, each) for each in value])
+    if isinstance(value, dict):
+        return {key: mapped(change, each) for key, each in value.items()}
+    return change(value)
+
+
+@functools.cache
+def schema(func: Any) -> tuple[str, bool]:
+    """An op's name, and whether it gives views of, or changes, what it is given."""
+    return func._schema.name, any(returned.alias_info is not None for returned in func._schema.returns)
+
+
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """The op's results, on the device where torch would have them."""
-    leaves = tree_leaves((args, kwargs))
+    leaves: list[Any] = []
+    mapped(leaves.append, (args, kwargs))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     places = {t.device.type for t in tensors if t.ndim or is_there(t)}  # numbers of the CPU go with any
-    name = func._schema.name
+    name, is_view = schema(func)
     if "cuda" in places and len(places) > 1 and name not in MOVES and not name.startswith("aten::index"):
         shapes = [f"{t.device.type} {tuple(t.shape)}" for t in tensors]
         raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes}")
@@ -80,7 +97,6 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     named = [place.type for place in leaves if isinstance(place, torch.device)]
     to_gpu = named[0] == "cuda" if named else any(map(is_there, tensors))
     # A view of a tensor that is none of inference mode is none either.
-    is_view = any(returned.alias_info is not None for returned in func._schema.returns)
     is_plain = is_view and any(is_there(t) and not torch.is_inference(t) for t in tensors)
     owner = {id(t.inner): t for t in tensors if is_there(t)}
 
@@ -95,8 +111,8 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
 
     with torch.inference_mode(False) if is_plain else nullcontext():
         with _disable_current_modes(), torch.no_grad():
-            results = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
-        return tree_map(placed, results)
+            results = func(*mapped(on_cpu, args), **mapped(on_cpu, kwargs))
+        return mapped(placed, results)
 
 
 class Emulation(TorchDispatchMode):

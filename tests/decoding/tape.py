@@ -8,8 +8,10 @@ it was, as in a CUDA graph. Everything else is the library's own.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +19,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dparallel_ext import models
 from dparallel_ext.decoding.graphs import Graphs
@@ -55,6 +56,28 @@ LOOKS = {
 """Functions that read values on the CPU alone."""
 
 
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Of an op's arguments or results, which nest in lists, tuples and dicts alone. (torch's general walk
+    takes longer than the op.)"""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_of(each)
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+
+
+@functools.cache
+def writes(func: Any) -> list[tuple[int, str]]:
+    """The arguments that an op changes: places and names."""
+    return [
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 class NoReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS and not looks():
@@ -81,17 +104,15 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-        leaves = tree_leaves((args, kwargs))
-        moves = len({t.device.type for t in leaves if isinstance(t, Tensor) and t.ndim}) > 1 or (
+        moves = len({t.device.type for t in tensors_of((args, kwargs)) if t.ndim}) > 1 or (
             func is aten._to_copy.default and kwargs.get("device", args[0].device).type != args[0].device.type
         )
         if (func in WAITS or by_mask or moves) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[place] if place < len(args) else kwargs.get(argument.name)
-                if isinstance(given, Tensor):
-                    self.written.append((given, given.clone()))
+        for place, name in writes(func):
+            given = args[place] if place < len(args) else kwargs.get(name)
+            if isinstance(given, Tensor):
+                self.written.append((given, given.clone()))
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, out))
         return out
@@ -106,8 +127,8 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
+            for old, new in zip(tensors_of(out), tensors_of(again), strict=True):
+                if old.numel() and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
     def read(self) -> list[tuple[StorageWeakRef, str]]:
@@ -117,9 +138,9 @@ class Tape(TorchDispatchMode):
         outside: dict[int, tuple[StorageWeakRef, str]] = {}
         for func, args, kwargs, out in self.calls:
             for tensors, into in (((args, kwargs), outside), (out, made)):
-                for tensor in tree_leaves(tensors):
-                    storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-                    if storage is None or storage._cdata in made or storage._cdata in outside:
+                for tensor in tensors_of(tensors):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata in made or storage._cdata in outside:
                         continue
                     if into is made:
                         made.add(storage._cdata)
@@ -215,8 +236,8 @@ def kernels(tape: Tape) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for func, args, kwargs, out in tape.calls:
         name = func._schema.name.split("::")[1]
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        given = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+        made = list(tensors_of(out))
         views = bool(made) and all(t.untyped_storage().data_ptr() in given for t in made)
         changes = func._schema.is_mutable
         if changes or (made and not views and name not in LOOKING and "empty" not in name):
