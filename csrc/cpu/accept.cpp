@@ -21,16 +21,17 @@ void accept_lane(const AcceptArgs& args, int64_t lane, int64_t first,
     follows[i] = without_children(choices[i], args.eos_ids + lane * args.eos_count, args.eos_count);
   for (int32_t i = 1; i < count; ++i) {
     const int64_t parent = args.parent[first + i];
-    if (is_chosen(i, parent, args.draft[first + i], choices.data()))
+    if (is_chosen(i, parent, args.draft[first + i], [&](int32_t row) { return choices[row]; }))
       follows[parent] = std::min(follows[parent], i);
   }
   Path found{0, 0, kPathLeaf};
   if (count > 0)
-    found = walk_path(follows.data(), args.room ? args.room[lane] : count,
-                      [&](int32_t place, int32_t row) {
-                        path[place] = row;
-                        tokens[place] = choices[row];
-                      });
+    found = walk_path(
+        args.room ? args.room[lane] : count, [&](int32_t row) { return follows[row]; },
+        [&](int32_t place, int32_t row) {
+          path[place] = row;
+          tokens[place] = choices[row];
+        });
   std::fill(path + found.count, path + args.max_q_len, -1);
   std::fill(tokens + found.count, tokens + args.max_q_len, -1);
   args.emitted[lane] = found.count;
@@ -47,7 +48,7 @@ void accept(const AcceptArgs& args, Parallel parallel) {
   std::vector<int64_t> rows;
   std::vector<SampleKey> keys;
   for (int64_t lane = 0; lane < args.lanes; ++lane) {
-    const AcceptArgs::Rows own = args.rows_of(lane);
+    const auto own = args.rows_of(lane);
     for (int64_t row = own.first; row < own.first + own.count; ++row) {
       rows.push_back(row);
       if (args.sampling.samples()) keys.push_back(sample_key(args.sampling.keys + 4 * row));
@@ -62,7 +63,7 @@ void accept(const AcceptArgs& args, Parallel parallel) {
     if (answers[i].error != kRowNan) put(args.output, args.count, rows[i], answers[i].result);
   const RowAnswer* answer = answers.data();
   for (int64_t lane = 0; lane < args.lanes; ++lane) {
-    const AcceptArgs::Rows own = args.rows_of(lane);
+    const auto own = args.rows_of(lane);
     std::vector<int32_t> choices;
     for (int64_t i = 0; i < own.count; ++i, ++answer)
       choices.push_back(choice_of(answer->error, answer->result.sample));

@@ -51,7 +51,7 @@ void row_topk(const RowTopkArgs& args, Parallel parallel) {
     for (int64_t n = 0; n < args.k; ++n) {
       const bool found = error == kRowOk && top.keys[n] != kNoKey;
       args.tokens[i * args.k + n] = found ? top_id(top.keys[n]) : -1;
-      args.logprobs[i * args.k + n] = found             ? top_logprob(top.keys[n], part)
+      args.logprobs[i * args.k + n] = found ? top_logprob(top.keys[n], part.max, part.sum)
                                       : error == kRowOk ? -kInfinity
                                                         : std::numeric_limits<float>::quiet_NaN();
     }

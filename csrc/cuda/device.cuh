@@ -27,6 +27,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
 
 #if defined(DPARALLEL_CUDA_HOST)
+inline bool is_thread_0() { return threadIdx.x == 0; }
 inline float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 inline float min_nan(float a, float b) { return a != a || a < b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -36,7 +37,22 @@ inline int32_t add_acquire_release(int32_t* p, int32_t value) {
   __threadfence();
   return old;
 }
+inline int32_t count_acquire_release(int32_t* p, int32_t last) {
+  __threadfence();
+  const int32_t old = atomic_update(p, [=](int32_t at) { return at == last ? 0 : at + 1; });
+  __threadfence();
+  return old;
+}
 #else
+// Asked anew each time. Of an atomic addition ptxas makes 30 instructions, for the sum of the
+// lanes, unless it sees that one lane adds, and it does not see so in a copy of the thread's
+// number.
+__device__ __forceinline__ bool is_thread_0() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread == 0;
+}
+
 // Maximum and minimum that keep NaN, and 2^x to 2 ulp without care for subnormals.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float y;
@@ -62,6 +78,15 @@ __device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t value
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(old)
                : "l"(__cvta_generic_to_global(p)), "r"(value)
+               : "memory");
+  return old;
+}
+// Likewise adds 1, or goes back from `last` to 0.
+__device__ __forceinline__ int32_t count_acquire_release(int32_t* p, int32_t last) {
+  int32_t old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(p)), "r"(last)
                : "memory");
   return old;
 }
@@ -254,24 +279,16 @@ __device__ __forceinline__ void store_stored(typename T::Storage* p,
 // blocks made before they added are visible. Called by every thread; the answer is the same for
 // all.
 __device__ inline bool brings_to_zero(int32_t* counter, int32_t change) {
-  DPARALLEL_SHARED(zero, bool);
   __syncthreads();  // every thread's writes come before thread 0's release
-  if (threadIdx.x == 0) zero = add_acquire_release(counter, change) + change == 0;
-  __syncthreads();
-  return zero;
+  return __syncthreads_or(is_thread_0() && add_acquire_release(counter, change) + change == 0);
 }
 
 // Whether this block is the last of `expected` to arrive; the counter is zero again when it is.
 // Then the writes that other blocks made before they arrived are visible.
 __device__ inline bool last_to_arrive(int32_t* counter, int64_t expected) {
-  DPARALLEL_SHARED(last, bool);
   __syncthreads();  // every thread's writes come before thread 0's release
-  if (threadIdx.x == 0) {
-    last = add_acquire_release(counter, 1) == static_cast<int32_t>(expected - 1);
-    if (last) *counter = 0;
-  }
-  __syncthreads();
-  return last;
+  const auto last = static_cast<int32_t>(expected - 1);
+  return __syncthreads_or(is_thread_0() && count_acquire_release(counter, last) == last);
 }
 
 // Whether vectors of 16 bytes fit: pointers, and strides in elements of `element` bytes.

@@ -55,10 +55,6 @@ template <int kBytes>
 void copy_async(void* to, const void* from, bool there) {
   copy_async(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes, there);
 }
-template <int kBytes>
-void copy_async_beyond(void* to, const void* from) {
-  cuda_host::copy_later(static_cast<char*>(to) + kBytes, static_cast<const char*>(from) + kBytes);
-}
 inline void commit_copies() { cuda_host::commit_copies(); }
 inline void wait_for_copies() {
   cuda_host::commit_copies();
@@ -143,12 +139,6 @@ template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(there ? 16 : 0), "n"(kBytes)
-               : "memory");
-}
-template <int kBytes>
-__device__ __forceinline__ void copy_async_beyond(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(shared_address(to)),
-               "l"(from), "n"(kBytes)
                : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() {

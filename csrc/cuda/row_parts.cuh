@@ -1,6 +1,8 @@
 // Merging: the parts of a row that lanes, warps or blocks have become the row's, in a fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace dparallel::cuda {
@@ -42,26 +44,29 @@ __device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kParts], M
 // Another block's part: past the L1 cache.
 template <class Part>
 __device__ __forceinline__ Part read_part(const Part* p) {
-  uint32_t words[sizeof(Part) / 4];
+  using Word = std::conditional_t<alignof(Part) % 8 == 0, uint64_t, uint32_t>;
+  Word words[sizeof(Part) / sizeof(Word)];
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Part) / 4); ++i)
-    words[i] = __ldcg(reinterpret_cast<const uint32_t*>(p) + i);
+  for (int i = 0; i < static_cast<int>(sizeof words / sizeof(Word)); ++i)
+    words[i] = __ldcg(reinterpret_cast<const Word*>(p) + i);
   Part part;
   memcpy(&part, words, sizeof part);
   return part;
 }
 
-// Of the chunks of a row, parts [chunks], by a warp: each lane merges every 32nd, then they merge
-// theirs, in an order that depends on the number of chunks alone. All lanes have the row's part.
+// Of the chunks of a row, at least one, parts[first] and on, by a warp: each lane merges every
+// 32nd, then they merge theirs, in an order that depends on the number of chunks alone. All lanes
+// whose number is below the number of chunks have the row's part.
 template <class Part, class Merge>
-__device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merge merge) {
+__device__ __forceinline__ Part merge_chunks(const Part* parts, int first, int chunks,
+                                             Merge merge) {
   Part part;
-  int c = static_cast<int>(threadIdx.x % 32), offset = 1;
+  int c = static_cast<int>(threadIdx.x % 32), left = chunks, offset = 1;
 #pragma unroll 1
-  for (int left = chunks; left > 0 || (offset < chunks && offset < 32);) {
+  do {
     Part other;
     if (left > 0) {
-      if (c < chunks) other = read_part(parts + c);
+      if (c < chunks) other = read_part(parts + (first + c));
       c += 32;
       left -= 32;
     } else {
@@ -69,7 +74,7 @@ __device__ __forceinline__ Part merge_chunks(const Part* parts, int chunks, Merg
       offset *= 2;
     }
     merge(part, other);
-  }
+  } while (left > 0 || (offset < chunks && offset < 32));
   return part;
 }
 

@@ -2,17 +2,19 @@
 //
 // Work: an element is widened, ranked (top two) and added to S = sum e and W = sum e (z - m), with
 // e = exp(z - m). The loop takes 9.6 instructions for a bfloat16 (loops.json), and the code before
-// and after it about 2.7 more, spread over the 128 elements of a thread. Instructions and bandwidth
+// and after it about 3 more, spread over the 128 elements of a thread. Instructions and bandwidth
 // are both near their limits, therefore the loop holds the common case alone:
 //  - The chunk is copied into shared memory asynchronously. Each thread copies 16 vectors of 16
 //    bytes, all of them in flight at once, which costs no registers. A thread reads only vectors
 //    that it copied itself, so no barrier is needed, and it begins when its first two have arrived.
+//    Rows that are not aligned, and what is left of a row behind its last 2 KB, the block copies by
+//    elements.
 //  - The exceptions are written into shared memory before the loop: -inf fills up the end of the
 //    row and replaces suppressed ids and the mask token, whose logit joins the sums of the block at
-//    the end. Rows that are not aligned are copied by elements.
+//    the end.
 //  - The top two are kept without a branch: second = max(second, min(first, z)), first = max(first,
 //    z); 16-bit elements go two at a time. The token's id is looked for once, in shared memory, by
-//    the threads that hold the block's largest logit.
+//    the warps that hold the block's largest logit, in the vectors where it was met.
 //  - The sums move to a larger maximum once in two vectors, whether or not there is a larger one.
 //  - Infinities are counted after the loop, by the threads that met one.
 // The id alone decides which thread reads it, and every sum has a fixed order: a row's result does
@@ -20,8 +22,8 @@
 //
 // Code: what happens once for a block or a row exists once, in rolled loops and without the
 // subroutine of a division (Denominator), so that little is fetched before and after the loop. For
-// bfloat16, without sampling, row_stats has 16 KB, row_topk 20, accept 22 and unmask 30: in each of
-// them the loop has 2.4, the scan around it 7, and the merge of a row's chunks with its result 4.
+// bfloat16, without sampling, row_stats has 14 KB, row_topk 16, accept 19 and unmask 24: in each of
+// them the loop has 2.4, the scan around it 6.3, and the merge of a row's chunks with its result 3.
 // The times below were measured when row_stats had 20 KB.
 //
 // Bytes: the row once, and for each chunk a part of 24 bytes (more where the row is sampled), which
@@ -99,8 +101,8 @@ struct Sampler {
 struct ScanMemory {
   uint4 slots[kSlots * kScanThreads];  // vector v of the chunk, by thread v % kScanThreads alone
   float first[kScanWarps], second[kScanWarps], sum[kScanWarps], weighted[kScanWarps];
-  float mask;     // the logit of the mask token, where the chunk holds it
-  int32_t token;  // the lowest id of the largest logit
+  uint32_t token[kScanWarps];  // the lowest id of the block's largest logit that the warp holds
+  float mask;                  // the logit of the mask token, where the chunk holds it
 };
 
 // The halves of two 16-bit elements.
@@ -196,53 +198,54 @@ struct Chunk {
     }
   }
 
-  template <int k>
-  static __device__ __forceinline__ void copy_whole(uint4* to, const Storage* from) {
-    if constexpr (k < kSlots) {
-      copy_async_beyond<k * kScanThreads * 16>(to, from);
-      if constexpr (k % kGroup == kGroup - 1) commit_copies();
-      copy_whole<k + 1>(to, from);
-    }
-  }
-
-  // Begins to copy the thread's vectors of the row, a group of copies for each group of vectors,
-  // and mends them.
+  // Begins to copy the row, a group of copies for each group of vectors, and mends what that does
+  // not bring: rows that are not aligned, the end of a row, and the -inf that fills up the last
+  // group are copied by elements, as many at once as there are in a vector.
   __device__ __forceinline__ void copy(const void* row, const Exclusions& ex) const {
-    constexpr int kStride = kScanThreads * kWidth;  // ids from a vector of the thread to its next
-    const int start = static_cast<int>(threadIdx.x) * kWidth;
-    const Storage* from = static_cast<const Storage*>(row) + first + start;
+    constexpr int kStride = kScanThreads * kWidth;  // ids from a vector of a thread to its next
+    const auto thread = static_cast<int>(threadIdx.x);
+    const Storage* from = static_cast<const Storage*>(row) + first;
     const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
-    if (aligned && count == kIds) {
-      copy_whole<0>(&slot(0), from);
-    } else {
-#pragma unroll 1
-      for (int k = 0; k < kSlots; ++k) {
-        const int left = count - start - k * kStride, beyond = anew(k * kStride);
-        if (aligned && left >= kWidth) {
-          copy_async(&slot(k), from + beyond, true);
-        } else if (left > -kGroupIds) {  // all of the last group
-          Storage stored[kWidth];
+    const int in_vectors =
+        aligned ? static_cast<int>(static_cast<uint32_t>(count) / kStride) * kStride : 0;
+#pragma unroll 2
+    for (int g = 0; g < kSlots / kGroup; ++g) {
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i)
-            stored[i] = i < left ? from[beyond + i] : T::narrow(-kInfinity);
-          memcpy(&slot(k), stored, sizeof stored);
-        }
-        if (k % kGroup == kGroup - 1) commit_copies();
-      }
+      for (int k = g * kGroup; k < (g + 1) * kGroup; ++k)
+        if (k * kStride < in_vectors)
+          copy_async(&slot(k), from + k * kStride + thread * kWidth, true);
+      commit_copies();
     }
-    const int suppressed = static_cast<int>(ex.suppress_count);
+    const int all = groups() * kGroupIds;
+    if (in_vectors < all) {
 #pragma unroll 1
-    for (int s = 0; s <= suppressed; ++s) {  // the mask token after the suppressed ids
-      const uint32_t at = place(s < suppressed ? ex.suppress[s] : ex.mask_id);
+      for (int at = in_vectors + thread; at < all; at += kStride) {
+        decltype(+Storage{}) z[kWidth];  // 32 bits each
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          z[i] = T::narrow(-kInfinity);
+          if (at + i * kScanThreads < count) z[i] = from[at + i * kScanThreads];
+        }
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i)
+          elements()[at + i * kScanThreads] = static_cast<Storage>(z[i]);
+      }
+      __syncthreads();
+    }
+    auto left = static_cast<int>(ex.suppress_count);
+#pragma unroll 1
+    do {  // the mask token after the suppressed ids
+      const uint32_t at = place(left > 0 ? ex.suppress[left - 1] : ex.mask_id);
       if (!mine(at)) continue;
       wait_for_copies();
-      if (s == suppressed) memory.mask = T::value(elements()[at]);
+      if (left == 0) memory.mask = T::value(elements()[at]);
       elements()[at] = T::narrow(-kInfinity);
-    }
+    } while (left-- > 0);
   }
 
-  // The part of the chunk; valid in thread 0. `largest`: of the logits that the thread has read.
-  __device__ __forceinline__ RowPart scan(const Exclusions& ex, float* largest = nullptr) const {
+  // The part of the chunk, written by thread 0. `largest`: of the logits that the thread has read.
+  __device__ __forceinline__ void scan(const Exclusions& ex, RowPart* to,
+                                       float* largest = nullptr) const {
     constexpr float kLowest = -kLargest;
     TopTwo<T> top;
     float max = kLowest, sum = 0.0f, weighted = 0.0f;
@@ -255,12 +258,12 @@ struct Chunk {
       float z[kGroup][kWidth];
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) read(g * kGroup + j, z[j], top);
-      const float to = fmaxf(max, top.largest());
-      if (to > max) risen = g;
-      const float moved = fmaxf(max - to, kExpFloor), scale = exp2_fast(moved * kLog2e);
+      const float rising = fmaxf(max, top.largest());
+      if (rising > max) risen = g;
+      const float moved = fmaxf(max - rising, kExpFloor), scale = exp2_fast(moved * kLog2e);
       weighted = scale * fmaf(sum, moved, weighted);
       sum *= scale;
-      max = to;
+      max = rising;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
@@ -294,29 +297,35 @@ struct Chunk {
       memory.first[warp] = best;
       memory.second[warp] = second;
     }
-    if (threadIdx.x == 0) memory.token = INT32_MAX;
     __syncthreads();
 #pragma unroll
     for (int w = 0; w < kScanWarps; ++w) best = fmaxf(best, memory.first[w]);
-    if (own == best && best > -kInfinity) {
-      int k = risen * kGroup, at;
+    // The id of the block's largest: the lanes look for it among the elements of each thread that
+    // holds it.
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    uint32_t token = INT32_MAX;
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(kFullWarp, own == best && best > -kInfinity); left != 0;
+         left &= left - 1) {
+      const int holder = __ffs(left) - 1;
+      int k = __shfl_sync(kFullWarp, risen, holder) * kGroup + lane / kWidth;
+      bool ends;
 #pragma unroll 1
       do {
-        float z[kWidth];
-        widen<T>(slot(k), z);
-        at = kWidth;
-#pragma unroll
-        for (int i = kWidth - 1; i >= 0; --i)
-          if (z[i] >= best) at = i;
-      } while (at == kWidth && ++k < n * kGroup);
-      const int vector = k * kScanThreads + static_cast<int>(threadIdx.x);
-      atomicMin(&memory.token, first + vector * kWidth + at);
+        const int at = (k * kScanThreads + warp * 32 + holder) * kWidth + lane % kWidth;
+        const auto id = static_cast<uint32_t>(first + at);
+        const bool within = k < n * kGroup, found = within && T::value(elements()[at]) >= best;
+        if (found && id < token) token = id;
+        ends = found || !within;
+        k += 32 / kWidth;
+      } while (__ballot_sync(kFullWarp, ends) == 0);
     }
+    token = __reduce_min_sync(kFullWarp, token);
     const float reference = fmaxf(best, kLowest);
     const float moved = fmaxf(max - reference, kExpFloor), scale = exp2_fast(moved * kLog2e);
     weighted = scale * fmaf(sum, moved, weighted);
     sum *= scale;
-#pragma unroll
+#pragma unroll 1
     for (int offset = 16; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(kFullWarp, sum, offset);
       weighted += __shfl_xor_sync(kFullWarp, weighted, offset);
@@ -324,26 +333,29 @@ struct Chunk {
     if (threadIdx.x % 32 == 0) {
       memory.sum[warp] = sum;
       memory.weighted[warp] = weighted;
+      memory.token[warp] = token;
     }
     __syncthreads();
+    if (threadIdx.x != 0) return;
     RowPart part;
-    if (threadIdx.x != 0) return part;
     part.max = reference;
     part.top1 = memory.first[0];
     part.top2 = memory.second[0];
     part.sum = memory.sum[0];
     part.weighted = memory.weighted[0];
+    token = memory.token[0];
 #pragma unroll
     for (int w = 1; w < kScanWarps; ++w) {
       part.top2 = fmaxf(fmaxf(part.top2, memory.second[w]), fminf(part.top1, memory.first[w]));
       part.top1 = fmaxf(part.top1, memory.first[w]);
       part.sum += memory.sum[w];
       part.weighted += memory.weighted[w];
+      token = memory.token[w] < token ? memory.token[w] : token;
     }
-    if (part.top1 > -kInfinity) part.token = memory.token;
+    if (part.top1 > -kInfinity) part.token = static_cast<int32_t>(token);
     const uint32_t mask = place(ex.mask_id);
     if (mask < static_cast<uint32_t>(count)) part.add(memory.mask, 0, false);
-    return part;
+    *to = part;
   }
 
   // The sampled side, after `scan`, of the ids that the nucleus keeps. Each thread has a part of
@@ -445,8 +457,7 @@ __device__ __forceinline__ void scan_chunk(ScanMemory& memory, const void* row, 
                                            const Scratch& scratch, int64_t to) {
   const Chunk<T> ids(memory, vocab, chunk);
   ids.copy(row, ex);
-  const RowPart part = ids.scan(ex);
-  if (threadIdx.x == 0) scratch.parts[to] = part;
+  ids.scan(ex, scratch.parts + to);
   if constexpr (kSample) {
     DPARALLEL_SHARED(shared, SamplePart[kScanWarps]);
     const float inverse = sampler.inverse_temperature;
@@ -483,11 +494,11 @@ __device__ __forceinline__ void write_row(const RowOutput& out, Index row, Index
 template <bool kSample>
 __device__ __forceinline__ RowError finish_row(const Scratch& scratch, int row, int chunks,
                                                float inverse_temperature, RowResult& result) {
-  const RowPart part = merge_chunks(scratch.parts + row * chunks, chunks,
+  const RowPart part = merge_chunks(scratch.parts, row * chunks, chunks,
                                     [](RowPart& a, const RowPart& b) { a.merge(b); });
   if constexpr (kSample) {
     const SamplePart sample =
-        merge_chunks(scratch.samples + row * chunks, chunks,
+        merge_chunks(scratch.samples, row * chunks, chunks,
                      [&](SamplePart& a, const SamplePart& b) { a.merge(b, inverse_temperature); });
     result = finish(part, sample, inverse_temperature);
   } else {

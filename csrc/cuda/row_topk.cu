@@ -5,8 +5,8 @@
 // its own logits. The k-th largest of these 128 is a bar that at least k logits of the chunk reach,
 // and of random logits few more: 17 for a k of 16. The threads that hold such logits list them as
 // keys, which order logit and id at once, and the place of a key is the number of larger keys. If
-// more logits reach the bar than the list takes, because many are equal or few threads hold all
-// large ones, the keys are found one after the other, each the largest below the previous key.
+// more reach the bar than the list takes, because many are equal or few threads hold all large
+// ones, the k-th best of those that are listed is the next bar.
 //
 // Bytes: the row, once. After the scan, whose cost is that of row_stats: 128 comparisons a thread
 // for the bar, a second look at its logits by each thread that reaches the bar, and a comparison of
@@ -14,8 +14,8 @@
 // reported bad rows then (it is one now, keep_error): the 8 best of 32 rows take 23 us, where
 // row_stats takes 14. The sizes of list and pool are guesses, not measured against others.
 //
-// Code: 20 KB for bfloat16, of which the scan takes 9.5, the best of a chunk 3.2, their order 1.5,
-// the merge 2.5 and the logarithm of the probabilities 0.6.
+// Code: 16 KB for bfloat16, of which the scan takes 8.5, the best of a chunk 2.3, their order 1.1,
+// the merge 1.7 and the logarithm of the probabilities 0.6.
 #include "row_scan.cuh"
 
 // after the header that knows the device
@@ -29,45 +29,58 @@ constexpr int kPool = 512;        // keys that the last block looks at together
 static_assert(kMostTop <= kScanThreads && kPool * 8 <= kScanBytes && kPool > kMostTop, "");
 
 struct TopMemory {
-  float largest[kScanThreads];  // of each thread's logits
+  uint32_t largest[kScanThreads];  // of each thread's logits, as in a key
   uint64_t listed[kMostListed];
-  uint64_t best[kMostTop];            // in descending order, then kNoKey
-  uint32_t row[sizeof(RowPart) / 4];  // its bits: shared memory begins with no values
-  float bar;
-  int32_t count;
+  uint64_t best[kMostTop];  // in descending order, then kNoKey
+  float max, sum;           // of the row
+  RowError error;
+  uint64_t bar;   // a key that at least k of the chunk reach
+  int32_t count;  // of them, listed or not
 };
 
-// visit(z, id) for the thread's logits above -inf that reach the bar, in no particular order. Few
-// do: a vector is looked at by elements only where its largest does.
-template <class T, class Visit>
-__device__ __forceinline__ void each_own(const Chunk<T>& chunk, float bar, Visit visit) {
+// By a block: each of n keys that is among the k largest goes to its place among the best.
+__device__ __attribute__((noinline)) void rank_keys(const uint64_t* keys, int n, int k,
+                                                    uint64_t* best) {
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
+    const uint64_t key = keys[i];
+    int larger = key == kNoKey ? k : 0;
+#pragma unroll 1
+    for (int j = 0; j < n; j += kAtOnce) {
+#pragma unroll
+      for (int c = 0; c < kAtOnce; ++c) larger += j + c < n && keys[j + c] > key;
+    }
+    if (larger < k) best[larger] = key;
+  }
+}
+
+// The thread's keys that reach the bar, in no particular order. Few do: a vector is looked at by
+// elements only where its largest does.
+template <class T>
+__device__ __forceinline__ void list_own(const Chunk<T>& chunk, uint64_t bar, TopMemory& top) {
+  const float lowest = top_logit(bar);
   const int n = chunk.groups() * kGroup;
 #pragma unroll 1
   for (int k = 0; k < n; ++k) {
     float z[T::kWidth];
     TopTwo<T> of_vector;
     chunk.read(k, z, of_vector);
-    if (!(of_vector.largest() >= bar)) continue;
+    if (!(of_vector.largest() >= lowest)) continue;
     const int vector = (k * kScanThreads + static_cast<int>(threadIdx.x)) * T::kWidth;
 #pragma unroll 1
-    for (int i = 0; i < T::kWidth; ++i) {
-      const float one = T::value(chunk.elements()[vector + i]);
-      if (one >= bar && one > -kInfinity) visit(clamp_logit(one), chunk.first + vector + i);
+    for (int i = vector; i < vector + T::kWidth; ++i) {
+      const float one = clamp_logit(T::value(chunk.elements()[i]));
+      const uint64_t key = top_key(one, chunk.first + i);
+      if (!(one >= lowest) || key < bar) continue;  // NaN is passed over
+      const int at = atomicAdd(&top.count, 1);
+      if (at < kMostListed) top.listed[at] = key;
     }
   }
 }
 
-// By a block: each of n keys that is among the k largest goes to its place among the best.
-__device__ __attribute__((noinline)) void rank_keys(const uint64_t* keys, int n, int k,
-                                                    uint64_t* best) {
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
-    const uint64_t key = keys[i];
-    int larger = key == kNoKey ? k : 0;
-#pragma unroll 4
-    for (int j = 0; j < n; ++j) larger += keys[j] > key;
-    if (larger < k) best[larger] = key;
-  }
+__device__ __forceinline__ uint32_t logit_of_key(uint64_t key) {
+  return static_cast<uint32_t>(key >> 32);
 }
 
 // By a block: the best k of the chunk, of whose logits the thread's largest is `own`. All threads
@@ -75,65 +88,56 @@ __device__ __attribute__((noinline)) void rank_keys(const uint64_t* keys, int n,
 template <class T>
 __device__ __forceinline__ void find_top(const Chunk<T>& chunk, float own, int k, TopMemory& top) {
   const int thread = static_cast<int>(threadIdx.x);
-  top.largest[thread] = own;
+  const uint32_t mine = logit_of_key(top_key(own, 0)), lowest = logit_of_key(top_key(-kLargest, 0));
+  top.largest[thread] = mine;
   if (thread < kMostTop) top.best[thread] = kNoKey;
   if (thread == 0) top.count = 0;
   __syncthreads();
   int before = 0;
 #pragma unroll 4
   for (int other = 0; other < kScanThreads; ++other) {
-    const float z = top.largest[other];
-    before += z > own || (z == own && other < thread);
+    const uint32_t z = top.largest[other];
+    before += z > mine || (z == mine && other < thread);
   }
-  if (before == k - 1) top.bar = own;
+  if (before == k - 1)  // no bar is as low as -inf
+    top.bar = static_cast<uint64_t>(mine > lowest ? mine : lowest) << 32;
   __syncthreads();
-  const float bar = top.bar;
-  uint64_t last = ~uint64_t{0};
+  uint64_t bar = top.bar;
 #pragma unroll 1
-  for (int n = -1; n < k && last != kNoKey; ++n) {  // the list, or one after the other
-    uint64_t next = kNoKey;
-    if (own >= bar)
-      each_own<T>(chunk, bar, [&](float z, int id) {
-        const uint64_t key = top_key(z, id);
-        if (n >= 0) {
-          if (key < last && key > next) next = key;
-        } else if (const int at = atomicAdd(&top.count, 1); at < kMostListed) {
-          top.listed[at] = key;
-        }
-      });
-    __syncthreads();  // the keys of the last round are read
-    if (n < 0) {
-      const int count = top.count;
-      if (count <= kMostListed) return rank_keys(top.listed, count, k, top.best);
-      continue;
-    }
-    merge_lanes(next, 32, [](uint64_t& a, uint64_t b) { a = a > b ? a : b; });
-    if (thread % 32 == 0) top.listed[thread / 32] = next;
+  for (;;) {
+    if (mine >= logit_of_key(bar)) list_own(chunk, bar, top);
     __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < kScanWarps; ++warp)
-      if (top.listed[warp] > next) next = top.listed[warp];
-    if (thread == 0) top.best[n] = next;
-    last = next;
+    const int count = top.count;
+    rank_keys(top.listed, count < kMostListed ? count : kMostListed, k, top.best);
+    if (count <= kMostListed) return;
+    __syncthreads();
+    bar = top.best[k - 1];  // of those that are listed
+    if (thread == 0) top.count = 0;
+    __syncthreads();
   }
 }
 
-// By the last block of a row: the best k of its chunks' keys [total].
+// By the last block of a row: the best k of its chunks' keys [total], at least one.
 __device__ __forceinline__ void merge_top(const uint64_t* keys, int total, int k,
                                           ScanMemory& memory, TopMemory& top) {
   auto* pool = reinterpret_cast<uint64_t*>(memory.slots);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kMostTop) top.best[thread] = kNoKey;
+  int from = 0;
 #pragma unroll 1
-  for (int from = 0; from < total; from += kPool - kMostTop) {
+  do {
     const int left = total - from, n = left < kPool - kMostTop ? left : kPool - kMostTop;
     __syncthreads();
     if (thread < kMostTop) pool[thread] = top.best[thread];
 #pragma unroll 1
-    for (int i = thread; i < n; i += kScanThreads) pool[kMostTop + i] = read_part(keys + from + i);
+    for (int next = thread; next < n; next += kScanThreads) {
+      const int i = anew(next);
+      pool[kMostTop + i] = read_part(keys + (from + i));
+    }
     __syncthreads();
     rank_keys(pool, kMostTop + n, k, top.best);
-  }
+    from += n;
+  } while (from < total);
   __syncthreads();
 }
 
@@ -144,35 +148,39 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   DPARALLEL_SHARED(memory, ScanMemory);
   DPARALLEL_SHARED(top, TopMemory);
   const int chunks = static_cast<int>(shape.chunks.divisor), k = static_cast<int>(args.k);
-  const int i = static_cast<int>(shape.chunks.quotient(blockIdx.x));
+  const auto keys_of = [=](unsigned chunk) {
+    return keys + static_cast<uint64_t>(chunk) * static_cast<uint32_t>(k);
+  };
+  const int i = static_cast<int>(shape.chunks.quotient(blockIdx.x)), first = i * chunks;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row = args.rows ? args.rows[i] : i;
   const Chunk<T> ids(memory, static_cast<int>(args.logits.vocab),
-                     static_cast<int>(blockIdx.x) - i * chunks);
+                     static_cast<int>(blockIdx.x) - first);
   ids.copy(scan_row<T>(args.logits, shape, row), args.exclusions);
   float own;
-  const RowPart part = ids.scan(args.exclusions, &own);
-  if (thread == 0) parts[blockIdx.x] = part;
+  ids.scan(args.exclusions, parts + blockIdx.x, &own);
   find_top<T>(ids, own, k, top);
   __syncthreads();
-  if (thread < k) keys[static_cast<int64_t>(blockIdx.x) * k + thread] = top.best[thread];
+  if (thread < k) keys_of(blockIdx.x)[thread] = top.best[thread];
   if (!last_to_arrive(counters + i, chunks)) return;
-  const int64_t first = static_cast<int64_t>(i) * chunks;
-  const RowPart merged =  // by each warp for itself, so that none waits apart from the others
-      merge_chunks(parts + first, chunks, [](RowPart& a, const RowPart& b) { a.merge(b); });
-  if (thread == 0) memcpy(top.row, &merged, sizeof merged);
-  merge_top(keys + first * k, chunks * k, k, memory, top);
-  RowPart whole;
-  memcpy(&whole, top.row, sizeof whole);
-  const RowError error = whole.error();
-  if (thread == 0) args.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
+  const RowPart whole =  // by each warp for itself, so that none waits apart from the others
+      merge_chunks(parts, first, chunks, [](RowPart& a, const RowPart& b) { a.merge(b); });
+  if (thread == 0) {
+    const RowError error = whole.error();
+    args.error[i] = error == kRowOk ? kNoError : encode_error(i, error);
+    top.error = error;
+    top.max = whole.max;
+    top.sum = whole.sum;
+  }
+  merge_top(keys_of(first), chunks * k, k, memory, top);
   if (thread >= k) return;
-  const uint64_t key = error == kRowOk ? top.best[thread] : kNoKey;
+  const bool sound = top.error == kRowOk;
+  const uint64_t key = sound ? top.best[thread] : kNoKey;
   const int64_t to = static_cast<int64_t>(i) * k + thread;
   args.tokens[to] = key == kNoKey ? -1 : top_id(key);
-  args.logprobs[to] = key != kNoKey     ? top_logprob(key, whole)
-                      : error == kRowOk ? -kInfinity
-                                        : from_bits(0x7fc00000u);  // NaN
+  args.logprobs[to] = key != kNoKey ? top_logprob(key, top.max, top.sum)
+                      : sound       ? -kInfinity
+                                    : from_bits(0x7fc00000u);  // NaN
 }
 
 }  // namespace

@@ -25,75 +25,43 @@ __device__ inline int sum_block(int value) {
   return total;
 }
 
-constexpr int kAtOnce = 4;  // keys that a thread ranks at once
-
-// The ranks of n items: best 0, ties to the lowest index. A thread writes those of its own items,
-// and reads the next two keys while it compares two.
-template <class Item>
-__device__ __forceinline__ void rank_block(Item* items, int n) {
-  const auto key_at = [=](int i) { return i < n ? items[i].key : from_bits(0x7fc00000u); };
-#pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < n; first += kAtOnce * kScanThreads) {
-    float key[kAtOnce];
-    int rank[kAtOnce];
-#pragma unroll
-    for (int c = 0; c < kAtOnce; ++c) {
-      key[c] = key_at(first + c * kScanThreads);
-      rank[c] = 0;
-    }
-    float next[2] = {key_at(0), key_at(1)};
-#pragma unroll 1
-    for (int j = 0; j < n; j += 2) {
-      const float other[2] = {next[0], next[1]};
-      next[0] = key_at(j + 2);
-      next[1] = key_at(j + 3);
-#pragma unroll
-      for (int c = 0; c < kAtOnce; ++c) {
-        const int i = first + c * kScanThreads;
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          rank[c] += (other[e] > key[c]) | ((other[e] == key[c]) & (j + e < i));
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kAtOnce; ++c)
-      if (key[c] == key[c]) items[first + c * kScanThreads].rank = rank[c];
-  }
-}
-
-// How many of the `eligible` items commit: for every thread, all items of rank below it. Where all
-// keys beyond a threshold commit, they are not ranked: the rank is 0 or the largest number. Begins
-// and ends with a barrier.
+// How many of the `eligible` items commit: for every thread, all items of rank below it. Ranks are
+// counted: best 0, ties to the lowest index. Where all keys beyond a threshold commit, they are not
+// ranked: the rank is 0 or the largest number. The items are there before the last barrier, and
+// ranks are after this call.
 template <class Item>
 __device__ __forceinline__ int select_block(const Policy& policy, Item* items, int n,
                                             int eligible) {
-  DPARALLEL_SHARED(reached, int32_t);  // the most that the rule alone lets commit
-  if (threadIdx.x == 0) reached = 0;
-  __syncthreads();
-  const bool cumulative = policy.cumulative(), by_threshold = policy.by_threshold();
+  int reached = 0;  // the most that the rule alone lets commit
 #pragma unroll 1
-  for (bool ranked = !by_threshold;; ranked = true) {
-    if (ranked) rank_block(items, n);
+  for (bool ranked = !policy.by_threshold();; ranked = true) {
     int passing = 0;  // the keys that pass are the best
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kScanThreads) {
-      const float key = items[i].key;
-      if (key != key) continue;
-      const int rank = ranked ? items[i].rank : 0;  // this thread's own
-      const bool passes = policy.reaches(rank, key);
-      passing += passes;
-      if (!ranked) items[i].rank = passes ? 0 : INT32_MAX;
-      else if (cumulative) items[rank].sorted = key;
+    for (int first = 0; first < n; first += kScanThreads) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      const float key = i < n ? items[i].key : from_bits(0x7fc00000u);
+      bool passes = false;
+      if (key == key) {
+        int rank = 0;
+        if (ranked) {
+          float next = items[0].key;
+#pragma unroll 1
+          for (int j = 0; j < n; ++j) {
+            const float other = next;
+            next = items[j + 1 < n ? j + 1 : 0].key;  // on its way while two are compared
+            rank += (other > key) | ((other == key) & (j < i));
+          }
+          items[rank].sorted = key;
+        }
+        passes = policy.reaches(rank, key);
+        items[i].rank = ranked || passes ? rank : INT32_MAX;
+      }
+      passing += __syncthreads_count(passes);
     }
-    if (passing > 0 && ranked != by_threshold) atomicAdd(&reached, passing);
-    __syncthreads();
-    if (cumulative) {
-      if (threadIdx.x == 0)
-        reached = static_cast<int32_t>(
-            policy.reached(eligible, [&](int64_t i) { return items[i].sorted; }));
-      __syncthreads();
-    }
-    const auto limit = static_cast<int>(policy.limit(reached, eligible));
+    if (ranked != policy.by_threshold()) reached = passing;
+    if (policy.cumulative())
+      reached = policy.reached(eligible, [&](int i) { return items[i].sorted; });
+    const int limit = policy.limit(reached, eligible);
     if (ranked || limit == reached) return limit;
   }
 }

@@ -171,6 +171,11 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return cuda_host::shuffle(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(bits));
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return cuda_host::shuffle(mask, value, static_cast<unsigned>(lane));
+}
+
 inline unsigned __ballot_sync(unsigned mask, bool value) {
   if (mask != 0xffffffffu) cuda_host::fail("ballot with a partial mask");
   const char* all = cuda_host::exchange(&value, sizeof value);
@@ -193,6 +198,9 @@ T reduce_warp(unsigned mask, T value, Update update) {
 inline int __reduce_add_sync(unsigned mask, int value) {
   return reduce_warp(mask, value, [](int a, int b) { return a + b; });
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return reduce_warp(mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return reduce_warp(mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
@@ -212,6 +220,17 @@ template <class T>
 T atomicAdd(T* p, T value) {
   return atomic_update(p, [=](T old) { return static_cast<T>(old + value); });
 }
+inline int __syncthreads_count(bool value) {
+  static char key;
+  auto& count = cuda_host::shared<int32_t>(&key);
+  __syncthreads();  // the count of a call before is read
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, static_cast<int32_t>(value));
+  __syncthreads();
+  return count;
+}
+inline bool __syncthreads_or(bool value) { return __syncthreads_count(value) > 0; }
 template <class T>
 T atomicMin(T* p, T value) {
   return atomic_update(p, [=](T old) { return value < old ? value : old; });

@@ -23,17 +23,20 @@ DP_HD int32_t choice_of(RowError error, int64_t token) {
 }
 
 // What follows a row that has no children. eos_ids [eos_count]; negative: none.
-DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, int64_t eos_count) {
+template <class Int>
+DP_HD int32_t without_children(int32_t choice, const int64_t* eos_ids, Int eos_count) {
   if (choice < 0) return kPathFails;
-  for (int64_t e = 0; e < eos_count; ++e)
+  for (Int e = 0; e < eos_count; ++e)
     if (eos_ids[e] == choice) return kPathEnds;
   return kPathLeaf;
 }
 
 // Whether row i > 0 holds its parent's choice, and so follows it unless a lower row does too.
-// choices [i]. A parent that is not before its child chooses nothing.
-DP_HD bool is_chosen(int32_t i, int64_t parent, int64_t draft, const int32_t* choices) {
-  return parent >= 0 && parent < i && choices[parent] == draft;
+// choice_at(row): of rows before i. A parent that is not before its child chooses nothing.
+template <class Choice>
+DP_HD bool is_chosen(int32_t i, int64_t parent, int64_t draft, Choice choice_at) {
+  return static_cast<uint64_t>(parent) < static_cast<uint64_t>(i) &&
+         choice_at(static_cast<int32_t>(parent)) == draft;
 }
 
 struct Path {
@@ -44,13 +47,13 @@ struct Path {
   DP_HD bool ended() const { return follows == kPathEnds; }
 };
 
-// Walks from row 0 for at most `room` > 0 rows. follows [rows], at least one. Calls emit(place,
-// row) for each row of the path.
-template <class Emit>
-DP_HD Path walk_path(const int32_t* follows, int64_t room, Emit emit) {
+// Walks from row 0, which there is, for at most `room` > 0 rows. Calls emit(place, row) for each
+// row of the path. follows(row): what follows it.
+template <class Int, class Follows, class Emit>
+DP_HD Path walk_path(Int room, Follows follows, Emit emit) {
   int32_t row = 0;
   for (int32_t count = 0;;) {
-    const int32_t next = follows[row];
+    const int32_t next = follows(row);
     if (next == kPathFails) return {0, row, next};
     emit(count++, row);
     if (next < 0 || next == kPathLeaf || count == room) return {count, row, next};

@@ -48,7 +48,7 @@ struct Exclusions {
 
 // Why a row has no result. An error is stored as row * 4 + code, so that the lowest bad row is the
 // minimum.
-enum RowError : int64_t {
+enum RowError : int32_t {
   kRowOk = 0,
   kRowNan = 1,         // the row holds NaN
   kRowEmpty = 2,       // no id that may be chosen has a logit above -inf

@@ -203,17 +203,21 @@ struct AcceptArgs {
   RowOutput output;  // errors are numbered by lane * kLaneRows + row within it, see accept.h
 
   // The rows of a lane that are read: [first, first + count). A lane that is out of bounds, which
-  // only a GPU's unchecked arguments can contain, has none.
-  struct Rows {
-    int64_t first, count;
+  // only a GPU's unchecked arguments can contain, has none. Int holds any number of rows.
+  template <class Int>
+  struct alignas(2 * sizeof(Int)) Rows {
+    Int first, count;
 
-    DP_HD bool hold(int64_t row) const { return row >= first && row < first + count; }
+    DP_HD bool hold(Int row) const { return row >= first && row < first + count; }
   };
-  DP_HD Rows rows_of(int64_t lane) const {
-    const int64_t first = q_start[lane], last = q_end[lane];
-    if (first < 0 || last > count || first >= last || (room != nullptr && room[lane] <= 0))
-      return {0, 0};
-    return {first, last - first < max_q_len ? last - first : max_q_len};
+  template <class Int>
+  DP_HD Rows<Int> rows_of(Int lane) const {
+    const auto first = static_cast<uint64_t>(q_start[lane]);
+    const auto last = static_cast<uint64_t>(q_end[lane]);
+    if (last > static_cast<uint64_t>(count) || first >= last) return {0, 0};
+    if (room != nullptr && room[lane] <= 0) return {0, 0};
+    const auto rows = static_cast<Int>(last - first), most = static_cast<Int>(max_q_len);
+    return {static_cast<Int>(first), rows < most ? rows : most};
   }
 };
 

@@ -16,7 +16,7 @@ namespace dparallel {
 
 // The kept ids: those with a logit above `cut`, and of those with that very logit the ids up to
 // `last`.
-struct Nucleus {
+struct alignas(8) Nucleus {
   float cut;
   int32_t last;
 

@@ -19,6 +19,7 @@ enum Selector : int {
   kSelectors
 };
 
+// In the order of the selectors that compare a score with their threshold.
 enum Score : int { kScoreConfidence = 0, kScoreEntropy, kScoreMargin, kScores };
 
 constexpr int kPolicyFields = 5;
@@ -27,15 +28,15 @@ constexpr int kMostCommits = 1 << 24;  // float32 holds every whole number up to
 // A field of a policy row as a whole number, clamped to its bounds, NaN to `least`. Rows on a
 // device are read unchecked, and converting a float that no int can hold is undefined.
 DP_HD int whole_number(float x, int least, int most) {
-  if (!(x > static_cast<float>(least))) return least;
-  return x < static_cast<float>(most) ? static_cast<int>(x) : most;
+  const auto low = static_cast<float>(least), high = static_cast<float>(most);
+  return static_cast<int>(x > low ? (x < high ? x : high) : low);
 }
 
 struct Policy {
   int selector;
   float threshold;
-  int64_t min_commit;
-  int64_t max_commit;
+  int min_commit;
+  int max_commit;
   int score;
 
   // row [5]: selector, threshold, min_commit, max_commit (inf: no limit), score. Any floats have a
@@ -46,18 +47,13 @@ struct Policy {
     policy.threshold = row[1];
     policy.min_commit = whole_number(row[2], 0, kMostCommits);
     policy.max_commit = row[3] >= static_cast<float>(kMostCommits)
-                            ? INT64_MAX
+                            ? INT32_MAX
                             : whole_number(row[3], 1, kMostCommits);
-    policy.score = whole_number(row[4], 0, kScores - 1);
-    switch (policy.selector) {
-      case kSelectConfidence:
-      case kSelectFactor:
-      case kSelectFrechet: policy.score = kScoreConfidence; break;
-      case kSelectEntropy:
-      case kSelectEntropyBound: policy.score = kScoreEntropy; break;
-      case kSelectMargin: policy.score = kScoreMargin; break;
-      default: break;
-    }
+    const int own = whole_number(row[4], 0, kScores - 1);
+    policy.score = policy.by_threshold()                    ? policy.selector
+                   : policy.selector == kSelectQuota        ? own
+                   : policy.selector == kSelectEntropyBound ? kScoreEntropy
+                                                            : kScoreConfidence;
     return policy;
   }
 
@@ -67,32 +63,28 @@ struct Policy {
   }
 
   // Whether a position passes the rule by its own key alone, whatever the other keys are.
-  DP_HD bool by_threshold() const {
-    return selector == kSelectConfidence || selector == kSelectMargin || selector == kSelectEntropy;
-  }
+  DP_HD bool by_threshold() const { return selector < kSelectQuota; }
 
   // Whether a position passes by the sum of the keys that are better than its own.
-  DP_HD bool cumulative() const {
-    return selector == kSelectEntropyBound || selector == kSelectFrechet;
-  }
+  DP_HD bool cumulative() const { return selector >= kSelectEntropyBound; }
 
   // Whether the rule lets the i + 1 best positions commit, given the key of the last of them; not
   // for cumulative rules.
   DP_HD bool reaches(int32_t i, float key) const {
-    switch (selector) {
-      case kSelectConfidence:
-      case kSelectMargin: return key >= threshold;
-      case kSelectEntropy: return -key <= threshold;
-      case kSelectQuota: return static_cast<float>(i + 1) <= threshold;
-      case kSelectFactor:  // the largest n with p_(n) >= 1 - f / (n + 1)
-        return key >= 1.0f - Denominator(static_cast<float>(i + 2))
-                                 .under(threshold > kLargest ? kLargest : threshold);
-      default: return false;
-    }
+    float least = threshold;
+    if (selector == kSelectEntropy) least = -threshold;
+    if (selector == kSelectQuota)
+      least = static_cast<float>(i + 1) <= threshold ? -kInfinity : __builtin_nanf("");
+    if (selector == kSelectFactor)  // the largest n with p_(n) >= 1 - f / (n + 1)
+      least =
+          1.0f -
+          Denominator(static_cast<float>(i + 2)).under(threshold > kLargest ? kLargest : threshold);
+    return key >= least;
   }
 
   // How many of `masked` positions commit, where the rule alone would commit n.
-  DP_HD int64_t limit(int64_t n, int64_t masked) const {
+  template <class Int>
+  DP_HD Int limit(Int n, Int masked) const {
     if (n < min_commit) n = min_commit;
     if (n > max_commit) n = max_commit;
     return n < masked ? n : masked;
@@ -100,10 +92,10 @@ struct Policy {
 
   // How many of `masked` positions a cumulative rule alone lets commit. sorted(i): the i-th best
   // key, i in [0, masked).
-  template <class Sorted>
-  DP_HD int64_t reached(int64_t masked, Sorted sorted) const {
+  template <class Int, class Sorted>
+  DP_HD Int reached(Int masked, Sorted sorted) const {
     const bool by_entropy = selector == kSelectEntropyBound;
-    int64_t n = 0;
+    Int n = 0;
     // By entropy: that of the better ones. Else: at worst the n best are right together with the
     // probability 1 - sum of (1 - p_(j)) over j <= n, and another token of the last is right with
     // 1 - p_(n). The gap between the two, p_(n) - sum, falls with n.

@@ -21,13 +21,13 @@ DP_HD float clamp_logit(float z) { return z > kLargest ? kLargest : z; }
 // At least kExpFloor, or NaN.
 DP_HD float floored(float d) { return d < kExpFloor ? kExpFloor : d; }
 
-// z - m, at least kExpFloor; z itself where m = -inf (no logit seen yet). Only a NaN logit gives
-// NaN.
-DP_HD float shifted(float z, float m) { return floored(z - (m == -kInfinity ? 0.0f : m)); }
+// z - m of a z that is at most m, at least kExpFloor: the latter where m = -inf (no logit seen
+// yet). Only a NaN logit gives NaN.
+DP_HD float shifted(float z, float m) { return floored(z - (m > -kLargest ? m : -kLargest)); }
 
 // The statistics of part of a row. `max`, `sum` and `weighted` include the mask token; `top1`,
 // `top2` (the two largest admissible logits) and `token` (the id of top1) do not.
-struct RowPart {
+struct alignas(8) RowPart {
   float max = -kInfinity;
   float sum = 0.0f;       // S, relative to max
   float weighted = 0.0f;  // W, relative to max
@@ -65,14 +65,14 @@ struct RowPart {
 
   // sum e (z - m') = e^(m - m') (W + S (m - m')) when the maximum moves from m up to m'.
   DP_HD void rescale(float to) {
-    const float d = floored(max - to);
+    const float d = shifted(max, to);
     rescale(to, d, expf(d));
   }
-  // d = m - m', e = exp(d).
+  // d = m - m', e = exp(d). From m = -inf, where a sum is at most some exp(kExpFloor), nothing
+  // remains.
   DP_HD void rescale(float to, float d, float e) {
-    const float scale = max == -kInfinity ? 0.0f : e;
-    weighted = scale * (weighted + sum * d);
-    sum *= scale;
+    weighted = e * (weighted + sum * d);
+    sum *= e;
     max = to;
   }
 
@@ -83,11 +83,12 @@ struct RowPart {
     max = higher ? other.max : max;
     sum = higher ? other.sum : sum;
     weighted = higher ? other.weighted : weighted;
-    if (to > max) rescale(to);
+    rescale(to);  // by 1 where they are equal
     sum += kept;
     weighted += kept_weighted;
-    const bool first = top1 > other.top1 || (top1 == other.top1 && token >= 0 &&
-                                             (other.token < 0 || token < other.token));
+    // Of equal logits the lower id; none, -1, is the largest without its sign.
+    const bool lower_id = static_cast<uint32_t>(token) < static_cast<uint32_t>(other.token);
+    const bool first = (top1 > other.top1) | ((top1 == other.top1) & lower_id);
     const float lower = first ? other.top1 : top1, next = first ? top2 : other.top2;
     top1 = first ? top1 : other.top1;
     top2 = lower > next ? lower : next;
@@ -131,7 +132,7 @@ DP_HD float score_reference(float max, float inverse_temperature) {
 
 // The sample of part of a row: Gumbel-max over logits / T of the ids that may be drawn (not the
 // mask token, nor ids outside the nucleus), and the sum of their softmax at T.
-struct SamplePart {
+struct alignas(8) SamplePart {
   float score = -kInfinity;  // the largest (z - score_reference(max)) / T + Gumbel noise
   float logit = -kInfinity;  // the logit of that score's id
   int32_t token = -1;        // that id
@@ -180,12 +181,17 @@ DP_HD RowResult finish(const RowPart& part) {
   constexpr float kNan = __builtin_nanf("");
   const bool empty = part.token < 0;
   const bool nothing = empty && !(part.sum >= 0.5f);  // the largest logit alone adds 1
-  const float log_sum = nothing ? 0.0f : logf(part.sum);
-  const Denominator sum(part.sum);
-  const float entropy = nothing ? 0.0f : log_sum - sum.under(part.weighted);
-  const float p1 = sum.under(expf(shifted(part.top1, part.max)));
-  const float e2 = part.top2 == -kInfinity ? 0.0f : expf(shifted(part.top2, part.max));
-  const float p2 = sum.under(e2);
+  const Denominator sum(nothing ? 1.0f : part.sum);
+  const float log_sum = logf(nothing ? 1.0f : part.sum);
+  const float entropy = log_sum - sum.under(nothing ? 0.0f : part.weighted);
+  float p1 = 0.0f, p2 = 0.0f, top = part.top2;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+  for (int i = 0; i < 2; ++i, top = part.top1) {  // the second, then the first
+    p2 = p1;
+    p1 = top == -kInfinity ? 0.0f : sum.under(expf(shifted(top, part.max)));
+  }
   RowResult result;
   result.token = result.sample = part.token;
   result.field[kTop1] = unclamped(part.top1);

@@ -14,9 +14,9 @@ DP_HD uint64_t top_key(float z, int64_t id) { return nucleus_key(z, id); }
 DP_HD float top_logit(uint64_t key) { return nucleus_logit(static_cast<uint32_t>(key >> 32)); }
 DP_HD int64_t top_id(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
-// The log-probability of a key's id in a row with these statistics.
-DP_HD float top_logprob(uint64_t key, const RowPart& row) {
-  return (top_logit(key) - row.max) - logf(row.sum);
+// The log-probability of a key's id in a row, see RowPart.
+DP_HD float top_logprob(uint64_t key, float max, float sum) {
+  return (top_logit(key) - max) - logf(sum);
 }
 
 }  // namespace dparallel
