@@ -39,7 +39,9 @@ inline int32_t add_acquire_release(int32_t* p, int32_t value) {
 }
 inline int32_t count_acquire_release(int32_t* p, int32_t last) {
   __threadfence();
-  const int32_t old = atomic_update(p, [=](int32_t at) { return at == last ? 0 : at + 1; });
+  const int32_t old = atomic_update(p, [=](int32_t at) {
+    return static_cast<uint32_t>(at) >= static_cast<uint32_t>(last) ? 0 : at + 1;
+  });
   __threadfence();
   return old;
 }
@@ -81,7 +83,7 @@ __device__ __forceinline__ int32_t add_acquire_release(int32_t* p, int32_t value
                : "memory");
   return old;
 }
-// Likewise adds 1, or goes back from `last` to 0.
+// Likewise adds 1, or goes back from `last`, or any larger number without a sign, to 0.
 __device__ __forceinline__ int32_t count_acquire_release(int32_t* p, int32_t last) {
   int32_t old;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
