@@ -114,6 +114,19 @@ def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytes
     assert [kept.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
 
 
+def test_recordings_are_of_their_own_ends_and_suppressed_ids(taped: list[Graphs]) -> None:
+    model = golden.model("llada_tiny_a")
+    text = plain(model, PROMPTS[0])[0, len(PROMPTS[0]) :].tolist()
+    ways: list[dict[str, Any]] = [{"eos_id": text[at]} for at in (3, 20)]
+    ways += [{"suppress": ids} for ids in (text[:2], text[2:4])]
+    for _ in range(3):
+        for way in ways:
+            out = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
+            assert torch.equal(out.sequences, plain(model, PROMPTS[0], **way))
+            assert int(out.nfe) == int(dx.decode(model, PROMPTS[0], graphs=False, **SETTINGS, **way).nfe)
+    assert len(taped) == 1
+
+
 def test_there_is_room_for_so_many_bytes(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden.model("llada_tiny_a")
     monkeypatch.setattr(kept, "BYTES", 2 * model.new_cache(1, bucket(len(PROMPTS[0]) + 32)).slots.nbytes)

@@ -254,7 +254,9 @@ def test_the_end_of_a_with_block(
     )
     error = KeyboardInterrupt if raises == "while it waits" else raises
     raised = (
-        nullcontext() if error is None else pytest.raises(error, match="in the block" * (raises == error))
+        nullcontext()
+        if error is None
+        else pytest.raises(error, match="in the block" if raises == error else None)
     )
     with raised, dx.Engine(LLADA, block_length=8, lanes=1, max_length=64) as engine:
         done = engine.submit([1, 2], gen_length=0)
