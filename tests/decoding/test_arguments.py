@@ -234,9 +234,11 @@ def test_a_foreign_model_is_asked_for_its_ids() -> None:
 
 
 def test_a_foreign_models_rows_say_which_ids_can_be_suppressed() -> None:
-    """Whatever ids its embedding has."""
+    """Whatever ids its embedding has, and wherever its own weights are."""
 
     class Foreign(torch.nn.Module):
+        device = torch.device("meta")  # as with weights that come with each call
+
         def get_input_embeddings(self) -> torch.nn.Embedding:
             return torch.nn.Embedding(5, 2)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dparallel_ext.cache import bucket
 from dparallel_ext.packed import COUNTING, Packing, unpack
+
+
+def test_buckets() -> None:
+    """Of 8, and above 64 four a doubling."""
+    sizes = [0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    assert sorted({bucket(count) for count in range(321)}) == sizes
+    assert all(bucket(count) >= count for count in range(321))
 
 
 def test_number_by_number_is_as_from_tensors() -> None:

@@ -150,6 +150,12 @@ def test_stop_strings_do_not_depend_on_the_blocks(said: str, stop: list[str], cu
     assert len(BYTE_LEVEL.decode(ids[: count - 1]).rstrip(INCOMPLETE)) < end
 
 
+def test_the_first_stop_string_of_a_token_counts() -> None:
+    ids = BYTE_LEVEL.encode("the").ids
+    assert len(ids) == 1
+    assert "".join(pieces(BYTE_LEVEL, ids, [], ["the", "h"])[0]) == "t"
+
+
 def test_the_beginning_of_a_stop_string_is_held_back() -> None:
     stream = TextStream(BYTE_LEVEL, ["<<end>>"])
     ids = [BYTE_LEVEL.encode(c).ids for c in "a<<en<<end>>b"]
