@@ -336,8 +336,14 @@ def test_what_is_said_of_a_checkpoint_is_not_said_of_the_next(tmp_path: Path):
             "trainer_state.json", "training_args.bin"]  # fmt: skip
     for name in along + left:
         (source / name).write_text("x")
+    (source / "README.md").unlink()
+    (source / "README.md").symlink_to("nowhere")  # nobody copies it
     files.Companions(source).save_pretrained(out)
     assert sorted(os.listdir(out)) == sorted(along)
+    (source / "vocab.json").unlink()
+    (source / "vocab.json").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json is a link to nowhere, which is not there"):
+        files.Companions(source)
 
 
 def test_the_models_that_ship_are_loaded_by_the_registry():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dparallel_ext.models.files import PARTIAL as PARTIAL
-from dparallel_ext.models.files import check_text, replacing
+from dparallel_ext.models.files import check_text, is_there, replacing
 from dparallel_ext.models.files import directory as directory
 from dparallel_ext.models.files import full_disk_named as full_disk_named
 from dparallel_ext.models.files import possible as possible
@@ -209,21 +209,25 @@ are the new model's own, and other files (results, model card, log) describe the
 
 
 class Companions:
-    """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer."""
+    """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer.
+
+    Raises FileNotFoundError for one that is a link that leads nowhere, before anything is copied.
+    """
 
     model_input_names = ("input_ids",)  # where Trainer looks for a row's length
 
     def __init__(self, source: Path) -> None:
         self.source = source
+        self.files = [
+            file
+            for file in (*source.iterdir(), *source.glob("additional_chat_templates/*"))
+            if file.suffix != PARTIAL and any(fnmatch(file.name, pattern) for pattern in COMPANIONS)
+            if is_there(file)
+        ]
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        for file in (*self.source.iterdir(), *self.source.glob("additional_chat_templates/*")):
-            if (
-                file.is_file()
-                and file.suffix != PARTIAL
-                and any(fnmatch(file.name, pattern) for pattern in COMPANIONS)
-            ):
-                copy = Path(directory) / file.relative_to(self.source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(copy) as partial:
-                    partial.write_bytes(file.read_bytes())
+        for file in self.files:
+            copy = Path(directory) / file.relative_to(self.source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(copy) as partial:
+                partial.write_bytes(file.read_bytes())

@@ -193,6 +193,13 @@ def test_an_adapter_that_does_not_fit_is_named(adapter: Path, tmp_path: Path):
     moved.write_text(json.dumps(json.loads(moved.read_text()) | {"base_model_name_or_path": "gone"}))
     with pytest.raises(FileNotFoundError, match=r"names 'gone' as its base, and .*: 'gone' is neither"):
         adapters.merge(moved.parent, tmp_path / "out")
+    base = shutil.copytree(registry.directory_of("builtin:teacher"), tmp_path / "base")
+    for name in ("tokenizer.json", "model.safetensors"):
+        (base / name).unlink()
+        (base / name).symlink_to("../blobs/1")
+        with pytest.raises(FileNotFoundError, match=rf"^model: .*base/{name} is a link to \.\./blobs/1"):
+            adapters.merge(adapter, tmp_path / "out", model=str(base))
+        (base / name).unlink()
     with pytest.raises(ValueError, match=r"is for no module of"):
         adapters.merge(adapter, tmp_path / "out", model=str(golden.home / "dream_tiny_a"))
     for name, content, said in (

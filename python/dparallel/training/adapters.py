@@ -98,7 +98,9 @@ def merge(
             f"model: the adapter names {str(name)!r:.200} as its base, and another may be given: {reason}"
         ) from error
     files.apart("out", directory, source)
-    base = dx.models.load(source, mask_id=mask_id)
+    with registry.naming("model", "path"):
+        companions = files.Companions(source)
+        base = dx.models.load(source, mask_id=mask_id)
     weights = _put(tensors, base, source)
     targets = {_parts(key.removeprefix(PREFIX)) for key in weights}
     config.target_modules = sorted({module for module, part, _ in targets if part == ".lora_"})
@@ -115,7 +117,7 @@ def merge(
     merged = adapted.merge_and_unload()
     files.directory("out", directory)
     with files.locked("out", directory):
-        files.Companions(source).save_pretrained(directory)  # before config.json, which makes it a checkpoint
+        companions.save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory
 

@@ -259,7 +259,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
     narrow = recipe.lora is not None and backends.fast_bfloat16(args.device)
     dtype = torch.bfloat16 if narrow else torch.float32
-    model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
+    with registry.naming("model", "path"):
+        companions = files.Companions(source)
+        model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
     eos = model.eos_id
     if eos is None:
         raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
@@ -277,7 +279,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             args=args,
             train_dataset=rows,
             data_collator=collator,
-            processing_class=files.Companions(source),
+            processing_class=companions,
         )
     except RuntimeError as error:
         if "installed" not in str(error):  # else what `report_to` names is not
@@ -299,7 +301,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         trainer.save_model(str(directory))
     elif trainer.is_world_process_zero():
         # Before config.json, which makes it a checkpoint.
-        files.Companions(source).save_pretrained(directory)
+        companions.save_pretrained(directory)
         dx.models.save(model, directory, dtype=torch.bfloat16)
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
