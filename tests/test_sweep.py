@@ -20,6 +20,8 @@ from dparallel_ext.rules import ONE
 def test_policies_are_checked_before_anything_is_decoded():
     with pytest.raises(ValueError, match="policy"):
         next(iter(sweeping.sweep(["builtin:teacher"], ["entropy:0.5", "nonsense"])))
+    with pytest.raises(ValueError, match="policy"):  # a row without a rule
+        next(iter(sweeping.sweep(["builtin:teacher"], [{"cache": "dual"}])))
     rule: Any = dx.rules.Credit()
     with pytest.raises(ValueError, match=r"policy: expected a text.*Credit.*rules\.KINDS"):
         next(iter(sweeping.sweep(["builtin:teacher"], [rule])))

@@ -70,7 +70,7 @@ def sweep(
     entries = [each if isinstance(each, Mapping) else {"rule": each} for each in policies]
     for entry in entries:
         if "verifier" not in entry:
-            parse_policy(entry["rule"])
+            parse_policy(entry.get("rule", ""))
         check_row(entry)
         if "verifier" in entry:
             registry.check_verifier(entry["verifier"])
