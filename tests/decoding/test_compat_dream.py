@@ -226,3 +226,8 @@ def test_dreams_options_are_checked(kwargs: dict, message: str) -> None:
         compat.diffusion_generate(model, torch.tensor([[5, 6, 7]]), **kwargs)
     with pytest.raises(ValueError, match="inputs: expected as many masks in each sequence, got \\[20, 21\\]"):
         compat.diffusion_generate(model, torch.tensor([[1, 2], [511, 3]]), alg="entropy", steps=2)
+
+
+def test_a_model_that_names_no_mask_is_asked_for_one() -> None:
+    with pytest.raises(ValueError, match="mask_token_id: the model's config has none, so give one"):
+        compat.diffusion_generate(lambda ids: None, torch.tensor([[1]]), steps=1, max_new_tokens=1)

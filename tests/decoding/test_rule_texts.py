@@ -197,6 +197,13 @@ def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
             dx.decode(llada, PROMPTS, gen_length=8, block_length=8, rule=rule)
 
 
+def test_a_text_and_a_name_for_each_sequence_are_expected() -> None:
+    with pytest.raises(ValueError, match="rule: expected a text, got 3"):
+        rules.parse(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="selector: expected one name or 3, got 2"):
+        dx.policies.make(["entropy", "quota"], 1.0, batch=3)
+
+
 @pytest.mark.parametrize("bars", [[7.5, 5.0, 2.5], (7.5, 5.0), 7.5])
 def test_prophets_bars_are_three(bars: Any) -> None:
     with pytest.raises(ValueError, match="bars: expected a tuple of three numbers, got"):
