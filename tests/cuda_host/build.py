@@ -79,10 +79,11 @@ def extension() -> Path:
     facts = dict.fromkeys(("COMPILER", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON"), "")
     facts |= {"BACKENDS": "cuda_host", "TORCH": torch.__version__}
     flags += "".join(f' -DDPARALLEL_{name}="{value}"' for name, value in facts.items())
-    torch_side = [(source, f"{flags} {stable}") for source in sorted((CSRC / "torch").glob("*.cpp"))]
+    source = together("ops", sorted((CSRC / "torch").glob("*.cpp")))
+    torch_side = (source, f"{flags} {stable} -I{CSRC / 'torch'}")
     runtime = [(source, f"{flags} -O0") for source in (CSRC / "runtime").glob("*.cpp")]
     level = (CSRC / "cpu" / "simd_level.cpp", f"{PLAIN} {PORTABLE}")  # the module asks for it
-    objects = compiled([*cuda_kernels(), *torch_side, level, *runtime, *emulation()])
+    objects = compiled([*cuda_kernels(), torch_side, level, *runtime, *emulation()])
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
@@ -135,7 +136,14 @@ def compiled(jobs: Iterable[Job]) -> list[Path]:
         return list(pool.map(compile_one, jobs))
 
 
-def kept(name: str, made_of: Iterable[str], make: Callable[[Path], None]) -> Path:
+def together(name: str, sources: list[Path]) -> Path:
+    """One source of several: torch's headers, which take longest, are read once."""
+    text = "".join(f'#line 1 "{source}"\n{source.read_text()}' for source in sources)
+    made = kept(name, [text], lambda directory: (directory / f"{name}.cpp").write_text(text))
+    return made / f"{name}.cpp"
+
+
+def kept(name: str, made_of: Iterable[str], make: Callable[[Path], object]) -> Path:
     """The directory that `make` fills, made where there is none of the same `made_of`."""
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     directory = CACHE / f"{name}-{key}"
