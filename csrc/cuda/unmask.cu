@@ -352,7 +352,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
 #pragma unroll 1
   for (int of_row = !lists;; of_row = anew(0)) {
     if (needed && !brings_to_zero(counters + (of_row ? windows + row : w), arrival)) return;
-    const Policy policy = Policy::load(args.policy + w * kPolicyFields);
+    Policy policy{};  // there may be no window
+    if (needed) policy = Policy::load(args.policy + w * kPolicyFields);
     if (!of_row) return settle(args, shape, scratch, policy, w, common, memory);
     finish<kSample>(args, scratch, policy, row, chunks, needed);
     if (!needed) return;
