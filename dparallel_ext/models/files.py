@@ -119,7 +119,7 @@ def is_there(file: Path) -> bool:
     """
     if os.path.isfile(file):  # Path.is_file raises for a name that is too long
         return True
-    if os.path.islink(file):
+    if os.path.islink(file) and not os.path.exists(file):
         raise FileNotFoundError(
             f"path: {file} is a link to {os.readlink(file)}, which is not there; was a download cut short?"
         )

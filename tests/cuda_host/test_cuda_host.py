@@ -179,9 +179,10 @@ def test_a_sound_kernel_is_not_accused(programs: Path) -> None:
 def test_kernels_without_their_barriers_are_found_out(programs: Path) -> None:
     result = run(programs / "cases", "--no-barriers", 0, 60)
     assert result.returncode in (1, 3)
-    assert "cases:" in result.stderr or "cuda_host:" in result.stderr
+    unwritten = "runtime error"  # of a value that nobody has written
+    assert any(said in result.stderr for said in ("cases:", "cuda_host:", unwritten))
     for number, op in enumerate(OPS_OF_CASES):
         # Of a seed whose first cases are small and have barriers.
         result = run(programs / "cases", "--races", "--no-barriers", 51, 10, number)
-        noticed = "a race" in result.stderr or "runtime error" in result.stderr  # a value nobody has written
+        noticed = "a race" in result.stderr or unwritten in result.stderr
         assert noticed == (op not in ("kv_write", "swiglu")), op  # they have none
