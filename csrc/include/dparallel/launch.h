@@ -7,35 +7,12 @@
 #include "dparallel/common.h"
 #include "dparallel/policy.h"
 #include "dparallel/row_stats.h"
+#include "dparallel/sampling.h"
 
 namespace dparallel {
 
 // A truth value: true unless 0. Bools that are a view of bytes may hold any; a C++ bool may not.
 using Flag = uint8_t;
-
-// The temperature that is used for a given one. Below 1e-5 it is 0, which is greedy: only logits
-// within 1e-4 of the largest would have a chance, and 1 / T would overflow in the end. Above 2^100
-// it is 2^100, beside whose noise logits below 1e23 do not differ. dparallel_ext/arguments.py does
-// the same.
-constexpr double kColdest = 1e-5, kHottest = 0x1p100;
-inline float temperature_in_force(double temperature) {
-  if (!(temperature >= kColdest)) return 0.0f;
-  return static_cast<float>(temperature < kHottest ? temperature : kHottest);
-}
-
-// Gumbel-max sampling. temperature: as temperature_in_force returns it; 0: no sampling.
-struct Sampling {
-  float temperature;
-  // row_stats, accept: [count, 4] seed, sequence, position, step of each row.
-  // unmask: [windows, 3] seed, sequence, step; the position is column + position_offset.
-  const int64_t* keys;
-  int64_t position_offset;
-  double top_p = 1.0;  // see nucleus.h; 1: all
-  int64_t top_k = 0;   // 0: all
-
-  DP_HD bool samples() const { return temperature > 0.0f; }
-  DP_HD bool filters() const { return samples() && (top_p < 1.0 || top_k > 0); }
-};
 
 struct RowOutput {
   int64_t* tokens;  // [2, count]: argmax, sample; -1 where the row was not read
