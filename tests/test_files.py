@@ -204,8 +204,11 @@ def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with files.locked("out", tmp_path):  # it may be the other process's
         assert [file.name for file in tmp_path.iterdir()] == ["state.pt.7.partial"]
     monkeypatch.delenv("WORLD_SIZE")
-    with files.locked("out", tmp_path):
-        assert not list(tmp_path.iterdir())
+    for folder in ("checkpoint-3", "another-run"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json.7.partial").write_text("of a run that was killed")
+    with files.locked("out", tmp_path, "checkpoint-*"):
+        assert [file.parent.name for file in tmp_path.rglob("*.partial")] == ["another-run"]
 
 
 def test_a_state_that_is_none_is_named(tmp_path: Path):

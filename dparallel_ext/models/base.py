@@ -7,7 +7,7 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -71,8 +71,7 @@ class Model(Expected):
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
         self.mask_id = next(iter(token_ids(self.config, "mask_token_id", s.embedding_size)), None)
-        self.eos_ids = token_ids(self.config, "eos_token_id", s.embedding_size)
-        self.eos_id = next(iter(self.eos_ids), None)
+        self.end_at(token_ids(self.config, "eos_token_id", s.embedding_size))
         self.embed = nn.Embedding(s.embedding_size, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         sparse = frozenset() if s.experts is None else s.experts.layers
@@ -83,6 +82,14 @@ class Model(Expected):
         self._rope: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_post_hook(_without_tied_head)
         self.register_load_state_dict_pre_hook(_with_tied_head)
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Set `eos_ids`, each id once, and `eos_id`.
+
+        The mask token, which a diffusion model never decodes, is no end, whatever a checkpoint says.
+        """
+        ends = [end for end in dict.fromkeys(ids) if self.causal or end != self.mask_id]
+        self.eos_ids, self.eos_id = tuple(ends), next(iter(ends), None)
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -152,12 +152,12 @@ def write_json(file: str | Path, content: Any) -> None:
 
 
 @contextmanager
-def locked(argument: str, path: Path) -> Iterator[None]:
+def locked(argument: str, path: Path, folders: str = "") -> Iterator[None]:
     """A context in which the directory is locked by this run. Raises ValueError if another run has it.
 
     The lock ends with the process, however that ends. Of several processes of a run, the first holds it.
     Files that a killed run had half-written (see `replacing`) are removed, unless this run has several
-    processes.
+    processes; also those in the run's own `folders` in the directory, a pattern of their names.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -175,8 +175,9 @@ def locked(argument: str, path: Path) -> Iterator[None]:
             pass  # the file system has no locks
         else:
             if os.environ.get("WORLD_SIZE", "1") == "1":
-                for partial in path.glob(f"*{PARTIAL}"):
-                    partial.unlink(missing_ok=True)
+                for folder in (path, *(path.glob(folders) if folders else ())):
+                    for partial in folder.glob(f"*{PARTIAL}"):
+                        partial.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

@@ -200,8 +200,7 @@ def load(
             f"{model.shape.embedding_size}"
         )
     # The tokenizer's, too, which a model that was tuned for chats may be the only one to end with.
-    model.eos_ids = tuple(dict.fromkeys((*model.eos_ids, *ends)))
-    model.eos_id = next(iter(model.eos_ids), None)
+    model.end_at((*model.eos_ids, *ends))
     return model.quantize() if fp8 else model, loaded
 
 

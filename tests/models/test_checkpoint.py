@@ -176,6 +176,9 @@ def test_null_is_as_good_as_nothing(tmp_path: Path) -> None:
 
 def test_the_first_of_several_ends_is_eos(tmp_path: Path) -> None:
     assert models.load(write(tmp_path, eos_token_id=[7, 9])).eos_id == 7
+    mask = models.load(write(tmp_path)).mask_id  # is never decoded, and so no end
+    masked = models.load(write(tmp_path, eos_token_id=[mask, 9, 9]))
+    assert (masked.eos_ids, masked.eos_id) == ((9,), 9)
 
 
 def test_both_names_of_the_dtype_are_written(tmp_path: Path) -> None:

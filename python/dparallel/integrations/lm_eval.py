@@ -151,9 +151,9 @@ class DParallelLM(TemplateLM):
         }
         self.default_gen_length = registry.gen_length(pretrained)
         self.max_length = max_length or max_positions(self.model) or MAX_LENGTH
-        self.end_ids = text.end_tokens(self.directory, self.tokenizer)
         self.bos_token = files.special_tokens(self.directory).get("bos_token")
         mask = traits(self.model).mask_id if mask_id is None else mask_id
+        self.end_ids = [end for end in text.end_tokens(self.directory, self.tokenizer) if end != mask]
         # Tasks list the ends of many models; the mask token, and what this model lacks, is never decoded.
         self.special_ids: dict[str, int] = {
             token.content: number

@@ -121,7 +121,8 @@ class ModelService:
         self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.sandbox)
-        self.ends = text.end_tokens(directory, tokenizer)
+        never = None if engine.model.causal else engine.model.mask_id  # see `models.Model.end_at`
+        self.ends = [end for end in text.end_tokens(directory, tokenizer) if end != never]
         self.forms: dict[Form, Automaton] = {}
         """The latest forms, the latest last."""
         self.builtin = directory.is_relative_to(registry.BUILTIN)

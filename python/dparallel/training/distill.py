@@ -240,7 +240,7 @@ def run(
     is writing there; OSError if the disk is full.
     """
     directory = files.directory("out", out)
-    with files.locked("out", directory), files.full_disk_named(directory):
+    with files.locked("out", directory, "checkpoint-*"), files.full_disk_named(directory):
         return _run(recipe, answers, directory, progress)
 
 
