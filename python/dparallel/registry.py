@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dparallel_ext import backends, models, simd_level, speculation
-from dparallel_ext.models.files import as_path
+from dparallel_ext.models import files
 from dparallel_ext.rules import filter_file
 
 from . import text, tokenizer
@@ -46,7 +46,7 @@ def directory_of(name: str) -> Path:
 
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
-    as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
+    files.as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
     with naming("model", "path"):
         try:
             builtin = name.startswith("builtin:")
@@ -188,20 +188,27 @@ def load(
     directory, place = directory_of(name), models.device_of(device)
     with naming("model", "path"):
         loaded = tokenizer.load(directory)
-        ends = text.end_tokens(directory, loaded)
     fuse = True if name.startswith("builtin:") else None  # they are small enough not to be mapped
     dtype = _dtype_at(name, place, dtype)
     with naming("model", "path"):
         model = models.load(directory, device=place, dtype=dtype, fuse=fuse, mask_id=mask_id)
-    beyond = [end for end in ends if end >= model.shape.embedding_size]
-    if beyond:
-        raise ValueError(
-            f"model: a response of {directory} ends with the tokens {beyond}, expected ids below "
-            f"{model.shape.embedding_size}"
-        )
-    # The tokenizer's, too, which a model that was tuned for chats may be the only one to end with.
-    model.end_at((*model.eos_ids, *ends))
+    end_as_tokenizer(model, directory, loaded)
     return model.quantize() if fp8 else model, loaded
+
+
+def end_as_tokenizer(model: models.Model, directory: Path, tokenizer: Any) -> None:
+    """Add the tokenizer's eos_token to the model's `eos_ids`.
+
+    A model that was tuned for chats may end with it alone, while config.json still has its base's. Raises
+    ValueError if the model has no embedding for it, or a file of `directory` does not read.
+    """
+    text = files.special_tokens(directory).get("eos_token")
+    end, rows = tokenizer.token_to_id(text) if text else None, model.shape.embedding_size
+    if end is not None and end >= rows:
+        raise ValueError(
+            f"model: the eos_token {text!r:.80} of {directory} has the id {end}, expected one below {rows}"
+        )
+    model.end_at((*model.eos_ids, *([] if end is None else [end])))
 
 
 def _dtype_at(name: str, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template and end tokens, and text streamed from tokens."""
+"""A checkpoint's chat template, and text streamed from tokens."""
 
 from __future__ import annotations
 
@@ -233,11 +233,3 @@ def prompt_encoder(tokenizer: Any, template: Template | None) -> Encoder:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return encode
-
-
-def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """The ids that end a response: of generation_config.json, config.json, and the tokenizer's eos_token."""
-    ends: list[int | None] = [*files.end_token_ids(directory)]
-    text = files.special_tokens(directory).get("eos_token")
-    ends.append(tokenizer.token_to_id(text) if text else None)
-    return list(dict.fromkeys(end for end in ends if end is not None))

@@ -228,6 +228,16 @@ def test_special_tokens_and_long_contexts(make: Any, caplog: pytest.LogCaptureFi
     assert caplog.text.count("does not know all words") == 1
 
 
+def test_the_mask_token_is_the_models_everywhere(make: Any) -> None:
+    """That of the argument too, which is then no end, as little as the checkpoint's own mask token."""
+    other = make(mask_id=1)
+    assert (other.model.mask_id, other.model.eos_ids, other.eot_token_id) == (1, (), None)
+    assert other.get_model_info()["mask_id"] == 1
+    assert other.generation("sam", {"until": ["[EOS]"]}, 0).config.stop == ()
+    usual = make()
+    assert (usual.eot_token_id, usual.generation("sam", {}, 0).config.eos_ids) == (1, (1,))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

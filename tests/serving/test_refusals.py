@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import threading
 from typing import Any
@@ -326,3 +327,14 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
             assert answer["error"]["type"] == "server_error"
 
     asyncio.run(run())
+
+
+def test_responses_end_at_the_models_own_ends(student: tuple[Any, Any]) -> None:
+    """As `registry.load` has set them, whatever the files beside the model say."""
+    model, tokenizer = copy.deepcopy(student[0]), student[1]
+    model.end_at([5, 7])
+    with dx.Engine(model, lanes=1, max_length=64) as engine:
+        service = Service(Settings())
+        service.add("x", engine, tokenizer, registry.directory_of(MODEL))
+        assert service.model("x").config.eos_ids == (5, 7)
+        service.close()

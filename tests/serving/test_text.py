@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dparallel import registry, sandbox
-from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, end_tokens, prompt_encoder
+from dparallel.text import INCOMPLETE, TextStream, TokenTexts, chat_template, prompt_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -389,16 +389,6 @@ def test_a_sandbox_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(sandbox.Refused, match="its process does not start"):
         sandbox.Sandbox().compile("x")
-
-
-def test_end_tokens(tmp_path: Path) -> None:
-    student = registry.directory_of("builtin:student")
-    assert end_tokens(student, TOKENIZERS["words"]) == [1]
-    write(tmp_path)
-    assert end_tokens(tmp_path, BYTE_LEVEL) == [BYTE_LEVEL.token_to_id("<end>")]
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
-    assert end_tokens(tmp_path, BYTE_LEVEL) == [9, 7, BYTE_LEVEL.token_to_id("<end>")]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from dparallel_ext import Completion, DecodeConfig, Engine
 from dparallel_ext.arguments import whole
 from dparallel_ext.decoding import OF_ENGINE
-from dparallel_ext.models import check_diffusion, files, max_positions, traits
+from dparallel_ext.models import check_diffusion, files, max_positions
 
 from .. import registry, text
 from ..configs import POLICY, parse_policy
@@ -126,12 +126,12 @@ class DParallelLM(TemplateLM):
             # The harness's command line passes cuda:0 if its user names no device.
             device = device_of(device, os.environ.get("LOCAL_RANK"))
             log.info("device: %s", device)
-        loading = registry.Loading(device, registry.dtype_of(dtype), fp8)
+        loading = registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id)
         self.model, self.tokenizer = loading.load(pretrained)
         check_diffusion(self.model)
         self.pretrained, self.directory = pretrained, registry.directory_of(pretrained)
         self.policy, self.gen_length, self.seed = policy, gen_length, seed
-        causal = traits(self.model).block_length is not None
+        causal = self.model.block_length is not None
         self.decoding = DecodeConfig(
             rule=policy,
             cache=("block" if causal else "none") if cache is None else cache,
@@ -139,7 +139,6 @@ class DParallelLM(TemplateLM):
             sub_block_length=sub_block_length,
             refresh=refresh,
             batch_invariant=batch_invariant,
-            mask_id=mask_id,
         )
         self.likelihood_options: dict[str, Any] = {
             "method": None if likelihood == "auto" else likelihood,
@@ -147,18 +146,15 @@ class DParallelLM(TemplateLM):
             "seed": seed,
             "greedy": greedy,
             "block_length": block_length if causal else None,
-            "mask_id": mask_id,
         }
         self.default_gen_length = registry.gen_length(pretrained)
         self.max_length = max_length or max_positions(self.model) or MAX_LENGTH
         self.bos_token = files.special_tokens(self.directory).get("bos_token")
-        mask = traits(self.model).mask_id if mask_id is None else mask_id
-        self.end_ids = [end for end in text.end_tokens(self.directory, self.tokenizer) if end != mask]
         # Tasks list the ends of many models; the mask token, and what this model lacks, is never decoded.
         self.special_ids: dict[str, int] = {
             token.content: number
             for number, token in self.tokenizer.get_added_tokens_decoder().items()
-            if token.special and number != mask and number < self.model.shape.embedding_size
+            if token.special and number != self.model.mask_id and number < self.model.shape.embedding_size
         }
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         self.unknown_id = self.tokenizer.token_to_id(unknown) if unknown else None
@@ -181,7 +177,7 @@ class DParallelLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
-        return self.end_ids[0] if self.end_ids else None
+        return self.model.eos_id
 
     @property
     def prefix_token_id(self) -> int | None:
@@ -228,6 +224,7 @@ class DParallelLM(TemplateLM):
             "model_dtype": str(self.model.dtype),
             "policy": self.policy,
             **{name: getattr(self.decoding, name) for name in OF_ENGINE},
+            "mask_id": self.model.mask_id,
             **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
             "generated_tokens": self._counts["tokens"],
             "forward_passes": self._counts["passes"],
@@ -398,14 +395,14 @@ class DParallelLM(TemplateLM):
             temperature=temperature,
             top_p=top_p,
             top_k=None if top_k == -1 else top_k,  # -1 keeps all ids, as in vLLM
-            eos_id=self.end_ids,
+            eos_id=self.model.eos_ids,
             stop=[[self.special_ids[end]] for end in until if end in self.special_ids],
             seed=int.from_bytes(digest[:7], "big"),
         )
         return Generation(self._fit(ids, gen_length), gen_length, config, tuple(end for end in until if end))
 
     def _engine(self, requests: int, longest: int) -> Engine:
-        causal = traits(self.model).block_length
+        causal = self.model.block_length
         size = (self.decoding.block_length or causal) if causal else 1
         return Engine(
             self.model,

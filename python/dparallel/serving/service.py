@@ -121,8 +121,6 @@ class ModelService:
         self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.sandbox)
-        never = None if engine.model.causal else engine.model.mask_id  # see `models.Model.end_at`
-        self.ends = [end for end in text.end_tokens(directory, tokenizer) if end != never]
         self.forms: dict[Form, Automaton] = {}
         """The latest forms, the latest last."""
         self.builtin = directory.is_relative_to(registry.BUILTIN)
@@ -131,7 +129,7 @@ class ModelService:
         self.most_characters = self.max_length * max(CHARACTERS_A_TOKEN, longest)
         self.without_ends = without_ends(engine.config)
         """The config of requests with `ignore_eos` that name nothing else."""
-        self.config = with_ends(engine.config, self.ends)
+        self.config = with_ends(engine.config, engine.model.eos_ids)
         (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
         seed = engine.config.seed
         self.seed = None if seed is None else arguments.numbers("seed", seed, 1, -(2**63))[0]
@@ -279,13 +277,13 @@ class ModelService:
         form, name = request.form, request.form_name
         if form is None:
             return None
-        if not self.ends:
+        if not self.engine.model.eos_ids:
             raise ApiError(400, f"{name}: expected none, since {self.name!r} has no end token", param=name)
 
         def make() -> Automaton:
             sandbox = self.service.forms_sandbox
             pattern = structured.json_pattern(form.text, sandbox) if form.kind == "json" else form.text
-            return structured.automaton(pattern, self.texts_of_tokens, self.ends, sandbox)
+            return structured.automaton(pattern, self.texts_of_tokens, self.engine.model.eos_ids, sandbox)
 
         if form not in self.forms:
             async with self.service.forming:  # so that new forms, which wait for each other, use one thread

@@ -22,7 +22,7 @@ from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
 
-from .. import files, registry, text, tokenizer
+from .. import files, registry, tokenizer
 from ..problems import read_prompts
 from . import adapters, trajectories
 
@@ -266,9 +266,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     if eos is None:
         raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
     # The tokenizer's, too, by which `trajectories` judged the answers.
-    ends = dict.fromkeys((*model.eos_ids, *text.end_tokens(source, loaded_tokenizer)))
+    registry.end_as_tokenizer(model, source, loaded_tokenizer)
     collator = trajectories.Collator(
-        eos, ends=tuple(ends), block_length=model.block_length, **recipe.collator
+        eos, ends=model.eos_ids, block_length=model.block_length, **recipe.collator
     )
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
