@@ -17,6 +17,7 @@ from dparallel.toy import tasks
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.models import Model
+from dparallel_ext.ops.head import CHUNK_BYTES
 
 
 def small(family: type[Model], **changes: Any) -> Model:
@@ -261,7 +262,7 @@ def test_rolling_text_costs_one_block_a_token(monkeypatch: pytest.MonkeyPatch) -
     tokens, rows = [], []
     step, head = model.step, model.head
     monkeypatch.setattr(likelihood, "PASS_TOKENS", 40)
-    monkeypatch.setattr(likelihood, "CHUNK_MEGABYTES", {"cpu": 12 * 4 * 3 / 2**20})
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 12 * 4 * 3)
     monkeypatch.setattr(model, "step", lambda ids, *rest: (tokens.append(len(ids)), step(ids, *rest))[1])
     monkeypatch.setattr(model, "head", lambda x: (rows.append(len(x)), head(x))[1])
     (found,) = log_likelihoods(model, prompts, answers)

@@ -51,7 +51,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
         raise ValueError(
             f'cache: expected "{own}", by which {type(model).__name__} fills masks, got {cache!r}'
         )
-    block_length = config.block_length or model_traits.block_length or model_traits.window or 32
+    block_length = config.block_length or model_traits.default_block_length
     if cache != "none" and not isinstance(model, Model):
         raise ValueError(
             f"cache: {cache!r} needs one of dparallel_ext.models (models.load, or models.wrap "

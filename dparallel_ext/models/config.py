@@ -144,6 +144,10 @@ def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]
     return () if ids is None else tuple(several)
 
 
+BLOCK_LENGTH = 32
+"""The length of blocks for a model that has none of its own, as published for LLaDA."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What decoding and training need to know of a model, ours or not.
@@ -193,6 +197,11 @@ class Traits:
                 raise ValueError(
                     f"{name}: does not go with a window, whose masks see all known tokens, got {shown(value)}"
                 )
+
+    @property
+    def default_block_length(self) -> int:
+        """The length of blocks, or of a window, for which nobody names another."""
+        return self.block_length or self.window or BLOCK_LENGTH
 
     @property
     def leading(self) -> bool:

@@ -39,11 +39,13 @@ class FastDLLM(Model):
     strict = frozenset({"confidence"})
     sub_block_length: ClassVar[int] = 8
     published_mask_id = 151665
+    bd_size: ClassVar[int] = 32
+    """The block length, unless config.json has another."""
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        shape = block_causal_shape(config, "bd_size", 32, qkv_bias=True)
+        shape = block_causal_shape(config, "bd_size", FastDLLM.bd_size, qkv_bias=True)
         part = FastDLLM.sub_block_length
         if (shape.block_length or 0) % part:
             raise ValueError(f"config: bd_size={shape.block_length}, expected a multiple of {part}")

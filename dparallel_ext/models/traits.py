@@ -46,7 +46,7 @@ def traits(model: Any) -> Traits:
     candidates.append(family.released_mask_id(getattr(config, "vocab_size", None)))
     mask_id, block_length = next((candidate for candidate in candidates if candidate is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes
-        block_length = getattr(config, "bd_size", None) or 32
+        block_length = getattr(config, "bd_size", None) or FastDLLM.bd_size
     window = getattr(config, "block_size", None) if family is SDLM else None
     result = _of_family(family, mask_id, block_length, window or family.window)
     for name, part in _held(inner, known=family is not Model):

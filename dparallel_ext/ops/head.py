@@ -49,11 +49,16 @@ def check_softcap(softcap: float | None) -> float:
     return cap
 
 
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""The most bytes of logits that exist at once, by type of device."""
+
+
 def rows_of_chunk(chunk_rows: int | None, head: Tensor) -> int:
+    """`chunk_rows`, by default as many rows of the logits of the head (V, H) as `CHUNK_BYTES` lets, at least
+    one."""
     if chunk_rows is not None:
         return whole("chunk_rows", chunk_rows, 1)
-    megabytes = 256 if head.device.type == "cuda" else 32
-    rows = megabytes * 2**20 // (head.shape[0] * head.element_size())
+    rows = CHUNK_BYTES.get(head.device.type, CHUNK_BYTES["cpu"]) // (head.shape[0] * head.element_size())
     # Whole tiles of the matrix products: 1024 rows of LLaDA's 126464 16-bit logits, not 1061.
     return rows // 128 * 128 if rows >= 128 else max(1, rows)
 

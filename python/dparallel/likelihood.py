@@ -41,14 +41,13 @@ from dparallel_ext.arguments import check_ids, one_of, token_ids, whole
 from dparallel_ext.cache import KVCache, Span, bucket
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
+from dparallel_ext.ops.head import rows_of_chunk
 
 METHODS = ("monte_carlo", "left_to_right")
 SAMPLES = 128
 """The published number of masks for each answer."""
 PASS_TOKENS = 4096
 """The most tokens of a pass over the masked blocks of `left_to_right`."""
-CHUNK_MEGABYTES: dict[str, float] = {"cpu": 32, "cuda": 256}
-"""Megabytes of logits that exist at once, by type of device."""
 
 
 class Likelihood(NamedTuple):
@@ -263,9 +262,7 @@ class Scorer:
     ) -> None:
         self.model, self.mask_id, self.block_length = model, mask_id, block_length
         self.shift, self.batch_size = shift, batch_size
-        row_bytes = model.shape.embedding_size * model.lm_head.weight.element_size()
-        chunk_bytes = CHUNK_MEGABYTES.get(model.device.type, 256) * 2**20
-        self.chunk_rows = max(1, int(chunk_bytes) // row_bytes)
+        self.chunk_rows = rows_of_chunk(None, model.lm_head.weight)
         # The CPU's matrix library compiles code for each number of rows of 16-bit matrices, and keeps it.
         self.pad_to = None if model.dtype == torch.float32 else bucket
 

@@ -108,11 +108,14 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 
 def block_length(name: str) -> int:
-    """The default block length: the model's own if it is block-causal, else 32.
+    """The default block length, as `Traits.default_block_length`, by config.json alone.
 
-    Reads config.json alone. Raises FileNotFoundError and ValueError, naming the model.
+    Raises FileNotFoundError and ValueError, naming the model.
     """
-    return models.config_of(directory_of(name))[1].block_length or 32
+    config, shape = models.config_of(directory_of(name))
+    family = models.family_of(config)
+    window = shape.window or (None if family is None else family.window)
+    return models.Traits(block_length=shape.block_length, window=window).default_block_length
 
 
 def is_causal(name: str, cache: str | None = None) -> bool:

@@ -328,6 +328,12 @@ def test_the_server(checkpoint: Path) -> None:
             assert "does not go with SDLM" in answer["error"]["message"]
 
 
+def test_the_window_is_the_default_block_length(checkpoint: Path) -> None:
+    """By the files as by the model."""
+    assert registry.block_length(str(checkpoint)) == 4
+    assert models.traits(registry.load(str(checkpoint))[0]).default_block_length == 4
+
+
 def test_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     shared = ("--model", str(checkpoint), "--gen-length", "24", "--policy", RULE)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dparallel_ext import rules
+from dparallel_ext.models.config import BLOCK_LENGTH
 from dparallel_ext.speculation import adaptive
 
 from .. import registry
@@ -19,6 +20,7 @@ ModelOption = Annotated[
     str, typer.Option(help="builtin:NAME, a checkpoint directory, or ORG/NAME of the Hugging Face Hub")
 ]
 MaskOption = Annotated[int | None, typer.Option(help="the mask token's id; default: the checkpoint's own")]
+BlockLengthOption = Annotated[int | None, typer.Option(help=f"default: the model's own, else {BLOCK_LENGTH}")]
 ChatOption = Annotated[
     bool | None,
     typer.Option(

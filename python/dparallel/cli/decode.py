@@ -21,6 +21,7 @@ from ..text import Message
 from .common import (
     DATA,
     GEN_LENGTH,
+    BlockLengthOption,
     ChatOption,
     ConfigOption,
     DeviceOption,
@@ -66,7 +67,7 @@ def decode(
         str | None,
         typer.Option(help="text after the response, which fills the gap before it; implies --no-chat"),
     ] = None,
-    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    block_length: BlockLengthOption = None,
     cache: Annotated[
         str | None,
         typer.Option(

@@ -28,6 +28,7 @@ from .common import (
     GEN_LENGTH,
     POLICIES,
     AnswerFieldOption,
+    BlockLengthOption,
     ChatOption,
     CheckerOption,
     ConfigOption,
@@ -122,7 +123,7 @@ def evaluate(
     answer_field: AnswerFieldOption = "answer",
     gen_length: Annotated[int | None, typer.Option(help=f"with --data, {GEN_LENGTH}")] = None,
     batch: int = 100,
-    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    block_length: BlockLengthOption = None,
     cache: Annotated[
         str | None,
         typer.Option(help="none (default), prefix, dual, block, or window (WeDLM's, SDLM's default)"),

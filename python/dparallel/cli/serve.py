@@ -14,6 +14,7 @@ from ..console import plain_errors
 from ..evaluate import PLAIN
 from .common import (
     DRAFTERS,
+    BlockLengthOption,
     ConfigOption,
     DeviceOption,
     DraftSizeOption,
@@ -70,7 +71,7 @@ def serve(
             "SDLM: window"
         ),
     ] = None,
-    block_length: Annotated[int | None, typer.Option(help="default: the model's own, else 32")] = None,
+    block_length: BlockLengthOption = None,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="give each sequence passes of its own")
     ] = False,

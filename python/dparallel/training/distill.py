@@ -21,6 +21,7 @@ from dparallel_ext.arguments import is_number, warn, whole
 from dparallel_ext.models import Model
 from dparallel_ext.models.config import ModelConfig
 from dparallel_ext.models.modules import shapes_only
+from dparallel_ext.ops.head import CHUNK_BYTES
 
 from .. import files, registry, tokenizer
 from ..problems import read_prompts
@@ -415,7 +416,8 @@ def _of_rows(shape: ModelConfig, rows: int, checkpointed: bool) -> dict[str, int
     kv = shape.kv_heads * shape.head_dim
     layer = rows * (2 * 4 * shape.width + 2 * (6 * shape.width + 2 * kv + 4 * shape.mlp_width))
     inputs = rows * 2 * shape.width
-    chunk = min(rows, 256 * 2**20 // (2 * shape.embedding_size)) * shape.embedding_size * 2
+    row = 2 * shape.embedding_size
+    chunk = min(rows, CHUNK_BYTES["cuda"] // row) * row
     return {
         "activations (estimate)": shape.layers * inputs + layer if checkpointed else shape.layers * layer,
         "loss": 2 * chunk + rows * 2 * shape.width,

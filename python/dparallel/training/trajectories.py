@@ -48,7 +48,7 @@ class Settings:
     gen_length: int = tasks.GEN_LENGTH
     """Tokens of an answer."""
     block_length: int | None = None
-    """None: the model's own if it is block-causal, else 32; settings.json has the number."""
+    """None: `Traits.default_block_length`; settings.json has the number."""
     cache: str = "none"
     """See `DecodeConfig`."""
     checker: str = "hashes"
@@ -120,12 +120,9 @@ def generate(
     registry.dtype_of(settings.dtype)
     checker_of(settings.checker)
     if settings.block_length is None:
-        of_model = (
-            dx.models.traits(loaded[0]).block_length or 32
-            if loaded
-            else registry.block_length(settings.model)
-        )
-        settings = replace(settings, block_length=of_model)
+        traits = None if loaded is None else dx.models.traits(loaded[0])
+        default = registry.block_length(settings.model) if traits is None else traits.default_block_length
+        settings = replace(settings, block_length=default)
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
