@@ -171,6 +171,14 @@ def test_numbers_outside_their_meaning_are_named(
         (("evaluate", "--json", "x", "--plot", "./x"), "plot: expected another file than --json's, got x"),
         (("evaluate", "--drafter", "ngram"), "drafter: builtin:teacher is a diffusion model"),
         (("evaluate", "--model", "builtin:causal", "--policy", "one"), "policy: belongs to masked diffusion"),
+        (
+            ("evaluate", "--report", "--problems", "1"),
+            "report: builtin:teacher is a diffusion model, which takes none",
+        ),
+        (
+            ("tune", "out.json", "--model", "builtin:causal", "--tolerance", "2", "--problems", "1"),
+            "tolerance: belongs to masked diffusion",
+        ),
         (("evaluate", "--batch", "0"), "batch: expected a whole number >= 1"),
         (("evaluate", "--plot", HERE), "plot: "),
         (("evaluate", "--plot", f"{__file__}/x.png"), f"plot: {__file__} is not a directory"),

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,27 @@ def write_text(file: str | Path, text: str) -> None:
 def write_json(file: str | Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def run_directory(argument: str, path: str | Path, folders: str = "") -> Iterator[Path]:
+    """A context with the directory of a run, which is made if need be and `locked`; see there for `folders`.
+
+    If the block raises, directories that were made and are still empty are removed, unless the run has
+    several processes. Raises ValueError as `directory` and `locked`.
+    """
+    path = possible(argument, path)
+    made = [each for each in (path, *path.parents) if not each.exists()]  # the innermost first
+    directory(argument, path)
+    try:
+        with locked(argument, path, folders):
+            yield path
+    except BaseException:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            with suppress(OSError):  # not empty
+                for each in made:
+                    each.rmdir()
+        raise
 
 
 @contextmanager

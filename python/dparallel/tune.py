@@ -47,6 +47,8 @@ GRID: dict[str, tuple[Any, ...]] = {
 """Values to try for a diffusion model, see also `own_choices`."""
 CHOSEN = ("drafter", "draft_size", *GRID)
 """Fields of a row that are settings."""
+TOLERANCE = 1.0
+"""Percentage points, see `Settings.tolerance`."""
 JUDGED = ("right", "same")
 """Shares that a diffusion model's rows are judged by: right answers, or texts equal to the reference's."""
 
@@ -70,7 +72,7 @@ class Settings:
     """Measured runs, after one to warm up; the median counts."""
     context: int | None = None
     """For an autoregressive model: the length to which prompts are filled up by others. None: as they are."""
-    tolerance: float = 1.0
+    tolerance: float = TOLERANCE
     """For a diffusion model: percentage points that the choice may lose against the best row."""
     loading: registry.Loading = field(default_factory=registry.Loading)
     chat: bool | None = None
@@ -364,7 +366,7 @@ def judge(
 # --- the choice -----------------------------------------------------------------------------------
 
 
-def choose(rows: Sequence[Row], tolerance: float = 1.0) -> Row | None:
+def choose(rows: Sequence[Row], tolerance: float = TOLERANCE) -> Row | None:
     """The row with the most tokens per second, among those whose share of right answers or same texts is at
     most `tolerance` points below the best; the first of equal rows. None if only passes were timed."""
     judged = next((name for name in JUDGED if name in rows[0]), None)

@@ -218,6 +218,17 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'no fastapi; pip install "dparallel-ext[cli,serve]"' in found.stderr
 
 
+def _addresses(host: str) -> list[Any] | str:
+    """The addresses that `listen` binds for a host, or what it says."""
+    try:
+        sockets = listen(host, 0)
+    except ValueError as error:
+        return str(error).replace(repr(host), "it")
+    for one in sockets:
+        one.close()
+    return [one.family for one in sockets]
+
+
 def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one that the machine has, at one port; names that do not resolve are named."""
     for host in ("localhost", "127.0.0.1", ""):
@@ -226,6 +237,9 @@ def test_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(one.family == socket.AF_INET for one in sockets)
         for one in sockets:
             one.close()
+    if socket.has_ipv6:  # as in a URL, where a machine has such addresses
+        plain, bracketed = (_addresses(host) for host in ("::1", "[::1]"))
+        assert plain == bracketed
 
     def unknown(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -343,11 +343,11 @@ def test_what_a_block_causal_model_wrote_behind_its_end_is_not_learned(ids: list
 
 
 def test_a_prompt_beyond_the_positions_of_a_model_that_ships_is_named(tmp_path: Path):
-    settings = replace(SMALL, model="builtin:student", gen_length=8)
+    settings, out = replace(SMALL, model="builtin:student", gen_length=8), tmp_path / "deep" / "out"
     with pytest.raises(
         ValueError, match=r"gen_length: .* 408 tokens, but builtin:student was trained on 256"
     ):
-        trajectories.generate(tmp_path, [Prompt("3 + 4 = " * 100, "7")], settings, progress=False)
+        trajectories.generate(out, [Prompt("3 + 4 = " * 100, "7")], settings, progress=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -103,7 +103,7 @@ def check_kind(model: str, causal: bool, **options: Any) -> None:
     if causal and options.get("drafter"):
         options["mask_id"] = None
     for name, value in options.items():
-        of_causal = name in ("drafter", "draft_size", "context")
+        of_causal = name in ("drafter", "draft_size", "context", "report")
         if value is None or of_causal == causal:
             continue
         if causal:

@@ -21,7 +21,7 @@ from .. import sweep as sweeping
 from ..configs import Fields, config_without_policy, policy_in, read_rows
 from ..console import begins_anew, plain_errors
 from ..problems import Problems, from_file, held_out
-from ..tune import GRID, SIZES
+from ..tune import GRID, SIZES, TOLERANCE
 from .common import (
     CHECKER,
     DATA,
@@ -196,7 +196,8 @@ def evaluate(
                 "cache": cache,
                 "mask_id": loading.mask_id,
             }
-            check_kind(model[0], True in causal, drafter=drafter or None, **of_diffusion)
+            of_drafters = {"drafter": drafter or None, "report": report or None}
+            check_kind(model[0], True in causal, **of_drafters, **of_diffusion)
         policies: list[str | Fields] = [*(policy or [])]
         if rows is not None:
             policies += read_rows(rows)
@@ -304,8 +305,12 @@ def tune(
         list[str] | None, typer.Option(help="repeatable; default: none, or the model's own (block, window)")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="percentage points of right (or same) answers that the choice may lose")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="for a diffusion model: percentage points of right (or same) answers that the choice may "
+            f"lose; default: {TOLERANCE:g}"
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help=f"a text file of a prompt a line, or {DATA}; default: held-out built-in problems"),
@@ -338,7 +343,7 @@ def tune(
         causal = registry.is_causal(model, "block" if cache and "block" in cache else None)
         options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}
         options |= {"policy": policy, "block_length": block_length, "active_blocks": active_blocks}
-        options |= {"cache": cache, "mask_id": mask_id}
+        options |= {"cache": cache, "mask_id": mask_id, "tolerance": tolerance}
         check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
         settings = tuning.Settings(
             model,
@@ -348,7 +353,7 @@ def tune(
             batch=batch,
             repeats=repeats,
             context=context,
-            tolerance=tolerance,
+            tolerance=TOLERANCE if tolerance is None else tolerance,
             loading=registry.Loading(device, registry.dtype_of(dtype), fp8, mask_id),
             chat=chat,
             prompt_field=prompt_field,

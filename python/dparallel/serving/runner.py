@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import os
+import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -75,12 +76,13 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets bound to the port at every address of the host ("": of this machine); port 0: any free port.
 
-    Raises ValueError naming the argument.
+    An IPv6 address may stand in brackets, as in a URL. Raises ValueError naming the argument.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"port: expected 0 to 65535, got {port}")
+    bare = re.sub(r"^\[(.*:.*)\]$", r"\1", host)
     try:
-        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(bare or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(f"host: {host!r} does not resolve ({error})") from error
     with contextlib.ExitStack() as opened:

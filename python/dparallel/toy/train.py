@@ -212,8 +212,7 @@ def train(
     settings = settings or Settings()
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
         whole(name, value, least)
-    directory = files.directory("out", out)
-    with files.locked("out", directory):
+    with files.run_directory("out", out) as directory:
         torch.manual_seed(settings.seed)
         model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
         initialise(model)

@@ -115,8 +115,7 @@ def merge(
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     merged = adapted.merge_and_unload()
-    files.directory("out", directory)
-    with files.locked("out", directory):
+    with files.run_directory("out", directory):
         companions.save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory

@@ -240,8 +240,7 @@ def run(
     Raises ValueError if `out` holds checkpoints of a run with other settings or of more steps, or another run
     is writing there; OSError if the disk is full.
     """
-    directory = files.directory("out", out)
-    with files.locked("out", directory, "checkpoint-*"), files.full_disk_named(directory):
+    with files.run_directory("out", out, "checkpoint-*") as directory, files.full_disk_named(directory):
         return _run(recipe, answers, directory, progress)
 
 

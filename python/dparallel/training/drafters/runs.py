@@ -105,8 +105,7 @@ def run(
     check_prompts(model, [*learned, *judged])
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _held_back(trainee, settings, len(learned))  # before anything is written
-    directory = files.directory("out", out)
-    with files.locked("out", directory):
+    with files.run_directory("out", out) as directory:
         answers = trainee.learnable(answers_of(directory, model, learned, settings, progress))
         with _frozen(model):
             drafter, report = _train(
