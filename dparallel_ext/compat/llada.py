@@ -227,8 +227,8 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
 
 def _mask_of(model: Any, mask_id: int | None) -> int:
     """`mask_id`, else the model's own, else LLaDA's. Raises ValueError if the model has no such token."""
-    of_model = traits(model).mask_id
-    return check_mask(model, (MASK_ID if of_model is None else of_model) if mask_id is None else mask_id)
+    known = traits(model).mask_id
+    return check_mask(model, (MASK_ID if known is None else known) if mask_id is None else mask_id)
 
 
 def _as_published(schedule: Schedule) -> Schedule:

@@ -20,7 +20,7 @@ from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
 from .sequence import Settings, whole_length
-from .settings import OfModel, check_model, check_settings, make_settings, vocabulary
+from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
@@ -187,9 +187,9 @@ def start(
     """
     model = for_decoding(model)
     check_call(model)
-    of_model, settings, guesses = checked(model, config, len(prompts), draft_size)
+    resolved, settings, guesses = checked(model, config, len(prompts), draft_size)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
-    mask_id, block_length = of_model.mask_id, of_model.schedule.block_length
+    mask_id, block_length = resolved.mask_id, resolved.schedule.block_length
     kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
@@ -198,7 +198,7 @@ def start(
     if (device := ids_device(model)) is not None:
         prompts = arguments.moved(prompts, device)
     lengths = [
-        whole_length(len(prompt), count, block_length, of_model.schedule.aligned)
+        whole_length(len(prompt), count, block_length, resolved.schedule.aligned)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
     warn_beyond(model, "gen_length", max(lengths, default=0))
@@ -206,7 +206,7 @@ def start(
         model,
         len(prompts),
         max(lengths, default=0),
-        schedule(of_model.schedule),
+        schedule(resolved.schedule),
         mask_id,
         pad_id=next(iter(config.eos_ids), mask_id),
         device=prompts[0].device if prompts else "cpu",
@@ -221,24 +221,24 @@ def start(
 
 def checked(
     model: Any, config: DecodeConfig, size: int, draft_size: int | None = None
-) -> tuple[OfModel, list[Settings], int]:
+) -> tuple[ResolvedConfig, list[Settings], int]:
     """The cache mode and the like of a model under a config, the settings of `size` sequences, and the number
     of states that self-speculation guesses.
 
     The model may be one of `models.as_stored`. Raises ValueError naming the argument that does not fit.
     """
-    of_model = check_model(config, model, "none")
-    settings = make_settings(config, model, of_model.cache, size)
-    check_settings(model, settings, of_model)
+    resolved = check_model(config, model, "none")
+    settings = make_settings(config, model, resolved.cache, size)
+    check_settings(model, settings, resolved)
     if config.active_blocks > 1 and any(setting.one_block for setting in settings):
         raise ValueError(
             "active_blocks: several need a threshold or a rule, and none that edits or reads the whole "
             f"response, got {config.active_blocks}"
         )
-    guesses = states_to_guess(draft_size, of_model.schedule)
+    guesses = states_to_guess(draft_size, resolved.schedule)
     if guesses:
-        check_draft(settings, of_model.schedule)
-    return of_model, settings, guesses
+        check_draft(settings, resolved.schedule)
+    return resolved, settings, guesses
 
 
 def masks(prompt: Tensor, mask_id: int) -> list[int]:

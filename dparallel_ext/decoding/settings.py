@@ -20,7 +20,7 @@ from .schedule import Schedule, is_block_causal, make
 from .sequence import Settings
 
 
-class OfModel(NamedTuple):
+class ResolvedConfig(NamedTuple):
     """The cache mode, schedule and mask of a config, with the model's defaults filled in."""
 
     cache: str
@@ -36,7 +36,7 @@ class OfModel(NamedTuple):
         }
 
 
-def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
+def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     """The config's cache mode, blocks and mask, by default the model's.
 
     cache: the mode if neither config nor model has one. Raises ValueError naming the field that does not fit
@@ -88,7 +88,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> OfModel:
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
             f"a whole, and {schedule.in_which_parts}"
         )
-    return OfModel(cache, schedule, mask_id)
+    return ResolvedConfig(cache, schedule, mask_id)
 
 
 def make_settings(
@@ -187,13 +187,13 @@ def drawn_seed(temperature: float) -> int:
     return int(torch.randint(2**62, (), device="cpu")) if temperature > 0 else 0
 
 
-def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) -> None:
+def check_settings(model: Any, settings: Sequence[Settings], resolved: ResolvedConfig) -> None:
     """Raise ValueError for an EOS, a stop sequence or a rule's token that the model never decodes, a rule
     that does not fit the model, and a fixed schedule where blocks are filled part by part.
     """
-    schedule = of_model.schedule
+    schedule = resolved.schedule
     for eos_ids, stop in {(setting.eos_ids, setting.stop) for setting in settings}:
-        check_ends(eos_ids, stop, vocabulary(model), of_model.mask_id)
+        check_ends(eos_ids, stop, vocabulary(model), resolved.mask_id)
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
         if rule.edits and schedule.handed_over:
             raise ValueError(
@@ -205,7 +205,7 @@ def check_settings(model: Any, settings: Sequence[Settings], of_model: OfModel) 
                 f"rule: {type(rule).__name__} reads more than the masks of its window, which does not go "
                 f"with {type(model).__name__}: {schedule.in_which_parts}"
             )
-        check_decodable("rule", rule.tokens, vocabulary(model), of_model.mask_id)
+        check_decodable("rule", rule.tokens, vocabulary(model), resolved.mask_id)
         if rule.hidden and not isinstance(model, Model):
             raise ValueError(
                 f"rule: {type(rule).__name__} reads hidden states, which needs one of dparallel_ext.models "

@@ -114,10 +114,10 @@ class Diffusion(Kind):
     def __init__(self, model: Model, config: DecodeConfig, draft_size: int | None) -> None:
         self._model, block_causal = model, traits(model).block_length is not None
         self.models = (model,)
-        self._of_model = check_model(config, model, "block" if block_causal else "dual")
-        self.cache, self._schedule, self.mask_id = self._of_model
+        self._resolved = check_model(config, model, "block" if block_causal else "dual")
+        self.cache, self._schedule, self.mask_id = self._resolved
         self._draft_size = states_to_guess(draft_size, self._schedule)
-        self.config = config.replace(**self._of_model.fields)
+        self.config = config.replace(**self._resolved.fields)
         self.page_unit = self._schedule.block_length if self._schedule.aligned else 1
         if not self._schedule.shared:
             blocks = f"blocks of {type(model).__name__} that count from the end of each prompt"
@@ -128,8 +128,8 @@ class Diffusion(Kind):
         """A diffusion model uses every field."""
 
     def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, self._model, self._of_model.cache, 1)
-        check_settings(self._model, [settings], self._of_model)
+        (settings,) = make_settings(config, self._model, self._resolved.cache, 1)
+        check_settings(self._model, [settings], self._resolved)
         if self._draft_size:
             check_draft([settings], self._schedule)
         return settings
@@ -303,8 +303,8 @@ def kind_of(
 
     Raises ValueError naming the argument that does not fit the model.
     """
-    name, of_model = type(model).__name__, traits(model)
-    causal = of_model.causal and not is_block_causal(of_model, config.cache or "none")
+    name, model_traits = type(model).__name__, traits(model)
+    causal = model_traits.causal and not is_block_causal(model_traits, config.cache or "none")
     if causal:
         why = f"belongs to diffusion models, and {name} is autoregressive"
         foreign = [("verifier", verifier, why), *((number, value, why) for number, value in numbers.items())]

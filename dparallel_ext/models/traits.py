@@ -86,13 +86,13 @@ def check_diffusion(model: Any, *, decoding: bool = False) -> None:
 
     decoding: accept those of them that `decode` decodes.
     """
-    of_model, inner = traits(model), unwrap(model)
-    if of_model.window is not None and not decoding:
+    model_traits, inner = traits(model), unwrap(model)
+    if model_traits.window is not None and not decoding:
         raise ValueError(
             f"model: {type(inner).__name__} has its masks behind all known tokens, and this is for models "
             "that see both ways or by blocks; dparallel_ext.decode and an Engine decode it"
         )
-    if of_model.causal and not (decoding and of_model.onward):
+    if model_traits.causal and not (decoding and model_traits.onward):
         other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"
         raise ValueError(
             f"model: {type(inner).__name__} is autoregressive, and this is for masked diffusion models; "

@@ -166,12 +166,12 @@ def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
         return sizer_for(drafter)
     key = drafter_given if named else id(drafter_given)
     with _lock:
-        of_model = _measured.setdefault(model, {})
-        before, known = of_model.pop(key, (None, None))
+        by_drafter = _measured.setdefault(model, {})
+        before, known = by_drafter.pop(key, (None, None))
         same = before is None or before() is drafter_given  # an id may come again
         if not (same and known and len(known.accepted) == drafter.most):
             known = Measurements(drafter.most)
-        of_model[key] = reference, known
-        while len(of_model) > REMEMBERED:
-            del of_model[next(iter(of_model))]
+        by_drafter[key] = reference, known
+        while len(by_drafter) > REMEMBERED:
+            del by_drafter[next(iter(by_drafter))]
     return sizer_for(drafter, known)

@@ -104,15 +104,15 @@ def iter_log_likelihoods(
     """
     model = native(model)
     check_diffusion(model)
-    of_model = traits(model)
+    model_traits = traits(model)
     if method is None:
-        method = "monte_carlo" if of_model.block_length is None else "left_to_right"
+        method = "monte_carlo" if model_traits.block_length is None else "left_to_right"
     one_of("method", method, METHODS)
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         whole(name, value, 1)
     mask_id = mask_of(model, mask_id)
     if block_length is not None:
-        if of_model.block_length is None:
+        if model_traits.block_length is None:
             raise ValueError(f"block_length: only for block-causal models, got {block_length!r}")
         whole("block_length", block_length, 1)
     if len(prompts) != len(answers):
@@ -121,7 +121,9 @@ def iter_log_likelihoods(
         Pair(i, _ids(f"prompts[{i}]", prompt, model), _ids(f"answers[{i}]", answer, model))
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    scorer = Scorer(model, mask_id, block_length or of_model.block_length, int(of_model.shift), batch_size)
+    scorer = Scorer(
+        model, mask_id, block_length or model_traits.block_length, int(model_traits.shift), batch_size
+    )
     if method == "monte_carlo":
         estimates = scorer.by_masks(pairs, functools.partial(answer_masks, samples=samples, seed=seed))
         return scorer.with_decoding(pairs, estimates, greedy)

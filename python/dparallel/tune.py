@@ -317,8 +317,8 @@ def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
         return {"block_length": (shape.window or family.window,), "active_blocks": (1,), "cache": ("window",)}
     if family is not None and family.onward:
         return {"cache": ("block",)}
-    of_model = shape.block_length  # of a block-causal model
-    return {} if of_model is None else {"block_length": (of_model,), "cache": ("block",)}
+    own = shape.block_length  # of a block-causal model
+    return {} if own is None else {"block_length": (own,), "cache": ("block",)}
 
 
 def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]:

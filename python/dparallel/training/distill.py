@@ -311,15 +311,15 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     return directory
 
 
-def _rows(recipe: Recipe, answers: str | Path, of_model: Any) -> trajectories.Trajectories:
-    """The answers to train on. of_model: the model's tokenizer.
+def _rows(recipe: Recipe, answers: str | Path, model_tokenizer: Any) -> trajectories.Trajectories:
+    """The answers to train on. model_tokenizer: the model's tokenizer.
 
     Raises ValueError if there is no answer, or if they do not fit the recipe.
     """
     rows = trajectories.Trajectories(answers)
     if not len(rows):
         raise ValueError(f"answers: {answers} holds no right answer")
-    rows.check_tokenizer(recipe.model, of_model)
+    rows.check_tokenizer(recipe.model, model_tokenizer)
     if other := mismatch(recipe, rows.settings):
         warn(other)
     total = trajectories.Collator(0, **recipe.collator).total_length
