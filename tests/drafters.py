@@ -24,7 +24,7 @@ from dparallel_ext.speculation import (
     RiderDrafter,
     StridedDrafter,
 )
-from dparallel_ext.speculation.adadecode import AdaDecode, ExitHeads, Layout
+from dparallel_ext.speculation.adadecode import AdaDecode, AdaDecodeOptions, ExitHeads
 from dparallel_ext.speculation.adapter import Adapter
 from dparallel_ext.speculation.checkpoint import DraftCheckpoint, Origin
 from dparallel_ext.speculation.eagle import drafter_of_eagle
@@ -132,8 +132,8 @@ def exits(layers: Sequence[int] = (2,), gamma: float = 0.5, most: int = 6, targe
     torch.manual_seed(5)
     s = target.shape
     origin = Origin("adadecode", models.fingerprint(target), None)
-    layout = Layout(s.width, s.embedding_size, s.layers, tuple(layers), gamma, most, origin)
-    heads = ExitHeads(layout)
+    options = AdaDecodeOptions(s.width, s.embedding_size, s.layers, tuple(layers), gamma, most, origin)
+    heads = ExitHeads(options)
     for p in heads.parameters():
         p.data.add_(torch.randn(p.shape), alpha=0.02)
     return AdaDecode(heads)

@@ -49,7 +49,7 @@ _GAMMA = Field(float, 0.85, least=0, most=1)
 _MOST = Field(int, 16, most=512)
 
 
-class Layout(NamedTuple):
+class AdaDecodeOptions(NamedTuple):
     """The content of a drafter's config.json."""
 
     width: int
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
     origin: Origin
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Layout:
+    def of(cls, config: Mapping[str, Any]) -> AdaDecodeOptions:
         """Raises ValueError naming the key that is missing or does not fit."""
         sizes = read(config, {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "num_target_layers": LAYERS})
         inner = read(read(config, {_KEY: Field(dict)})[_KEY], {"gamma": _GAMMA, "most": _MOST}, _KEY)
@@ -94,10 +94,10 @@ class Layout(NamedTuple):
 class ExitHeads(nn.Module):
     """The matrices T, initialised to the identity."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, options: AdaDecodeOptions) -> None:
         super().__init__()
-        self.layout = layout
-        self.maps = nn.ModuleList(nn.Linear(layout.width, layout.width, bias=False) for _ in layout.layers)
+        self.options = options
+        self.maps = nn.ModuleList(nn.Linear(options.width, options.width, bias=False) for _ in options.layers)
         for each in self.maps:
             nn.init.eye_(each.weight)  # type: ignore[arg-type]
 
@@ -125,37 +125,37 @@ class AdaDecode:
         source: str = "drafter",
     ) -> None:
         instance("heads", heads, ExitHeads)
-        layout = heads.layout
-        gamma = layout.gamma if gamma is None else number("gamma", gamma, 0, 1)
-        self.most = layout.most if most is None else whole("most", most, 1)
+        options = heads.options
+        gamma = options.gamma if gamma is None else number("gamma", gamma, 0, 1)
+        self.most = options.most if most is None else whole("most", most, 1)
         self.heads, self.source = heads.eval().requires_grad_(False), source
-        self.layout = layout._replace(gamma=gamma, most=self.most)
+        self.options = options._replace(gamma=gamma, most=self.most)
         self.on = Placed(self.heads)
 
     def __repr__(self) -> str:
-        layout = self.layout
-        return f"AdaDecode(layers={list(layout.layers)}, gamma={layout.gamma:g}, most={layout.most})"
+        options = self.options
+        return f"AdaDecode(layers={list(options.layers)}, gamma={options.gamma:g}, most={options.most})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        layout = self.layout
-        sizes = {"vocabulary": layout.vocabulary, "width": layout.width, "layers": layout.target_layers}
-        check_target(self.source, layout.origin, model, **sizes)
+        options = self.options
+        sizes = {"vocabulary": options.vocabulary, "width": options.width, "layers": options.target_layers}
+        check_target(self.source, options.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> _Session:
         heads = self.on(model.device, model.dtype)
-        return _Session(self.layout, heads, model, kv_cache, lanes, graphs)
+        return _Session(self.options, heads, model, kv_cache, lanes, graphs)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the drafter, see `checkpoint.write_checkpoint`."""
-        write_checkpoint(path, self.layout.config, self.heads.state_dict(), dtype)
+        write_checkpoint(path, self.options.config, self.heads.state_dict(), dtype)
 
 
 def drafter_of_heads(checkpoint: DraftCheckpoint) -> AdaDecode:
     """The drafter in a file. Raises ValueError naming the config key, or missing, extra and misshapen
     tensors."""
     with shapes_only():
-        heads = ExitHeads(Layout.of(checkpoint.config))
+        heads = ExitHeads(AdaDecodeOptions.of(checkpoint.config))
     checkpoint.fill(heads)
     return AdaDecode(heads, source=checkpoint.source)
 
@@ -186,7 +186,7 @@ class _Session(RecordedSession):
 
     def __init__(
         self,
-        layout: Layout,
+        options: AdaDecodeOptions,
         heads: ExitHeads,
         model: Model,
         kv_cache: KVCache,
@@ -194,11 +194,11 @@ class _Session(RecordedSession):
         graphs: bool,
     ) -> None:
         super().__init__(heads, model, graphs)
-        self._layout, self._heads, self._kv_cache = layout, heads, kv_cache
-        self._rows = layout.most + 1
+        self._options, self._heads, self._kv_cache = options, heads, kv_cache
+        self._rows = options.most + 1
         """Rows of a lane in the buffer of streams; positions count modulo it."""
         # One more row, for padding rows of a pass.
-        size = lanes * self._rows + 1, layout.width
+        size = lanes * self._rows + 1, options.width
         self._streams = torch.zeros(size, dtype=model.dtype, device=model.device)
         self.size = self._streams.nbytes
 
@@ -211,7 +211,7 @@ class _Session(RecordedSession):
         return place.masked_fill(metadata.slot_mapping < 0, len(self._streams) - 1)
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
-        heads = range(len(self._layout.layers))
+        heads = range(len(self._options.layers))
         queues = [_Queue(lane, most, [0 for _ in heads]) for lane, most in zip(lanes, sizes, strict=True)]
         running = queues
         while running:
@@ -230,7 +230,7 @@ class _Session(RecordedSession):
                 if not (asked := unsure):
                     break
             running = sure
-        start = self._layout.layers[-1]
+        start = self._options.layers[-1]
         return [Draft(tuple(queue.tokens), start=start, layers=queue.layers) for queue in queues]
 
     def _run(self, head: int, queues: Sequence[_Queue]) -> list[int | None]:
@@ -240,7 +240,7 @@ class _Session(RecordedSession):
         ids: list[int] = []
         source: list[int] = []
         keys: list[int] = []
-        layers = self._layout.layers
+        layers = self._options.layers
         numbers, groups = grouped(queue.lane.sampling for queue in queues if not queue.full)
         for queue in queues:
             lane, done, rows = queue.lane, queue.computed[head], len(queue.tokens) + 1
@@ -268,7 +268,7 @@ class _Session(RecordedSession):
         *about_tokens, ids, source, keys, group = unpack(inputs, key.shapes)
         max_q_len, max_kv_len, head = key.numbers
         metadata = AttentionMetadata(max_q_len, max_kv_len, *about_tokens, causal=True)
-        places, layers = self._places(metadata), self._layout.layers
+        places, layers = self._places(metadata), self._options.layers
         with own_precision(self.model, self.model.device):
             stream = self.streams(metadata) if head else self.model.embedded(ids)
             first = layers[head - 1] if head else 0
@@ -288,6 +288,6 @@ class _Session(RecordedSession):
                 position=position,
                 check=False,
             )
-            sure = (stats.top1 - stats.lse).exp() > self._layout.gamma  # false for a row with NaN
+            sure = (stats.top1 - stats.lse).exp() > self._options.gamma  # false for a row with NaN
             token = torch.where(sure & (group == of_group), stats.sample, token)
         return token

@@ -69,7 +69,7 @@ class TreeDrafter(Trees, BlockDrafter):
 
     def __init__(self, model: DraftModel, source: str = "drafter", *, width: int = WIDTH) -> None:
         super().__init__(model, source)
-        self.grow(width, min(WIDEST, self.layout.shape.embedding_size))
+        self.grow(width, min(WIDEST, self.options.shape.embedding_size))
 
 
 class SelfTrees(Trees, SelfDrafter):

@@ -50,7 +50,7 @@ _NAMES = {
 BLOCK = Field(int, None, least=2, most=512)
 
 
-class Layout(NamedTuple):
+class DFlashOptions(NamedTuple):
     """What a drafter's config.json says."""
 
     shape: ModelConfig
@@ -64,7 +64,7 @@ class Layout(NamedTuple):
     origin: Origin
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Layout:
+    def of(cls, config: Mapping[str, Any]) -> DFlashOptions:
         """Read the content of a config.json, ours or one of the published (z-lab's DFlash).
 
         Raises ValueError naming the key that is missing, or whose value is not supported.
@@ -107,11 +107,11 @@ class DraftModel(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
-        self.layout = Layout.of(config)
-        s = self.layout.shape
+        self.options = DFlashOptions.of(config)
+        s = self.options.shape
         self.layers = nn.ModuleList(Block(s, _NAMES) for _ in range(s.layers))
         self.norm = RMSNorm(s)
-        self.fc = nn.Linear(len(self.layout.taps) * s.width, s.width, bias=False)
+        self.fc = nn.Linear(len(self.options.taps) * s.width, s.width, bias=False)
         self.hidden_norm = RMSNorm(s)
 
     def feature(self, taps: Sequence[Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ class DraftModel(nn.Module):
         """Keys before RoPE and values (..., kv_heads, head_dim) of features (..., width)."""
         block: Any = self.layers[layer]
         k, v = (
-            t.unflatten(-1, (-1, self.layout.shape.head_dim))
+            t.unflatten(-1, (-1, self.options.shape.head_dim))
             for t in fused_weights.project(feature, (block.k, block.v))
         )
         return block.k_norm(k), v
@@ -149,7 +149,7 @@ class DraftModel(nn.Module):
         length = feature.shape[1]
         of_rows = [t[positions][:, :, None] for t in (cos, sin)]  # (B, M, 1, head_dim / 2)
         of_context = [t[:length, None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
-        s = self.layout.shape
+        s = self.options.shape
         for layer, block in enumerate(self.layers):
             known = self.context(layer, feature)
 
@@ -178,19 +178,19 @@ class BlockDrafter(Chains):
     def __init__(self, model: DraftModel, source: str = "drafter") -> None:
         instance("model", model, self.model_class)
         self.model, self.source = model.eval().requires_grad_(False), source
-        self.layout = model.layout
-        self.most = self.layout.block - 1
+        self.options = model.options
+        self.most = self.options.block - 1
         self.on = Placed(self.model)
 
     def __repr__(self) -> str:
-        layout = self.layout
-        return f"{type(self).__name__}({layout.kind}, block={layout.block}, taps={list(layout.taps)})"
+        options = self.options
+        return f"{type(self).__name__}({options.kind}, block={options.block}, taps={list(options.taps)})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        layout, s = self.layout, self.layout.shape
-        sizes = {"vocabulary": s.embedding_size, "width": s.width, "layers": layout.target_layers}
-        check_target(self.source, layout.origin, model, **sizes)
+        options, s = self.options, self.options.shape
+        sizes = {"vocabulary": s.embedding_size, "width": s.width, "layers": options.target_layers}
+        check_target(self.source, options.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)
@@ -221,8 +221,8 @@ class _Session(BlockSession):
     """Keeps the context of a batch's lanes, under the block table of the target's cache."""
 
     def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
-        self._layers, layout = drafter.fused(model), drafter.layout
-        s, pages, size = layout.shape, kv_cache.slots.shape[2], kv_cache.page_size
+        self._layers, options = drafter.fused(model), drafter.options
+        s, pages, size = options.shape, kv_cache.slots.shape[2], kv_cache.page_size
         slots = torch.zeros(
             (s.layers, 2, pages, s.kv_heads, size, s.head_dim), dtype=model.dtype, device=model.device
         )
@@ -231,14 +231,14 @@ class _Session(BlockSession):
             self._layers,
             model,
             KVCache(slots, table, kv_cache.block_table),
-            block=layout.block,
-            mask_id=layout.mask_id,
-            causal=CAUSAL[layout.kind],
+            block=options.block,
+            mask_id=options.mask_id,
+            causal=CAUSAL[options.kind],
             width=drafter.width,
             draft=drafter.draft,
             graphs=graphs,
         )
-        self.taps, self.size = layout.taps, slots.nbytes
+        self.taps, self.size = options.taps, slots.nbytes
 
     def observe(self, seen: Observation) -> None:
         feature = self._layers.feature(seen.taps)

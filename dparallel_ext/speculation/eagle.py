@@ -62,7 +62,7 @@ def is_config(config: Mapping[str, Any]) -> bool:
     return _FORM in config or "draft_vocab_size" in config
 
 
-class Layout(NamedTuple):
+class EagleOptions(NamedTuple):
     """What a drafter's config.json and the names of its tensors say."""
 
     shape: ModelConfig
@@ -82,7 +82,7 @@ class Layout(NamedTuple):
     """Whether the first layer adds to the feature's norm, and not to the feature."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> Layout:
+    def of(cls, config: Mapping[str, Any], names: Collection[str] = ()) -> EagleOptions:
         """Read the content of a config.json in a published form: flat (SafeAILab, SpecForge, ModelOpt, NeMo),
         or with a key for the layers (speculators). names: of the tensors.
 
@@ -174,21 +174,21 @@ class EagleModel(nn.Module):
     d2t: Tensor
     """(vocabulary,) int64: what to add to a token of its own vocabulary for the target's."""
 
-    def __init__(self, config: Mapping[str, Any], layout: Layout) -> None:
+    def __init__(self, config: Mapping[str, Any], options: EagleOptions) -> None:
         super().__init__()
-        self.config, self.layout, s = dict(config), layout, layout.shape
+        self.config, self.options, s = dict(config), options, options.shape
         of = (Qwen3 if s.qk_norm else Llama).NAMES
         names = {ours: name.removeprefix(_LAYER) for ours, name in of.items() if name.startswith(_LAYER)}
-        first: list[Block] = [FirstLayer(s, names, layout.norm_before_residual)]
+        first: list[Block] = [FirstLayer(s, names, options.norm_before_residual)]
         self.layers = nn.ModuleList(first + [Block(s, names) for _ in range(s.layers - 1)])
-        taps = 3 if layout.taps is None else len(layout.taps)
-        self.fc = nn.Linear(taps * layout.target_width, s.width, bias=False)
+        taps = 3 if options.taps is None else len(options.taps)
+        self.fc = nn.Linear(taps * options.target_width, s.width, bias=False)
         self.norm = RMSNorm(s)
-        self.lm_head = nn.Linear(s.width, layout.vocabulary, bias=False)
-        self.embed_tokens = nn.Embedding(s.embedding_size, s.width) if layout.embeds else None
-        masked = layout.mask_id is not None
+        self.lm_head = nn.Linear(s.width, options.vocabulary, bias=False)
+        self.embed_tokens = nn.Embedding(s.embedding_size, s.width) if options.embeds else None
+        masked = options.mask_id is not None
         self.mask_hidden = nn.Parameter(torch.zeros(self.fc.in_features)) if masked else None
-        self.register_buffer("d2t", torch.zeros(layout.vocabulary, dtype=torch.int64))
+        self.register_buffer("d2t", torch.zeros(options.vocabulary, dtype=torch.int64))
 
     def rows(self, embedded: Tensor, feature: Tensor, attention: PagedAttention) -> tuple[Tensor, Tensor]:
         """The output of the layers and its norm (N, width), of packed pairs (N, width)."""
@@ -208,21 +208,21 @@ class EagleDrafter(BlockDrafter):
     """
 
     model: EagleModel  # type: ignore[assignment]
-    layout: Layout  # type: ignore[assignment]
+    options: EagleOptions  # type: ignore[assignment]
     model_class = EagleModel
 
     def __init__(self, model: EagleModel, source: str = "drafter") -> None:
         super().__init__(cast(Any, model), source)
 
     def __repr__(self) -> str:
-        kind = "EAGLE-3" if self.layout.mask_id is None else "P-EAGLE"
+        kind = "EAGLE-3" if self.options.mask_id is None else "P-EAGLE"
         return f"{type(self).__name__}({kind}, most={self.most})"
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary or width, or without a tapped layer."""
-        sizes = {"vocabulary": self.layout.shape.embedding_size, "width": self.layout.target_width}
+        sizes = {"vocabulary": self.options.shape.embedding_size, "width": self.options.target_width}
         check_target(self.source, Origin(), model, **sizes)
-        self.layout.taps_of(model.shape.layers)
+        self.options.taps_of(model.shape.layers)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, lanes, graphs)
@@ -234,7 +234,7 @@ class EagleTrees(TreeDrafter, EagleDrafter):
 
     def __init__(self, model: EagleModel, source: str = "drafter", *, width: int = GUESSES) -> None:
         super().__init__(cast(Any, model), source, width=width)
-        if model.layout.mask_id is None:
+        if model.options.mask_id is None:
             raise ValueError(f"drafter: {source} is EAGLE-3, expected P-EAGLE for trees")
 
 
@@ -247,20 +247,20 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
             raise ValueError(f"{checkpoint.source}: {name}: expected {plain} once, got it by two names")
         if plain != "t2d":  # which says the same as d2t
             tensors[plain] = tensor
-    layout = Layout.of(checkpoint.config, tensors)
+    options = EagleOptions.of(checkpoint.config, tensors)
     with shapes_only():
-        model = EagleModel(checkpoint.config, layout)
+        model = EagleModel(checkpoint.config, options)
     if "mask_hidden" in tensors:
         tensors["mask_hidden"] = tensors["mask_hidden"].flatten()  # (1, n) and (1, 1, n) are published
     if (d2t := tensors.get("d2t")) is not None and d2t.dtype in (torch.int16, torch.int32):
         tensors["d2t"] = d2t.to(torch.int64)
-    elif layout.vocabulary == layout.shape.embedding_size:
-        tensors.setdefault("d2t", torch.zeros(layout.vocabulary, dtype=torch.int64, device="cpu"))
+    elif options.vocabulary == options.shape.embedding_size:
+        tensors.setdefault("d2t", torch.zeros(options.vocabulary, dtype=torch.int64, device="cpu"))
     checkpoint._replace(tensors=tensors).fill(model)
-    ids = model.d2t + torch.arange(layout.vocabulary, device="cpu")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < layout.shape.embedding_size:
+    ids = model.d2t + torch.arange(options.vocabulary, device="cpu")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < options.shape.embedding_size:
         raise ValueError(
-            f"{checkpoint.source}: d2t: expected the target's ids below {layout.shape.embedding_size}, got "
+            f"{checkpoint.source}: d2t: expected the target's ids below {options.shape.embedding_size}, got "
             f"{int(ids.min())} to {int(ids.max())}"
         )
     return EagleDrafter(model, checkpoint.source)
@@ -274,8 +274,8 @@ class _Session(RecordedSession):
     ) -> None:
         self._drafter, self._layers = drafter, cast(EagleModel, drafter.fused(model))
         super().__init__(self._layers, model, graphs)
-        self.taps = drafter.layout.taps_of(model.shape.layers)
-        s, length = drafter.layout.shape, kv_cache.length
+        self.taps = drafter.options.taps_of(model.shape.layers)
+        s, length = drafter.options.shape, kv_cache.length
         zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         self._table, self._page_size = kv_cache.block_table, kv_cache.page_size
         self._nowhere = kv_cache.slots.shape[2] * self._page_size
@@ -310,7 +310,7 @@ class _Session(RecordedSession):
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         # A text of one token has no feature yet, and so no pair.
         sizes = [size if len(lane.tokens) > 1 else 0 for lane, size in zip(lanes, sizes, strict=True)]
-        counts = [min(size, self._drafter.layout.block - 1) for size in sizes]
+        counts = [min(size, self._drafter.options.block - 1) for size in sizes]
         going = [(lane, count) for lane, count in zip(lanes, counts, strict=True) if count]
         guesses, scores = self._guesses(*zip(*going, strict=True)) if going else ([], [])
         trees = draft_trees(scores, self._drafter.width, counts, sizes)
@@ -318,7 +318,7 @@ class _Session(RecordedSession):
 
     def _guesses(self, lanes: Sequence[Lane], counts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The tokens of each lane's `counts` rows, `width` of each, and their log-probabilities."""
-        mask_id = self._drafter.layout.mask_id
+        mask_id = self._drafter.options.mask_id
         packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
         spans: list[Span] = []
         ids: list[int] = []

@@ -264,7 +264,7 @@ def test_a_drafter_saved_over_another_is_old_or_new_or_refused(attack: Any, tmp_
         except (ValueError, FileNotFoundError) as error:
             return "refused" if str(directory) in str(error) else f"refused without a name: {error}"
         assert isinstance(found, speculation.AdaDecode)
-        return f"{found.layout.gamma} {sum(float(p.abs().sum()) for p in found.heads.parameters())}"
+        return f"{found.options.gamma} {sum(float(p.abs().sum()) for p in found.heads.parameters())}"
 
     out = tmp_path / "out"
     old = speculation.load(registry.DRAFTERS["builtin:adadecode"])

@@ -182,10 +182,10 @@ def heads_in_plain_torch(drafter: AdaDecode, target: Model, tokens: Sequence[int
     x, found = w["model.embed_tokens.weight"][torch.tensor(tokens)], []
     places = torch.arange(len(tokens))
     seen = places[:, None] >= places
-    for i in range(drafter.layout.layers[-1]):
+    for i in range(drafter.options.layers[-1]):
         x = layer(w, f"model.layers.{i}.", x, places, seen, target.shape.rope_theta, 1e-5)
-        if i + 1 in drafter.layout.layers:
-            matrix = maps[drafter.layout.layers.index(i + 1)]
+        if i + 1 in drafter.options.layers:
+            matrix = maps[drafter.options.layers.index(i + 1)]
             logits = norm(x[-1] @ matrix.T, w["model.norm.weight"], 1e-5) @ w["lm_head.weight"].T
             found.append(logits.softmax(-1))
     return found

@@ -26,7 +26,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path, name: str) -> None:
     drafter.save(path, torch.float32)
     for found in (dx.speculation.load(path), drafter_of(path), drafter_of(str(path))):
         assert isinstance(found, AdaDecode)
-        assert found.layout == drafter.layout
+        assert found.options == drafter.options
         state = drafter.heads.state_dict()
         assert all(torch.equal(t, state[key]) for key, t in found.heads.state_dict().items())
         assert repr(found) == "AdaDecode(layers=[1, 3], gamma=0.25, most=5)"

@@ -113,9 +113,9 @@ class Grown(Heard):
         """Nodes: each tree has the best scores that the plain computation gives any tree of its size."""
         count = 0
         for tokens, size, length, draft in self.heard:
-            rows = min(self.inner.layout.block, length - len(tokens) + 1)
+            rows = min(self.inner.options.block, length - len(tokens) + 1)
             scores = guessed(self.inner, target, tokens, rows).log_softmax(-1)
-            scores[:, self.inner.layout.mask_id] = -math.inf
+            scores[:, self.inner.options.mask_id] = -math.inf
             best = scores.topk(self.inner.width).values.tolist()
             expected = [score for *_, score in best_paths(best, size)]
             assert draft.parents is not None

@@ -86,7 +86,7 @@ def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> 
     are among them."""
     w = {name: t.double() for name, t in drafter.model.state_dict().items()}
     t = {name: p.double() for name, p in target.state_dict().items()}
-    said, length = drafter.layout, len(tokens) - 1
+    said, length = drafter.options, len(tokens) - 1
     x = t["model.embed_tokens.weight"][tokens[:-1]]
     places = torch.arange(length)
     streams = {-1: x}
@@ -136,10 +136,10 @@ class Heard(DraftSession):
         """Tokens that are what the plain computation says."""
         count = 0
         for tokens, size, length, draft in self.heard:
-            block = self.inner.layout.block
+            block = self.inner.options.block
             rows = min(block, length - len(tokens) + 1)
             logits = guessed(self.inner, target, tokens, rows)[: len(draft.tokens)]
-            logits[:, self.inner.layout.mask_id] = -math.inf
+            logits[:, self.inner.options.mask_id] = -math.inf
             assert len(draft.tokens) == min(size, rows - 1)
             chosen = logits.gather(1, torch.tensor(draft.tokens)[:, None])[:, 0]
             assert bool((chosen >= logits.max(1).values - 1e-3).all()), (tokens, draft)
@@ -260,13 +260,13 @@ def test_training_computes_what_decoding_does() -> None:
     for kind, said in KINDS.items():
         drafter, block = drafter_with(kind), said["block"]
         ids = torch.randint(0, 60, (2, 14), generator=torch.Generator().manual_seed(0))
-        taps = models.Taps(drafter.layout.taps)
+        taps = models.Taps(drafter.options.taps)
         with torch.no_grad():
             MODEL.hidden(ids, taps=taps)
-            feature = drafter.model.feature([taps[tap] for tap in drafter.layout.taps])
+            feature = drafter.model.feature([taps[tap] for tap in drafter.options.taps])
             anchors = torch.tensor([[4, 9], [1, 13]])
             rows = anchors[..., None] + torch.arange(block)  # (2, 2, block)
-            blocks = torch.full((2, 2, block), drafter.layout.mask_id)
+            blocks = torch.full((2, 2, block), drafter.options.mask_id)
             blocks[..., 0] = ids.gather(1, anchors)
             at = torch.arange(2 * block)
             inside = at[:, None] // block == at // block
@@ -292,7 +292,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path, kind: str, name: str) -> None:
     drafter, path = drafter_with(kind), tmp_path / name
     drafter.save(path, torch.float32)
     for found in (dx.speculation.load(path), drafter_of(path), drafter_of(str(path))):
-        assert found.layout == drafter.layout
+        assert found.options == drafter.options
         state = drafter.model.state_dict()
         assert all(torch.equal(t, state[key]) for key, t in found.model.state_dict().items())
     expected = plain(drafter=drafter, draft_size=4)
@@ -324,14 +324,14 @@ def test_published_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
     config |= {"layer_types": ["full_attention"] * 2, "use_sliding_window": False, "sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = dx.speculation.load(tmp_path)
-    assert found.layout == drafter.layout._replace(origin=Origin())
+    assert found.options == drafter.options._replace(origin=Origin())
     found.check(MODEL)
     found.check(model_of(rms_norm_eps=1e-4, eos_token_id=7))  # it does not say for which
     assert torch.equal(plain(drafter=found).sequences, plain().sequences)
     # Later ones have the block's size inside.
     config["dflash_config"]["block_size"] = config.pop("block_size")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert dx.speculation.load(tmp_path).layout.block == 9
+    assert dx.speculation.load(tmp_path).options.block == 9
 
 
 def test_published_taps() -> None:

@@ -331,7 +331,7 @@ def test_a_saved_file_is_read_again(paths: dict[str, Path], kind: str, tmp_path:
     drafter.save(tmp_path / "saved", torch.float32)
     again = dx.speculation.load(tmp_path / "saved")
     assert isinstance(again, EagleDrafter)
-    assert again.layout == drafter.layout
+    assert again.options == drafter.options
     state = drafter.model.state_dict()
     assert all(torch.equal(t, state[key]) for key, t in again.model.state_dict().items())
 

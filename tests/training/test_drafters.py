@@ -29,7 +29,7 @@ from dparallel_ext import models
 from dparallel_ext.ops import errors
 from dparallel_ext.speculation.adadecode import ExitHeads
 from dparallel_ext.speculation.checkpoint import Origin
-from dparallel_ext.speculation.dflash import Layout
+from dparallel_ext.speculation.dflash import DFlashOptions
 
 EXITS = ExitSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2)
 TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
@@ -115,7 +115,7 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     drafter = dx.speculation.load(out)
     model, _ = registry.load(str(target))
     fingerprint = models.fingerprint(model)
-    assert drafter.layout[1:] == ("dflash", (-1, 1), 5, MASK, 2, Origin("dflash", fingerprint))
+    assert drafter.options[1:] == ("dflash", (-1, 1), 5, MASK, 2, Origin("dflash", fingerprint))
     prompts = [torch.tensor([3, 4, 5])]
     expected = dx.speculate(model, prompts, gen_length=12)
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
@@ -192,7 +192,7 @@ def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp
         assert all(prompt - 1 <= at <= len(text) - 2 for at in own)
         assert len(set(own)) == min(4, len(text) - prompt)
     trainee = adadecode.Exits(Target("tiny", model, None, False), replace(EXITS, batch=3))
-    assert trainee.layout.layers == (1,)
+    assert trainee.options.layers == (1,)
     heads = trainee.module = trainee.build()
     with torch.no_grad():
         streams = models.Taps((0,))
@@ -246,7 +246,7 @@ def test_heads_are_trained_by_the_command(target: Path, tmp_path: Path) -> None:
     assert 0 <= held["accepted_share"] <= 1
     assert held["layers"] >= 0.5
     drafter = dx.speculation.load(out)
-    assert drafter.layout[3:6] == ((1,), 0.2, 5)
+    assert drafter.options[3:6] == ((1,), 0.2, 5)
     prompts = [torch.tensor([3, 4, 5])]
     model, _ = registry.load(str(target))
     expected = dx.speculate(model, prompts, gen_length=12)
@@ -335,8 +335,8 @@ def test_blocks_are_packed_as_a_loop_would() -> None:
         Origin("dflash", None, None),
     )
     for kind in blocks.KINDS:
-        layout = Layout.of(config | {"dparallel": {"kind": kind}, "block_size": 5})
-        packed = blocks.pack_blocks(texts, layout, 4, torch.Generator().manual_seed(0))
+        options = DFlashOptions.of(config | {"dparallel": {"kind": kind}, "block_size": 5})
+        packed = blocks.pack_blocks(texts, options, 4, torch.Generator().manual_seed(0))
         count, length = 4 * 5, packed.ids.shape[1]
         assert packed.labels.shape == (3, 4, 4)
         for b, (ids, prompt) in enumerate(texts):

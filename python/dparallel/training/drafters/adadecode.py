@@ -17,7 +17,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
-from dparallel_ext.speculation.adadecode import KIND, AdaDecode, ExitHeads, Layout
+from dparallel_ext.speculation.adadecode import KIND, AdaDecode, AdaDecodeOptions, ExitHeads
 from dparallel_ext.speculation.drafter import check_layers
 
 from .common import Answer, Settings, Target, Trainee, drawn, places_of
@@ -54,13 +54,13 @@ class Exits(Trainee):
             exits = tuple(sorted({s.layers * part // 4 for part in (1, 2, 3)} - {0}))
         check_layers("exits", exits, 1, s.layers)
         origin = target.origin(settings.kind)
-        self.layout = Layout(
+        self.options = AdaDecodeOptions(
             s.width, s.embedding_size, s.layers, tuple(exits), settings.gamma, settings.most, origin
         )
-        self.config = self.layout.config
+        self.config = self.options.config
 
     def build(self) -> ExitHeads:
-        return ExitHeads(self.layout)
+        return ExitHeads(self.options)
 
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
         some, generator = drawn(answers, self._settings, step)
@@ -83,7 +83,7 @@ def flat_places_of(
 
 def loss_of(heads: ExitHeads, target: models.Model, ids: Tensor, places: Tensor) -> Tensor:
     """The mean KL of the heads. ids: (B, L) int64; places: (N,) int64, flat, where the heads learn."""
-    layers = heads.layout.layers
+    layers = heads.options.layers
     taps = models.Taps(tuple(layer - 1 for layer in layers))
     with torch.no_grad():
         hidden = target.hidden(ids, taps=taps).flatten(0, 1)[places]

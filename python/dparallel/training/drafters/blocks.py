@@ -21,7 +21,7 @@ from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
 from dparallel_ext.speculation import BlockDrafter, DraftModel
 from dparallel_ext.speculation.checkpoint import Origin
-from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, Layout, default_taps
+from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, DFlashOptions, default_taps
 from dparallel_ext.speculation.drafter import EMBEDDING, check_layers
 
 from .common import Answer, Settings, Target, Trainee, drawn, places_of
@@ -69,7 +69,7 @@ class Blocks(Trainee):
         self._target, self._settings = target.model, settings
         mask_id = target.mask_id(settings.mask_id)
         self.config = config_of(target.model, settings, mask_id, target.origin(settings.kind))
-        self._mask_id = Layout.of(self.config).mask_id
+        self._mask_id = DFlashOptions.of(self.config).mask_id
 
     def build(self) -> DraftModel:
         model = DraftModel(self.config)
@@ -143,7 +143,7 @@ def initialise(model: DraftModel) -> None:
     for name, p in model.named_parameters():
         if p.ndim == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = (2 * model.layout.shape.layers) ** -0.5 if last else 1.0
+            scale = (2 * model.options.shape.layers) ** -0.5 if last else 1.0
             nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)
 
 
@@ -164,11 +164,11 @@ class Packed:
 
 
 def pack_blocks(
-    answers: Sequence[Answer], layout: Layout, anchors: int, generator: torch.Generator
+    answers: Sequence[Answer], options: DFlashOptions, anchors: int, generator: torch.Generator
 ) -> Packed:
     """Blocks at up to `anchors` random places of each answer, whose root and next token are in the
     response."""
-    block = layout.block
+    block = options.block
     ids, prompts, ends, place, there = places_of(answers, anchors, generator, before=0, ahead=1)
     place = torch.where(there, place, prompts)  # a missing block has no labels
     count, used = place.shape
@@ -176,10 +176,10 @@ def pack_blocks(
     positions = place[..., None] + offset  # (B, A, N)
     token = ids.gather(1, positions.flatten(1).clamp(max=ids.shape[1] - 1)).view(count, used, block)
     labels = token.masked_fill((positions >= ends[..., None]) | ~there[..., None], -1)[..., 1:]
-    rows = torch.where(offset == 0, token, layout.mask_id)
+    rows = torch.where(offset == 0, token, options.mask_id)
     row = torch.arange(used * block)
     same_block = row[:, None] // block == row // block
-    if CAUSAL[layout.kind]:
+    if CAUSAL[options.kind]:
         same_block &= row[:, None] >= row
     context = torch.arange(ids.shape[1]) < place.repeat_interleave(block, 1)[..., None]  # (B, A N, L)
     visible = torch.cat((context, same_block.expand(count, -1, -1)), -1)
@@ -190,27 +190,27 @@ def loss_of(
     model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
     """The loss of a step."""
-    layout, device = model.layout, target.device
+    options, device = model.options, target.device
     some, generator = drawn(answers, settings, step)
-    batch = pack_blocks(some, layout, settings.anchors, generator)
-    taps = models.Taps(layout.taps)
+    batch = pack_blocks(some, options, settings.anchors, generator)
+    taps = models.Taps(options.taps)
     labels = batch.labels.to(device)
     asked = labels >= 0
-    s = layout.shape
+    s = options.shape
     # On a CPU, even one with products of bfloat16, its many small operations are faster in float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
         with torch.no_grad():
             target.hidden(batch.ids.to(device), taps=taps)
             x = target.embed(batch.rows.to(device)).float()
-            length = batch.ids.shape[1] + layout.block  # the positions that blocks can reach
+            length = batch.ids.shape[1] + options.block  # the positions that blocks can reach
             cos, sin = rope.table(length, s.head_dim, s.rope_theta, s.rope_scaling, device)
-        feature = model.feature([taps[each].float() for each in layout.taps])
+        feature = model.feature([taps[each].float() for each in options.taps])
         visible, positions = batch.visible.to(device), batch.positions.to(device)
         y = model(x, positions, feature, visible, cos, sin)
-        y = y.unflatten(1, (-1, layout.block))[:, :, 1:][asked]
+        y = y.unflatten(1, (-1, options.block))[:, :, 1:][asked]
         logits = target.head(y.to(target.dtype))
     logits = logits.float()
-    logits[:, layout.mask_id] = -torch.inf  # it is never drafted
+    logits[:, options.mask_id] = -torch.inf  # it is never drafted
     nll = torch.zeros(labels.shape, device=device)
     nll[asked] = F.cross_entropy(logits, labels[asked], reduction="none")
     weight = weights(nll.detach(), asked, settings.loss)
