@@ -63,6 +63,8 @@ class Qwen3MoE(Qwen3):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        if config.get("use_sliding_window"):  # which transformers' class gives to every layer
+            config = {**config, "max_window_layers": 0, "layer_types": None}
         return replace(Qwen3.read_config(config), experts=experts_of(config))
 
 

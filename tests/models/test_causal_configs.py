@@ -141,6 +141,19 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
             {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
             "use_sliding_window=True is not supported: layers from max_window_layers=1 on would see 8",
         ),
+        *(
+            (
+                "qwen3_moe",
+                {
+                    "use_sliding_window": True,
+                    "sliding_window": 8,
+                    "max_window_layers": 2,
+                    "layer_types": kinds,
+                },
+                "use_sliding_window=True is not supported: layers from max_window_layers=0 on would see 8",
+            )
+            for kinds in ({}, {"layer_types": ["full_attention"] * 2})
+        ),
         ("llama", {"sliding_window": 8}, "sliding_window=8 is not supported: Llama attends to all positions"),
         ("llama", {"attention_chunk_size": 8}, "attention_chunk_size=8 is not supported"),
         ("qwen3", {"num_key_value_heads": 3}, "3 key heads do not divide 4 heads"),
