@@ -276,18 +276,25 @@ def test_a_run_with_other_settings_is_refused(answers: Path, tmp_path: Path):
         (changed(entropy_weight=2.0), r"other settings: \{'training.entropy_weight': 0.5\}"),
         (replace(recipe, lora=LORA), r"other settings: \{'lora': None\}"),
         (replace(recipe, collator={"total_length": 40}), r"other settings: \{'collator': \{\}\}"),
+        (changed(per_device_train_batch_size=4), r"other settings: \{'sequences per step': 2\}"),
+        (changed(gradient_accumulation_steps=2), r"other settings: \{'sequences per step': 2\}"),
     ):
         with pytest.raises(ValueError, match=said):
             distill.run(other, answers, tmp_path, progress=False)
     assert (tmp_path / "training.json").read_text() == report
-    distill.run(changed(per_device_train_batch_size=1, logging_steps=1), answers, tmp_path, progress=False)
+    layout = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    distill.run(changed(**layout, logging_steps=1), answers, tmp_path, progress=False)
     settings = json.loads((answers / "settings.json").read_text())
     shutil.copytree(answers, tmp_path / "answers")
     (tmp_path / "answers" / "settings.json").write_text(json.dumps({**settings, "policy": "one"}))
     with pytest.raises(ValueError, match=r"other settings: .*'trajectories'"):
         distill.run(recipe, tmp_path / "answers", tmp_path, progress=False)
-    (tmp_path / "recipe.json").unlink()  # as of an earlier version
-    distill.run(recipe, answers, tmp_path, progress=False)
+    record = tmp_path / "recipe.json"
+    content = json.loads(record.read_text())
+    assert content.pop("sequences per step") == 2
+    for earlier in (json.dumps(content), None):  # versions that wrote no number of sequences, or no record
+        record.unlink() if earlier is None else record.write_text(earlier)
+        distill.run(recipe, answers, tmp_path, progress=False)
 
 
 def test_a_run_is_over_once_its_student_is_there(

@@ -117,3 +117,16 @@ def test_what_a_gpu_finds_bad_ends_the_run_by_its_name(
     with pytest.raises(ValueError, match=said):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_moves_no_weight(max_grad_norm: float, tmp_path: Path):
+    """Of the last step it would be a student of NaN, and no word of it."""
+    model = run_trainer.model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    next(p for p in model.parameters() if p.ndim == 1).register_hook(lambda grad: grad * torch.inf)
+    trainer = trainer_of(model, tmp_path, max_steps=1, max_grad_norm=max_grad_norm)
+    with pytest.raises(ValueError, match=r"the gradient's norm at step 1 is (nan|inf): training stops"):
+        trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not [*tmp_path.glob("checkpoint-*")]

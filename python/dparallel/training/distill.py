@@ -180,8 +180,10 @@ MAY_CHANGE = (
     *("ddp_*", "torch_compile*", "use_cpu", "logging_*", "log_*", "save_*", "eval_*"),
     *("report_to", "run_name", "disable_tqdm"),
 )
-"""The settings of `training` that may differ in a resumed run: its length, its layout on machines, and what
-it writes."""
+"""The settings of `training` that may differ in a resumed run: its length, its layout on machines (of as many
+sequences a step), and what it writes."""
+SEQUENCES = "sequences per step"
+"""The key of a record for the product of micro-batch, accumulation and processes."""
 
 
 def identity(recipe: Recipe, answers: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,12 +194,18 @@ def identity(recipe: Recipe, answers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps({**of_recipe, **of_training, "trajectories": dict(answers)})))
 
 
+def _sequences(args: Any, processes: int) -> int:
+    """The sequences of a step."""
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * processes)
+
+
 def _check_record(directory: Path, content: dict[str, Any]) -> None:
     """Raise ValueError if the checkpoints in the directory are of a run with other settings."""
     file = directory / RECORD
     if not file.exists():  # checkpoints of an earlier version
         return
-    before = files.json_object("out", file)
+    # A record of an earlier version lacks the sequences.
+    before = {SEQUENCES: content[SEQUENCES], **files.json_object("out", file)}
     keys = sorted({*before, *content})
     other = {key: before.get(key) for key in keys if before.get(key) != content.get(key)}
     if other:
@@ -253,7 +261,8 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     files.apart("out", directory, source)
     loaded_tokenizer = tokenizer.load(source)
     rows = _rows(recipe, answers, loaded_tokenizer)
-    checkpoint, settings = last_checkpoint(directory), identity(recipe, rows.settings)
+    checkpoint = last_checkpoint(directory)
+    settings = identity(recipe, rows.settings) | {SEQUENCES: _sequences(args, args.world_size)}
     if checkpoint is not None:
         _check_record(directory, settings)
     # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
@@ -375,7 +384,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
         trainable = total
     args = arguments(recipe, "unused")
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch = micro * accumulated * processes
+    batch = _sequences(args, processes)
     examples = recipe.examples if answers is None else len(trajectories.Trajectories(answers))
     if examples is None:
         examples = len(read_prompts(recipe.data)) if recipe.data.startswith("builtin:") else None
@@ -399,7 +408,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
         "parameters": total,
         "trainable": trainable,
         "processes": processes,
-        "sequences per step": batch,
+        SEQUENCES: batch,
         "tokens per sequence": tokens,
         "answers": examples,
         "steps": steps,

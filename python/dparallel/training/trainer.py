@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, is_number, number, one_of, warn, whole
@@ -135,6 +135,7 @@ class CertaintyForcingTrainer(Trainer):
                 f"model: {self.args.n_gpu} GPUs in one process are not supported: start one process for each "
                 "with `torchrun` or `accelerate launch`"
             )
+        self.add_callback(FiniteGradients(self))
         # The loss is normalised over the whole step here.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -379,6 +380,28 @@ class CertaintyForcingTrainer(Trainer):
         """Save every process's random state before the first process marks the checkpoint complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+class FiniteGradients(TrainerCallback):
+    """Ends a run, in front of the optimizer, by a gradient that is not finite: its weights would be lost, and
+    a checkpoint of them would be where the run goes on."""
+
+    def __init__(self, trainer: CertaintyForcingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **named: Any) -> None:
+        """Raise ValueError for a gradient that is not finite."""
+        if self.trainer.accelerator.scaler is not None:  # which leaves such a step out
+            return
+        gradients = [p.grad for p in named["model"].parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = getattr(norm, "full_tensor", lambda: norm)()  # of shards
+        if not norm.isfinite():
+            dx.check_errors(args.device)  # which names a row that is the cause
+            raise ValueError(
+                f"the gradient's norm at step {state.global_step + 1} is {norm.item():g}: training stops "
+                "before a weight moves; a lower learning_rate may help"
+            )
 
 
 def default_collator(model: nn.Module) -> Collator:
