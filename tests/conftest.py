@@ -46,6 +46,10 @@ settings.load_profile("host_emulation" if EMULATED else "ci")
 # The command line is built once: for each of some 400 calls it would take a thirtieth of the tests' time.
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
+if not torch.cuda.is_available():
+    # torch would write down the stack for each kind of device that is not there, should one begin later.
+    torch.manual_seed = torch.default_generator.manual_seed
+
 GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 LEVELS = ["portable", "avx2", "avx512"]
 LEVELS = ["cpu"] if EMULATED else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
