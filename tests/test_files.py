@@ -9,10 +9,10 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from drafters import exits
 from tokenizers import Tokenizer
 
 import dparallel_ext as dx
-from dparallel_ext.models.files import replace_model
+from dparallel_ext.models.files import in_turn, replace_model
 
 
 def test_a_newline_alone_ends_a_line(tmp_path: Path):
@@ -287,20 +287,21 @@ def test_a_turn_is_one_process_s_own(tmp_path: Path) -> None:
     """Processes that read, think and write count right in a directory; a killed one's turn is over."""
     count, file = tmp_path / "count", tmp_path / "turn"
     count.write_text("0")
-    program = f"""
-import time, sys
-from pathlib import Path
-from dparallel_ext.models.files import in_turn
-count = Path({str(count)!r})
-for _ in range(20):
-    with in_turn(Path({str(file)!r})):
-        number = int(count.read_text())
-        time.sleep(0.002)
-        count.write_text(str(number + 1))
-"""
+
+    def add() -> None:
+        for _ in range(20):
+            with in_turn(file):
+                number = int(count.read_text())
+                time.sleep(0.002)
+                count.write_text(str(number + 1))
+
     file.touch()  # as a killed process leaves it
-    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
+    running = [get_context("fork").Process(target=add) for _ in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [0, 0, 0]
     assert count.read_text() == "60"
     assert not file.exists()
 
