@@ -28,7 +28,7 @@ from dparallel_ext.speculation.adadecode import AdaDecode, AdaDecodeOptions, Exi
 from dparallel_ext.speculation.adapter import Adapter
 from dparallel_ext.speculation.checkpoint import DraftCheckpoint, Origin
 from dparallel_ext.speculation.eagle import drafter_of_eagle
-from dparallel_ext.speculation.riders import config_of as config_of_riders
+from dparallel_ext.speculation.riders import rider_config
 
 SIZES = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -144,7 +144,7 @@ def riding(kind: str, target: Model = MODEL) -> RiderDrafter:
     torch.manual_seed(4)
     origin = Origin(kind, models.fingerprint(target), None)
     of, more = {"ppd": (PromptTokens, {}), "hidden_transfer": (HiddenTransfer, {"layer": 1})}[kind]
-    riders = of(config_of_riders(target, 3, origin, **more))
+    riders = of(rider_config(target, 3, origin, **more))
     for p in riders.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return RiderDrafter(riders, ((0.6, 0.2, 0.1), (0.5, 0.2, 0.1, 0.05), (0.4, 0.2)))

@@ -1,15 +1,15 @@
 """Which positions a pass computes, and which windows it may fill: a class for each cache mode.
 
-               computed                                        filled
-    Whole      the sequence                                    the open blocks
-    Prefix     at a block's first pass the sequence,           the open blocks
-               then from the front block on
-    Dual       at a block's first pass (and every `refresh`)   the open blocks
-               the sequence, then the open blocks alone
-    Block      what is not stored, up to the open blocks' end  the open blocks
-    SubBlock   as Block until the sub-block's first token      the front block's first sub-block with masks
-               is known, then the sub-block alone
-    Sliding    what is not stored, up to the window's end      `block_length` columns from the first mask on
+                 computed                                        filled
+    Whole        the sequence                                    the open blocks
+    Prefix       at a block's first pass the sequence,           the open blocks
+                 then from the front block on
+    Dual         at a block's first pass (and every `refresh`)   the open blocks
+                 the sequence, then the open blocks alone
+    BlockCausal  what is not stored, up to the open blocks' end  the open blocks
+    SubBlock     as BlockCausal until the sub-block's            the front block's first sub-block with masks
+                 first token is known, then that alone
+    Sliding      what is not stored, up to the window's end      `block_length` columns from the first mask on
 
 The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR, Fast-dLLM v2,
 WeDLM, SDLM). The front block is the first that is not complete. Passes of the published loops that change
@@ -230,7 +230,7 @@ class Dual(Prefix):
         return (0, s.length) if self.full(s) else (s.block[0], s.open[-1].end)
 
 
-class Block(Schedule):
+class BlockCausal(Schedule):
     """For block-causal attention: finished blocks are exact, and the pass after their last stores them
     (SDAR)."""
 
@@ -256,9 +256,9 @@ class Block(Schedule):
 
 
 @dataclass(frozen=True)
-class SubBlock(Block):
-    """As Block, but once the first token of the active sub-block is known, passes compute that sub-block
-    alone (Fast-dLLM v2).
+class SubBlock(BlockCausal):
+    """As BlockCausal, but once the first token of the active sub-block is known, passes compute that
+    sub-block alone (Fast-dLLM v2).
     """
 
     refresh: int | None = None
@@ -339,7 +339,7 @@ def make(
     """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
     causal = is_block_causal(traits, cache)
     kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual}
-    kind = (kinds | {"block": Block, "window": Sliding})[cache]
+    kind = (kinds | {"block": BlockCausal, "window": Sliding})[cache]
     options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
         block_length=block_length,

@@ -47,7 +47,7 @@ from .sequence import IDLE, SequenceState, Settings
 
 
 @dataclass(frozen=True)
-class Ranks(Rule):
+class RankMemory(Rule):
     """Commits by the policy row, and remembers each position's token and score (the best commits first).
 
     leading: it commits as `Leading` does, the first position first.
@@ -79,7 +79,7 @@ class Guess(NamedTuple):
     """The sequence with these tokens committed."""
 
 
-class Pass(NamedTuple):
+class LastPass(NamedTuple):
     """The last pass of a sequence."""
 
     lane: int
@@ -158,7 +158,7 @@ class SelfSpeculation(Batch):
     ) -> None:
         self.count, self.draft_size = lanes, draft_size
         self.passes, self.canvases = [0] * lanes, [0] * lanes
-        self._last = [Pass(b) for b in range(lanes)]
+        self._last = [LastPass(b) for b in range(lanes)]
         self._ended: dict[int, int] = {}
         """Lanes that an end of the text ended in the last pass -> the first column of their padding."""
         if kv_cache is None and schedule.keeps:
@@ -182,8 +182,8 @@ class SelfSpeculation(Batch):
     def admit(
         self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **options: Any
     ) -> SequenceState:
-        self._last[lane], self.passes[lane], self.canvases[lane] = Pass(lane), 0, 0
-        ranks = Ranks(policies.score_of(settings.policy), isinstance(settings.rule, Leading))
+        self._last[lane], self.passes[lane], self.canvases[lane] = LastPass(lane), 0, 0
+        ranks = RankMemory(policies.score_of(settings.policy), isinstance(settings.rule, Leading))
         return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **options)
 
     def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
@@ -219,7 +219,7 @@ class SelfSpeculation(Batch):
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
         """The guesses of sequence b. held: its tokens, and then those of the last guess. token, rank: (lanes,
-        columns), see `Ranks`."""
+        columns), see `RankMemory`."""
         row, last = self.rows[b], self._last[b]
         window = self.schedule.front_window(row)
         start, end = max(window.start, last.start), min(window.end, last.end)
@@ -366,7 +366,7 @@ class SelfSpeculation(Batch):
                 final = min(end, self.rows[b].num_cached)
                 self._copy(lane, b, range(first, final))
                 first = final
-            self._last[b] = Pass(lane, *windows[lane], (first, end))
+            self._last[b] = LastPass(lane, *windows[lane], (first, end))
             if self.rows[b].settings.record:
                 self._record(b, {each: numbers[each] for each in accepted})
                 if lane in self._ended:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._C import Scheduler
 from ..cache import KVCache
 from .handle import Completion, Draft, Event, Events, Handle
-from .kinds import Batch, Kind, Plan, Region
+from .kinds import AnyBatch, ModelKind, Region, RequestPlan
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Request:
     handle: Handle
     events: Events
     """The handle's events."""
-    plan: Plan
+    plan: RequestPlan
     on_draft: Callable[[Draft], None] | None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float | None = None
@@ -58,7 +58,7 @@ class EngineCore:
         kv_cache: the batch's cache, whose pages the scheduler assigns.
     """
 
-    def __init__(self, kind: Kind, batch: Batch, kv_cache: KVCache, scheduler: Scheduler) -> None:
+    def __init__(self, kind: ModelKind, batch: AnyBatch, kv_cache: KVCache, scheduler: Scheduler) -> None:
         self.batch, self.scheduler, self._kv_cache = batch, scheduler, kv_cache
         self._kind = kind
         self.arrivals: list[Request] = []  # submitted, and not yet received by the engine's thread

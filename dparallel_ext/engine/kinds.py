@@ -29,8 +29,8 @@ from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_o
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request, checked, as `Kind.admit` takes it."""
+class RequestPlan:
+    """A request, checked, as `ModelKind.admit` takes it."""
 
     prompt: Tensor
     """(P,) int64 on the CPU."""
@@ -51,13 +51,13 @@ class Plan:
 
 Region = OpenBlock | OpenRegion
 """Columns [start, end) of a sequence."""
-Row = SequenceState | CausalSequence
+AnySequence = SequenceState | CausalSequence
 """A sequence in a batch's lane."""
-Batch = diffusion.Batch | CausalBatch
+AnyBatch = diffusion.Batch | CausalBatch
 """Sequences in lanes, and the passes over them."""
 
 
-class Kind(ABC):
+class ModelKind(ABC):
     """What an engine needs to know about its kind of model."""
 
     config: DecodeConfig
@@ -87,7 +87,7 @@ class Kind(ABC):
         """Positions that a request needs."""
 
     @abstractmethod
-    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         """The plan of a request. Raises ValueError naming the argument that does not fit the model."""
 
     def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
@@ -95,10 +95,10 @@ class Kind(ABC):
         return self.models[0].new_cache(pages, page_size, block_table, kept=self.keeps)
 
     @abstractmethod
-    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> Batch: ...
+    def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> AnyBatch: ...
 
     @abstractmethod
-    def admit(self, batch: Any, lane: int, plan: Plan, num_cached: int) -> Row:
+    def admit(self, batch: Any, lane: int, plan: RequestPlan, num_cached: int) -> AnySequence:
         """Begin a sequence in a lane of the batch that `make_batch` has made."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Kind(ABC):
         """Columns [start, end) of a `Draft`, after a pass before which the regions `opened` were open."""
 
 
-class Diffusion(Kind):
+class Diffusion(ModelKind):
     """Masked diffusion: blocks of masks, and a rule that decides which of them a pass fills."""
 
     mask_id: int
@@ -137,7 +137,7 @@ class Diffusion(Kind):
     def length(self, prompt: int, gen_length: int) -> int:
         return whole_length(prompt, gen_length, self._schedule.block_length, self._schedule.aligned)
 
-    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         settings, schedule = self.settings(config), self._schedule
         masked = masks(ids, self.mask_id) if config.infill else []
         size, aligned = schedule.block_length, schedule.aligned
@@ -146,7 +146,7 @@ class Diffusion(Kind):
         # so it is computed in any case.
         known = layout.columns[0] if layout.columns else len(ids)
         reusable = max(0, known - int(schedule.shift or schedule.onward))
-        return Plan(ids, gen_length, layout.length, reusable, settings, masked)
+        return RequestPlan(ids, gen_length, layout.length, reusable, settings, masked)
 
     def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
         if not self._draft_size:
@@ -172,7 +172,7 @@ class Diffusion(Kind):
         )
         return batch
 
-    def admit(self, batch: diffusion.Batch, lane: int, plan: Plan, num_cached: int) -> SequenceState:
+    def admit(self, batch: diffusion.Batch, lane: int, plan: RequestPlan, num_cached: int) -> SequenceState:
         prompt = plan.prompt.to(batch.tokens.device)
         return batch.admit(
             lane, prompt, plan.gen_length, plan.settings, masked=plan.masked, num_cached=num_cached
@@ -183,7 +183,7 @@ class Diffusion(Kind):
         return opened[0].start, opened[-1].end
 
 
-class LeftToRight(Kind):
+class LeftToRight(ModelKind):
     """Tokens from left to right, as many a pass as are verified."""
 
     _model: Model
@@ -199,14 +199,14 @@ class LeftToRight(Kind):
     def ends(self, config: DecodeConfig) -> tuple[int, ...]:
         """The ids that end a sequence. Raises ValueError for one that is never decoded."""
 
-    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         if not len(ids):
             raise ValueError("prompt: expected at least one token, got none")
         # The last token's row predicts the next token, so it is computed in any case.
         length, reusable = self.length(len(ids), gen_length), len(ids) - 1
-        return Plan(ids, gen_length, length, reusable, self.settings(config))
+        return RequestPlan(ids, gen_length, length, reusable, self.settings(config))
 
-    def admit(self, batch: CausalBatch, lane: int, plan: Plan, num_cached: int) -> CausalSequence:
+    def admit(self, batch: CausalBatch, lane: int, plan: RequestPlan, num_cached: int) -> CausalSequence:
         return batch.admit(lane, plan.prompt, plan.gen_length, plan.settings, num_cached=num_cached)
 
     def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
@@ -256,7 +256,7 @@ class Adaptive(LeftToRight):
     unshared = "a verifier"
 
     def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **numbers: Any) -> None:
-        adaptive.check_fields(vars(config))
+        adaptive.check_adaptive(vars(config))
         self._numbers = adaptive.checked_numbers(**numbers)
         self._model, self.config = adaptive.diffusion_model(model), config
         self._mask_id = mask_of(self._model, config.mask_id)
@@ -264,14 +264,14 @@ class Adaptive(LeftToRight):
         self.models = (self._model, self._verifier)
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        adaptive.check_fields(fields)
+        adaptive.check_adaptive(fields)
 
     def ends(self, config: DecodeConfig) -> tuple[int, ...]:
         eos_ids = end_ids(self._model, config, self._mask_id)
         adaptive.check_known(self._verifier, [], eos_ids)
         return eos_ids
 
-    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> Plan:
+    def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         plan = super().plan(ids, gen_length, config)
         adaptive.check_known(self._verifier, [ids], ())
         return plan
@@ -298,7 +298,7 @@ def kind_of(
     draft_size: int | None,
     verifier: Any,
     **numbers: Any,
-) -> Kind:
+) -> ModelKind:
     """The kind of an engine. numbers: mixture, window and lookahead; None: not given.
 
     Raises ValueError naming the argument that does not fit the model.

@@ -20,7 +20,7 @@ from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
-from .config import Config, ModelConfig, Output, token_ids
+from .config import Config, ModelConfig, Output, config_ids
 from .expected import Expected
 from .fp8 import Fp8Linear
 from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, norm_of_sum, rotate
@@ -70,8 +70,8 @@ class Model(Expected):
         published = self.released_mask_id(s.embedding_size)
         if config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
-        self.mask_id = next(iter(token_ids(self.config, "mask_token_id", s.embedding_size)), None)
-        self.end_at(token_ids(self.config, "eos_token_id", s.embedding_size))
+        self.mask_id = next(iter(config_ids(self.config, "mask_token_id", s.embedding_size)), None)
+        self.end_at(config_ids(self.config, "eos_token_id", s.embedding_size))
         self.embed = nn.Embedding(s.embedding_size, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         sparse = frozenset() if s.experts is None else s.experts.layers
@@ -102,7 +102,7 @@ class Model(Expected):
             shape = cls.read_config(config)
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
-        token_ids(config, "eos_token_id", shape.embedding_size)
+        config_ids(config, "eos_token_id", shape.embedding_size)
         return shape
 
     @classmethod

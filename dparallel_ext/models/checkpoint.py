@@ -18,7 +18,7 @@ from .. import backends
 from ..arguments import instance, warn
 from . import files, fused_weights
 from .base import Model
-from .config import ModelConfig, token_ids
+from .config import ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
 from .families import FAMILIES, family_in, family_of
 from .modules import shapes_only
@@ -111,7 +111,7 @@ def _set_mask(config: dict[str, Any], mask_id: int | None, directory: Path, rows
 
 def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: str) -> None:
     """Append to the config's eos_token_id the ids of `others` that it lacks."""
-    of_config = token_ids(config, "eos_token_id", rows)
+    of_config = config_ids(config, "eos_token_id", rows)
     ends = list(dict.fromkeys([*of_config, *others]))
     beyond = [end for end in ends if end >= rows]
     if beyond:
@@ -176,7 +176,7 @@ def wrap(hf_model: nn.Module) -> Model:
             "own, which the native model does not run; put hooks on the layers of what models.wrap returns"
         )
     rows = family.shape_of(content).embedding_size
-    ends = token_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
+    ends = config_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
     model = _assemble(content, tensors, source, mixed=True)
     mixtures = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, Router | Experts))

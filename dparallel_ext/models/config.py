@@ -135,7 +135,7 @@ class Config(dict[str, Any]):
         return dict(self)
 
 
-def token_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]:
+def config_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...]:
     """The ids under a key, which may hold one, a list, or null. Raises ValueError naming the key."""
     ids = config.get(key)
     several: list[Any] = ids if isinstance(ids, list) and ids else [ids]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..cache import WORD
 from . import fields
 from .base import Model
-from .config import ModelConfig, token_ids
+from .config import ModelConfig, config_ids
 from .fields import Field
 from .llama import LLAMA_NAMES, llama_shape
 
@@ -68,5 +68,5 @@ class SDLM(Model):
         fields.check_supported(config, _SUPPORTED)
         size = fields.read(config, {"block_size": Field(int, SDLM.window, most=WORD)})["block_size"]
         shape = replace(llama_shape(config, qkv_bias=True), window=size)
-        token_ids(config, "text_mask_token_id", shape.embedding_size)
+        config_ids(config, "text_mask_token_id", shape.embedding_size)
         return shape

@@ -83,7 +83,7 @@ def certainty_forcing_loss(
     """
     check_logits(logits, wide=True)
     check_loss_inputs(logits, labels, active, weight, gate, "logits")
-    check_settings(temperature, ce_temperature, entropy_weight, reduction)
+    check_loss_settings(temperature, ce_temperature, entropy_weight, reduction)
     inplace = inplace and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace:
         check_inplace(logits)
@@ -125,7 +125,9 @@ def compose(
     return CertaintyForcingLossOutput(loss, nll.view(shape), entropy.view(shape), correct.view(shape))
 
 
-def check_settings(temperature: float, ce_temperature: float, entropy_weight: float, reduction: str) -> None:
+def check_loss_settings(
+    temperature: float, ce_temperature: float, entropy_weight: float, reduction: str
+) -> None:
     number("entropy_weight", entropy_weight, -math.inf)
     check_temperature("temperature", temperature)
     check_temperature("ce_temperature", ce_temperature)

@@ -20,7 +20,7 @@ ERRORS = {
     3: "logits: {} is masked and in the active window, but `positions` does not list it",
 }
 
-Where = Callable[[int], str]
+PositionName = Callable[[int], str]
 """Names a flat position. It is hashable, and equal to a function that names all positions alike."""
 
 
@@ -58,10 +58,10 @@ class Errors:
         self.words = torch.full((self.KINDS,), NO_ERROR, device=device)
         self.word_of = self.words.unbind()
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.kinds: dict[tuple[Where, tuple[tuple[int, str], ...]], int] = {}
+        self.kinds: dict[tuple[PositionName, tuple[tuple[int, str], ...]], int] = {}
         """Kind -> index of its word."""
 
-    def report(self, error: Tensor, where: Where, texts: Mapping[int, str]) -> None:
+    def report(self, error: Tensor, where: PositionName, texts: Mapping[int, str]) -> None:
         kind = where, tuple(texts.items())
         at = self.kinds.get(kind)
         if at is None:
@@ -110,7 +110,7 @@ def check_errors(device: torch.device | str | None = None) -> None:
                 errors.read()
 
 
-def report(error: Tensor, where: Where, texts: Mapping[int, str] = ERRORS) -> None:
+def report(error: Tensor, where: PositionName, texts: Mapping[int, str] = ERRORS) -> None:
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
     device = error.device
@@ -128,7 +128,7 @@ def report(error: Tensor, where: Where, texts: Mapping[int, str] = ERRORS) -> No
                 errors.report(error, where, texts)
 
 
-def explain(error: int, where: Where, texts: Mapping[int, str] = ERRORS) -> None:
+def explain(error: int, where: PositionName, texts: Mapping[int, str] = ERRORS) -> None:
     """Raise ValueError for an error that a kernel reports: 4 * flat position + code; not for NO_ERROR."""
     if error != NO_ERROR:
         raise ValueError(texts[error % 4].format(where(error // 4)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..types import NO_ERROR, CertaintyForcingLossOutput
 from .certainty_forcing_loss import (
     check_loss_inputs,
-    check_settings,
+    check_loss_settings,
     compose,
     real_dtype,
     row_errors,
@@ -69,7 +69,7 @@ def linear_certainty_forcing_loss(
     """
     hidden, lm_head_weight = check_head(hidden, lm_head_weight, "hidden", "lm_head_weight")
     check_loss_inputs(hidden, labels, active, weight, gate, "hidden")
-    check_settings(temperature, ce_temperature, entropy_weight, reduction)
+    check_loss_settings(temperature, ce_temperature, entropy_weight, reduction)
     cap, chunk_rows = check_softcap(softcap), rows_of_chunk(chunk_rows, lm_head_weight)
     shape, counted = labels.shape, active
     if shift:

@@ -37,7 +37,7 @@ from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
 from ..packed import floats_of
-from .adaptive_passes import AdaptiveSession, Part, Verifying
+from .adaptive_passes import AdaptiveSession, AdaptiveWork, Verifying
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
@@ -109,9 +109,9 @@ def adaptive_decode(
             choose, naming sequence and position.
         TypeError: for a keyword that is no field.
     """
-    check_fields(keywords)  # before a rule's text is read: there is none that would do
+    check_adaptive(keywords)  # before a rule's text is read: there is none that would do
     config = configured("adaptive_decode", config, keywords)
-    check_fields(vars(config))
+    check_adaptive(vars(config))
     numbers = checked_numbers(mixture, window, lookahead)
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
@@ -153,7 +153,7 @@ def adaptive_decode(
     )
 
 
-def check_fields(fields: Mapping[str, Any]) -> None:
+def check_adaptive(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
     names = {*OF_DIFFUSION, "automaton", "logprobs"} - {"mask_id"}
     why = "with a verifier decoding goes left to right, as far as it agrees, and takes none"
@@ -286,9 +286,9 @@ class AdaptiveBatch(CausalBatch):
             self.counts.add(drafted, count - 1)
         row.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
 
-    def _part(self, b: int) -> Part:
+    def _part(self, b: int) -> AdaptiveWork:
         row, first = self.rows[b], b * self.tokens.shape[1]
-        return Part(
+        return AdaptiveWork(
             b,
             self._ids[first : first + row.known],
             range(row.known, min(row.known + self.lookahead, row.length)),
@@ -298,7 +298,7 @@ class AdaptiveBatch(CausalBatch):
             row.settings.key,
         )
 
-    def _judge(self, parts: Sequence[Part]) -> dict[int, Judged]:
+    def _judge(self, parts: Sequence[AdaptiveWork]) -> dict[int, Judged]:
         """Run a pass over some sequences, which changes nothing but keys and values."""
         found = self._passes.judge(parts)  # waits for the device
         self.forwards += 1
@@ -314,7 +314,7 @@ class AdaptiveBatch(CausalBatch):
             first = last
         return results
 
-    def _agreed(self, part: Part, results: Sequence[Sequence[int]]) -> int:
+    def _agreed(self, part: AdaptiveWork, results: Sequence[Sequence[int]]) -> int:
         """How many tokens of a draft are committed. results: for each column what `judge` returns of it.
 
         Raises ValueError for the first bad row among the committed tokens or right behind them.

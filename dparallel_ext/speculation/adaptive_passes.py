@@ -25,7 +25,7 @@ from .drafter import DraftKey, RecordedSession
 from .sequence import UNKNOWN
 
 
-class Part(NamedTuple):
+class AdaptiveWork(NamedTuple):
     """What a pass does with one sequence. Columns are positions of the sequence."""
 
     lane: int
@@ -90,7 +90,7 @@ class AdaptiveSession(RecordedSession):
     def addresses(self) -> Sequence[int] | None:
         return self.verifier.addresses()
 
-    def judge(self, parts: Sequence[Part]) -> Tensor:
+    def judge(self, parts: Sequence[AdaptiveWork]) -> Tensor:
         """Run a pass over some sequences, which changes nothing but keys and values.
 
         Returns (3, n) or, if any is verified, (5, n) int64 on the CPU, for the n columns of all parts: the
@@ -129,7 +129,7 @@ class AdaptiveSession(RecordedSession):
         model: Model,
         kv_cache: KVCache,
         pad_to: PadTo,
-        parts: Sequence[Part],
+        parts: Sequence[AdaptiveWork],
         starts: Sequence[int],
         drafts: Sequence[Sequence[int]],
     ) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
-from ..models.config import ModelConfig, token_ids
+from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
@@ -82,7 +82,7 @@ class DFlashOptions(NamedTuple):
         block = next((size for size in sizes if size is not None), None)
         if block is None:
             raise ValueError("config: 'block_size' is missing")
-        masks = token_ids(inner, "mask_token_id", shape.embedding_size)
+        masks = config_ids(inner, "mask_token_id", shape.embedding_size)
         if len(masks) != 1:
             raise ValueError("config: dflash_config: 'mask_token_id' is missing")
         taps = inner.get("target_layer_ids")

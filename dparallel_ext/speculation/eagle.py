@@ -31,7 +31,7 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence import grouped
 from ..models import Llama, Model, Qwen3, own_precision, rope
 from ..models.attention import PagedAttention
-from ..models.config import ModelConfig, token_ids
+from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supported, read
 from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
@@ -109,7 +109,7 @@ class EagleOptions(NamedTuple):
         c = read(config, fields)
         check_supported(config, _WITHOUT)
         check_supported(c["eagle_config"], {"use_aux_hidden_state": True})
-        masks = [token for name in _MASKS for token in token_ids(config, name, shape.embedding_size)]
+        masks = [token for name in _MASKS for token in config_ids(config, name, shape.embedding_size)]
         parallel = "mask_hidden" in names or form == "peagle" or bool(c["parallel_drafting"])
         if parallel and len(set(masks)) != 1:
             raise ValueError(

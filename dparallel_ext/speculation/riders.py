@@ -73,7 +73,7 @@ def likeliest(logits: Tensor, rows: Tensor, suppress: Tensor | None, count: int)
     return best.token.view(len(rows), -1)
 
 
-def config_of(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[str, Any]:
+def rider_config(model: Model, riders: int, origin: Origin, **fields: Any) -> dict[str, Any]:
     """The content of config.json of a drafter for `model`; fields: keys of its kind."""
     s = model.shape
     return {

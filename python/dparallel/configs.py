@@ -139,7 +139,7 @@ def take_mask(content: dict[str, Any], option: int | None) -> int | None:
     return of_file if option is None else option
 
 
-def config_of(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
+def config_with_policy(content: Mapping[str, Any], policy: str | None, **options: Any) -> DecodeConfig:
     """The config of a file's fields and of options that override them; None: an option is not given.
 
     policy: a text for `parse_policy`; it overrides the file's fields that decide, see `DECIDES`.
@@ -165,7 +165,7 @@ def policy_in(content: Mapping[str, Any]) -> str | None:
 
 
 def config_without_policy(content: Mapping[str, Any], **options: Any) -> DecodeConfig:
-    """`config_of` without an option or a default for the policy."""
+    """`config_with_policy` without an option or a default for the policy."""
     fields: Any = {name: value for name, value in options.items() if value is not None}
     return DecodeConfig.from_dict(content).replace(**fields)
 

@@ -26,7 +26,7 @@ from .recording import Recording, answer_of
 from .results import label, wilson
 from .text import Encoder, TokenTexts
 
-Output = TypeVar("Output", bound=dx.DecodeOutput)
+Decoded = TypeVar("Decoded", bound=dx.DecodeOutput)
 
 
 PLAIN = "plain"
@@ -278,7 +278,7 @@ def check_named(drafter: Any) -> None:
 
 
 def _answered(
-    decode: Callable[[Sequence[Encoded]], Output],
+    decode: Callable[[Sequence[Encoded]], Decoded],
     task: Task,
     how: str,
     totals: Totals,
@@ -286,7 +286,7 @@ def _answered(
     answers: list[Answer] | None = None,
     *,
     beyond_end: bool = False,
-) -> Iterator[tuple[Sequence[Encoded], Output]]:
+) -> Iterator[tuple[Sequence[Encoded], Decoded]]:
     """Decode the prompts in batches; yield each batch and its output, once it is in `totals`.
 
     how: the decoding in words, for the recording. answers: receives the answers at the end, in the order of

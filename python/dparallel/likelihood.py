@@ -149,7 +149,7 @@ def _ids(name: str, value: Sequence[int], model: Model) -> Tensor:
 # --- masks --------------------------------------------------------------------------------------
 
 
-class Masks(NamedTuple):
+class MaskedStates(NamedTuple):
     """The n masked states of an answer of L tokens."""
 
     masked: Tensor
@@ -159,7 +159,7 @@ class Masks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def answer_masks(length: int, samples: int, seed: int) -> Masks:
+def answer_masks(length: int, samples: int, seed: int) -> MaskedStates:
     """The masks of `monte_carlo` for an answer of `length` tokens, at least 1.
 
     If there are at most `samples` masks, of 2^length - 1, all are returned with their exact weights.
@@ -176,13 +176,13 @@ def answer_masks(length: int, samples: int, seed: int) -> Masks:
         place = torch.rand((samples, length), generator=generator, dtype=torch.float64).argsort(1).argsort(1)
         masked = place < count[:, None]
         weight = [length / (count * samples) for count in count.tolist()]
-    return Masks(masked, masked * torch.tensor(weight, dtype=torch.float64)[:, None])
+    return MaskedStates(masked, masked * torch.tensor(weight, dtype=torch.float64)[:, None])
 
 
-def left_to_right_masks(length: int) -> Masks:
+def left_to_right_masks(length: int) -> MaskedStates:
     """In state i the tokens from i on are masked, and token i is needed."""
     masked = torch.ones((length, length), dtype=torch.bool).triu()
-    return Masks(masked, torch.eye(length, dtype=torch.float64))
+    return MaskedStates(masked, torch.eye(length, dtype=torch.float64))
 
 
 # --- passes -------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ Key = tuple[int, tuple[int, ...]]
 """A prefix: the page of its last finished block (-1: none), and the tokens after that block."""
 
 
-class Blocks(NamedTuple):
+class BlockWork(NamedTuple):
     """The work of `left_to_right` for some sequences of a block-causal model. A page holds a block."""
 
     spans: list[Span]
@@ -222,11 +222,11 @@ class Blocks(NamedTuple):
     """Prefix -> (pair, target) of the tokens that follow it."""
 
 
-def lay_out_blocks(pairs: Sequence[Pair], size: int, shift: int) -> Blocks:
+def lay_out_blocks(pairs: Sequence[Pair], size: int, shift: int) -> BlockWork:
     """The work for `pairs`: sequences with a common prefix share pages, and tokens after a prefix share its
     masked block."""
     page_of: dict[Key, int] = {}
-    blocks = Blocks([], [], [], [], {}, {})
+    blocks = BlockWork([], [], [], [], {}, {})
     for row, pair in enumerate(pairs):
         ids = torch.cat((pair.prompt, pair.answer)).tolist()
         pages: list[int] = []
@@ -269,7 +269,7 @@ class Scorer:
         self.pad_to = None if model.dtype == torch.float32 else bucket
 
     def by_masks(
-        self, pairs: Sequence[Pair], masks_of: Callable[[int], Masks]
+        self, pairs: Sequence[Pair], masks_of: Callable[[int], MaskedStates]
     ) -> Iterator[tuple[int, Likelihood]]:
         """Score each answer in the states of `masks_of(L)`; `greedy`: each needed token is the argmax.
 

@@ -282,10 +282,10 @@ def check_verifier(name: str, model: str | None = None) -> None:
         sizes = (models.config_of(directory)[1].embedding_size for directory in directories)
         with naming("model", "path"):
             tokenizers = map(tokenizer.load, directories)
-            check_tokens(name, min(sizes), *tokenizers)
+            check_same_tokens(name, min(sizes), *tokenizers)
 
 
-def check_tokens(name: str, shared: int, of_verifier: Any, of_model: Any) -> None:
+def check_same_tokens(name: str, shared: int, of_verifier: Any, of_model: Any) -> None:
     """Raise ValueError if an id below `shared` is another token in the verifier's tokenizer than in the
     model's. name: the verifier's."""
     theirs, ours = (
@@ -322,5 +322,5 @@ def load_verifier(name: str, model: models.Model, known: Any) -> models.Model:
     with naming("verifier", "model"):
         verifier, verifier_tokenizer = load(name, device=str(model.device), dtype=model.dtype)
     shared = min(model.shape.embedding_size, verifier.shape.embedding_size)
-    check_tokens(name, shared, verifier_tokenizer, known)
+    check_same_tokens(name, shared, verifier_tokenizer, known)
     return verifier

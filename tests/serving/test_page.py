@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from asking import MODEL, PROMPT, exchange
 from dparallel import page as pages
-from dparallel.configs import config_of, policy_of
+from dparallel.configs import config_with_policy, policy_of
 from dparallel.toy import tasks
 from server_here import Here, answer_of, serving
 
@@ -121,7 +121,7 @@ def test_a_config_says_its_policy_where_it_has_a_name(fields: dict[str, Any], po
     config = dx.DecodeConfig(**fields, cache="dual")
     assert policy_of(config) == policy
     if policy is not None:
-        assert decided(config_of({}, policy, cache="dual")) == decided(config)
+        assert decided(config_with_policy({}, policy, cache="dual")) == decided(config)
 
 
 def decided(config: dx.DecodeConfig) -> Any:

@@ -328,7 +328,7 @@ def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
 
 def test_blocks_are_packed_as_a_loop_would() -> None:
     texts = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
-    config = blocks.config_of(
+    config = blocks.block_config(
         models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=2))),
         TINY,
         MASK,
@@ -382,7 +382,7 @@ def test_taps_where_none_are_named() -> None:
         with torch.device("meta"):
             model = models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=layers)))
         model.norm.weight, model.lm_head.weight = (torch.nn.Parameter(torch.ones(32)) for _ in range(2))
-        config = blocks.config_of(model, Settings(kind=kind), MASK, Origin(kind, None, None))
+        config = blocks.block_config(model, Settings(kind=kind), MASK, Origin(kind, None, None))
         assert config["dflash_config"]["target_layer_ids"] == taps
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from dparallel_ext.arguments import whole
 
 from .. import files, registry
-from ..configs import config_of, config_without_policy, with_ends
+from ..configs import config_with_policy, config_without_policy, with_ends
 from ..console import plain_errors
 from ..problems import read_prompts
 from ..text import Message
@@ -134,7 +134,7 @@ def decode(
         if causal or verifier:
             decoding = config_without_policy(content, **options)
         else:
-            decoding = config_of(content, policy, **options)
+            decoding = config_with_policy(content, policy, **options)
         if decoding.seed is None:
             torch.seed()  # else every process would draw the same samples
         # A text with gaps is no chat message, so it gets a template only with --chat.

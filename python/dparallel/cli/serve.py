@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import registry
-from ..configs import config_of, config_without_policy
+from ..configs import config_with_policy, config_without_policy
 from ..console import plain_errors
 from ..evaluate import PLAIN
 from .common import (
@@ -159,7 +159,9 @@ def serve(
                 decoding = config_without_policy(fields, **shared)
                 models.append(runner.Model(each, each, decoding, loading, verifier=verifier, numbers=numbers))
             else:
-                decoding = config_of(fields, policy, cache=cache, block_length=block_length, **shared)
+                decoding = config_with_policy(
+                    fields, policy, cache=cache, block_length=block_length, **shared
+                )
                 models.append(runner.Model(each, each, decoding, loading, draft_size=self_drafts))
         if name and len(name) != len(models):
             called = ", ".join(served.name for served in models)

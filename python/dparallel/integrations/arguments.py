@@ -68,7 +68,7 @@ def temperature_of(do_sample: bool | None, temperature: Any) -> Any:
     return temperature
 
 
-def windows_of(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
+def rolling_windows(ids: list[int], prefix: list[int], width: int) -> Iterator[tuple[list[int], list[int]]]:
     """(context, continuation) of at most `width` tokens, whose continuations make up `ids`.
 
     The first context is the prefix. Each later continuation leaves its context one token, and the last one

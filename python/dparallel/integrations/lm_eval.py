@@ -49,8 +49,8 @@ from .arguments import (
     Generation,
     batch_size_of,
     device_of,
+    rolling_windows,
     temperature_of,
-    windows_of,
 )
 
 log = logging.getLogger("lm_eval.dparallel")  # under the harness's own logger, whose handlers print it
@@ -317,7 +317,7 @@ class DParallelLM(TemplateLM):
         positions: the first after the prefix token if there is one, later ones after as many tokens as
         fit."""
         windows = [
-            list(windows_of(self.tok_encode(request.args[0]), self._prefix, self.max_length))
+            list(rolling_windows(self.tok_encode(request.args[0]), self._prefix, self.max_length))
             for request in requests
         ]
         parts = iter(self._loglikelihood_tokens([(None, *w) for each in windows for w in each], disable_tqdm))

@@ -167,7 +167,7 @@ class EventStream(StreamingResponse):
             self.call.close()
 
 
-class Answer:
+class AnswerWriter:
     """Writes the pieces of a call as either endpoint's JSON: whole, or as events of a stream."""
 
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
@@ -274,7 +274,7 @@ class Answer:
 async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
     """The response to either endpoint, whole or streaming."""
     call = await service.model(request.model).call(request)
-    written = Answer(service, request, call)
+    written = AnswerWriter(service, request, call)
     if request.stream:
         return EventStream(call, written.events())
     return JSONResponse(await written.whole(http))

@@ -180,7 +180,7 @@ def log_config() -> dict[str, Any]:
     return config
 
 
-def config_of(
+def uvicorn_config(
     app: Any, *, most: int, seconds: float, log_level: str, shutdown_seconds: int
 ) -> uvicorn.Config:
     """uvicorn's settings for these limits: with its own loop and parser, whatever else is installed."""

@@ -117,7 +117,7 @@ def unusable(host: str, port: int, error: OSError) -> ValueError:
 def make_server(service: Service, log_level: str = "info") -> Server:
     """The server of a service; its `run` takes the sockets of `listen`."""
     settings = service.settings
-    config = connections.config_of(
+    config = connections.uvicorn_config(
         make_app(service),
         most=settings.max_connections or connections.most_connections(None),
         seconds=settings.body_seconds,

@@ -31,7 +31,7 @@ COUNTS = (2, 3, 4)
 SETTINGS = ({"active_blocks": 1}, {"active_blocks": 4}, {"active_blocks": 8, "open_at": 0.0})
 
 
-class Problems:
+class ProblemStream:
     """Training problems, drawn by the length of their prompts, so that sequences of a batch have one
     layout."""
 
@@ -69,7 +69,7 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
     first."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     optimizers = loop.make_optimizers(model, matrices, train.Settings(muon_lr=1e-3, adam_lr=5e-4))
-    data = Problems(tokenizer, model.eos_id, seed + 7)
+    data = ProblemStream(tokenizer, model.eos_id, seed + 7)
     generator = torch.Generator().manual_seed(seed)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95)

@@ -29,7 +29,7 @@ from . import tasks
 
 
 @dataclass(frozen=True)
-class Settings(loop.Schedule):
+class Settings(loop.TrainingSchedule):
     """The settings of a training run; the same settings give the same model."""
 
     steps: int = 7000

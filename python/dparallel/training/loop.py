@@ -29,7 +29,7 @@ Optimizers = list[tuple[torch.optim.Optimizer, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class TrainingSchedule:
     """The steps and rates of a run, whose settings are a subclass with defaults.
 
     Raises ValueError naming the number that does not fit.
@@ -79,7 +79,7 @@ def run(
     model: nn.Module,
     matrices: Iterable[nn.Parameter],
     loss_of: Callable[[int], Tensor],
-    schedule: Schedule,
+    schedule: TrainingSchedule,
     settings: Mapping[str, Any],
     *,
     defaults: Mapping[str, Any] | None = None,
@@ -173,7 +173,7 @@ def kept(directory: Path) -> str | None:
         return None
 
 
-def make_optimizers(model: nn.Module, matrices: list[nn.Parameter], schedule: Schedule) -> Optimizers:
+def make_optimizers(model: nn.Module, matrices: list[nn.Parameter], schedule: TrainingSchedule) -> Optimizers:
     """Muon for the matrices and AdamW for the other parameters, each with its full rate."""
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers: Optimizers = []

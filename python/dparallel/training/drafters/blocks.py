@@ -68,7 +68,7 @@ class Blocks(Trainee):
     def __init__(self, target: Target, settings: BlockSettings) -> None:
         self._target, self._settings = target.model, settings
         mask_id = target.mask_id(settings.mask_id)
-        self.config = config_of(target.model, settings, mask_id, target.origin(settings.kind))
+        self.config = block_config(target.model, settings, mask_id, target.origin(settings.kind))
         self._mask_id = DFlashOptions.of(self.config).mask_id
 
     def build(self) -> DraftModel:
@@ -99,7 +99,9 @@ class Blocks(Trainee):
         return BlockDrafter(self.module, source)
 
 
-def config_of(model: models.Model, settings: BlockSettings, mask_id: int, origin: Origin) -> dict[str, Any]:
+def block_config(
+    model: models.Model, settings: BlockSettings, mask_id: int, origin: Origin
+) -> dict[str, Any]:
     """The config.json of a drafter for `model`, in the layout of the published drafters.
 
     Raises ValueError naming the setting that does not fit the model.

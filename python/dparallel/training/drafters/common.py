@@ -22,14 +22,14 @@ from dparallel_ext.speculation.drafter import Drafter
 
 from ... import registry
 from ...text import Template
-from ..loop import Schedule
+from ..loop import TrainingSchedule
 
 Answer = tuple[Tensor, int]
 """Prompt and response (T,) int64 with the end token, and the prompt's length."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Schedule):
+class Settings(TrainingSchedule):
     """The settings that all drafters have; the same settings and answers give the same drafter.
 
     Each kind has a subclass with settings of its own.

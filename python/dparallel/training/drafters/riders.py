@@ -32,7 +32,7 @@ from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter
 from dparallel_ext.speculation.adapter import Adapter, LowRank
 from dparallel_ext.speculation.checkpoint import ADAPTER_FILES, DraftCheckpoint
 from dparallel_ext.speculation.drafter import Adapting, Riders
-from dparallel_ext.speculation.riders import GUESSES, config_of
+from dparallel_ext.speculation.riders import GUESSES, rider_config
 
 from ..adapters import lora_names
 from .common import Answer, Saved, Settings, Target, Trainee, drawn, places_of
@@ -102,7 +102,7 @@ class _Riders(Trainee):
 
     def __init__(self, target: Target, settings: RiderSettings) -> None:
         self._target, self._settings = target.model, settings
-        self.config = config_of(target.model, settings.riders, target.origin(settings.kind))
+        self.config = rider_config(target.model, settings.riders, target.origin(settings.kind))
 
     @property
     def riders(self) -> Any:
@@ -216,7 +216,7 @@ def linear_layers(model: models.Model, wanted: Sequence[str] | None) -> dict[str
     }
 
 
-class Placed(NamedTuple):
+class PlacedAnswers(NamedTuple):
     """Answers and riders behind some places of each: B sequences, A places, n riders behind each."""
 
     ids: Tensor
@@ -229,16 +229,16 @@ class Placed(NamedTuple):
 
 def place(
     answers: Sequence[Answer], riders: int, anchors: int | None, generator: torch.Generator | None = None
-) -> Placed:
+) -> PlacedAnswers:
     """Riders behind up to `anchors` random places of each answer (None: behind all) where at least one rider
     has a token to guess."""
     # After a node at position p comes the token at p + 1; the first rider guesses the token at p + 2.
     ids, _, ends, places, there = places_of(answers, anchors, generator, before=1, ahead=2)
     target = places[..., None] + 2 + torch.arange(riders)
-    return Placed(ids, places, there[..., None] & (target < ends[..., None]))
+    return PlacedAnswers(ids, places, there[..., None] & (target < ends[..., None]))
 
 
-def logits_of(riders: Riders, model: models.Model, placed: Placed) -> tuple[Tensor, Tensor, Tensor]:
+def logits_of(riders: Riders, model: models.Model, placed: PlacedAnswers) -> tuple[Tensor, Tensor, Tensor]:
     """For the R riders with a token to guess: their logits (R, V) float32, the target's logits (R, V) in the
     rows of the true tokens at their positions, and the true tokens (R,) int64 that they guess."""
     device, n = model.device, riders.most
