@@ -34,7 +34,8 @@ def shown(prompt: str | list[Message]) -> str:
 
 
 class TextStream:
-    """The text of tokens that come a few at a time. Text that it has returned never changes.
+    """The text of tokens that come a few at a time. Text that it has returned never changes, and the whole
+    text does not depend on how many tokens come at a time.
 
     A character may take several tokens (byte-level BPE, byte fallback), so an incomplete character at the end
     is held back, and so is text that may begin a stop string. Only the tokens since the last complete
@@ -43,11 +44,12 @@ class TextStream:
     Args:
         tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
         stop: stop strings; the text ends before the one that is complete first, even within a token.
-        with_starts: whether `starts` is filled.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), with_starts: bool = False) -> None:
-        self.tokenizer, self.stop, self.with_starts = tokenizer, tuple(stop), with_starts
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = {token for token, content in added if content.special}
         self.starts: list[int] = []
         """For each token taken, the number of characters that were complete before it: special tokens have
         none, and the tokens of one character start together."""
@@ -62,16 +64,17 @@ class TextStream:
 
     def put(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        # With stop strings token by token, so that the count ends with the one that completes a stop.
-        parts = [[token] for token in tokens] if self.stop or self.with_starts else [list(tokens)]
+        # One by one: what bytes that are no text become depends on what is decoded with them, and the count
+        # ends with the token that completes a stop string.
         released = ""
-        for part in parts:
+        for token in tokens:
             if self.stopped:
                 break
-            self._pending += part
-            self.count += len(part)
-            if self.with_starts:
-                self.starts.append(self._length)
+            self.count += 1
+            self.starts.append(self._length)
+            if token in self._special:
+                continue
+            self._pending.append(token)
             fresh = self._complete()
             self._length += len(fresh)
             released += self._until_stop(fresh)

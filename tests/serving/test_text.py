@@ -98,6 +98,18 @@ def test_byte_fallback_streams_as_it_decodes(parts: list, cuts: list[int]) -> No
     assert "".join(pieces(tokenizer, ids, cuts, [])[0]) == tokenizer.decode(ids)
 
 
+@given(
+    st.lists(st.sampled_from(["3A", "E4", "BD", "A0"]), min_size=2, max_size=9),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+def test_bytes_that_are_no_text_do_not_depend_on_the_cuts(codes: list[str], cuts: list[int]) -> None:
+    """A decoder may make one thing of them alone, and another of all together."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = [tokenizer.token_to_id(f"<0x{byte}>") for byte in codes]
+    whole, single = (pieces(tokenizer, ids, at, [])[0] for at in (cuts, [*range(len(ids))]))
+    assert "".join(whole) == "".join(single)
+
+
 @pytest.mark.parametrize("name", ["byte level", "words"])
 @given(st.data())
 def test_tokens_start_where_the_text_before_them_ends(name: str, data: st.DataObject) -> None:
@@ -109,7 +121,7 @@ def test_tokens_start_where_the_text_before_them_ends(name: str, data: st.DataOb
     parts = [[end] if data.draw(st.booleans()) else tokenizer.encode(word).ids for word in words]
     ids = [token for part in parts for token in part]
     cut = data.draw(st.integers(0, len(ids)))
-    stream = TextStream(tokenizer, data.draw(st.sampled_from([[], ["has the"]])), with_starts=True)
+    stream = TextStream(tokenizer, data.draw(st.sampled_from([[], ["has the"]])))
     stream.put(ids[:cut])
     stream.put(ids[cut:])
     complete = (tokenizer.decode(ids[:at]).rstrip(INCOMPLETE) for at in range(stream.count))

@@ -233,7 +233,7 @@ class ModelService:
                 self._gen_length(ids, request, param, len(suffix)),
                 # With a seed, an answer depends on its prompt alone; without, like prompts differ.
                 secrets.randbits(62) if seed is None else (seed + i) % 2**63,
-                text.TextStream(self.tokenizer, request.stop or (), with_starts=request.scored),
+                text.TextStream(self.tokenizer, request.stop or ()),
                 suffix,
             )
             for ids in encoded
