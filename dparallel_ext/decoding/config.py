@@ -320,6 +320,11 @@ def configured(where: str, config: DecodeConfig | None, keywords: Mapping[str, A
     return DecodeConfig(**{**vars(config), **keywords}) if keywords else config
 
 
+def with_ends(config: DecodeConfig, eos_ids: Sequence[int]) -> DecodeConfig:
+    """The config with a model's end tokens, unless it names its own, or -1 for none."""
+    return config.replace(eos_id=eos_ids) if config.eos_id is None else config
+
+
 def _nearest(name: Any) -> str:
     known = ELSEWHERE.get(name) if isinstance(name, str) else None
     near = [known] if known else difflib.get_close_matches(str(name), DEFAULTS, 1)

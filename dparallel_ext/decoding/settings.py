@@ -91,14 +91,12 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     return ResolvedConfig(cache, schedule, mask_id)
 
 
-def make_settings(
-    config: DecodeConfig, model: Any, cache: str, size: int, eos_ids: tuple[int, ...] | None = None
-) -> list[Settings]:
+def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[Settings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
-    cache: the mode in force; "none" where an autoregressive model decodes from left to right. eos_ids: the
-    end tokens; None: the config's. Raises ValueError if the config has values for another number of
-    sequences, and for fields that do not fit the model or each other.
+    cache: the mode in force; "none" where an autoregressive model decodes from left to right. Raises
+    ValueError if the config has values for another number of sequences, and for fields that do not fit the
+    model or each other.
     """
     rule, steps, rows, selectors = decider(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
@@ -147,7 +145,7 @@ def make_settings(
             temperature=temperature,
             suppress=suppress,
             key=key,
-            eos_ids=config.eos_ids if eos_ids is None else eos_ids,
+            eos_ids=config.eos_ids,
             stop=tuple(map(tuple, config.stop)),
             top_p=top_p,
             top_k=top_k,

@@ -25,7 +25,7 @@ from ..decoding.settings import check_model, check_settings, make_settings, mask
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
 from ..speculation.sequence import CausalSequence, OpenRegion
-from ..speculation.speculate import causal_model, check_causal, end_ids, sizer_of
+from ..speculation.speculate import causal_model, check_causal, ending, sizer_of
 
 
 @dataclass(frozen=True)
@@ -187,17 +187,14 @@ class LeftToRight(ModelKind):
     """Tokens from left to right, as many a pass as are verified."""
 
     _model: Model
+    _mask_id: int | None = None
 
     def length(self, prompt: int, gen_length: int) -> int:
         return prompt + gen_length
 
     def settings(self, config: DecodeConfig) -> Settings:
-        (settings,) = make_settings(config, self._model, "none", 1, self.ends(config))
+        (settings,) = make_settings(ending(self._model, config, self._mask_id), self._model, "none", 1)
         return settings
-
-    @abstractmethod
-    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
-        """The ids that end a sequence. Raises ValueError for one that is never decoded."""
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         if not len(ids):
@@ -231,9 +228,6 @@ class Autoregressive(LeftToRight):
     def check(self, fields: Mapping[str, Any]) -> None:
         check_causal(fields)
 
-    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
-        return end_ids(self._model, config)
-
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> CausalBatch:
         return CausalBatch(
             self._model,
@@ -254,6 +248,7 @@ class Adaptive(LeftToRight):
     """
 
     unshared = "a verifier"
+    _mask_id: int
 
     def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **numbers: Any) -> None:
         adaptive.check_adaptive(vars(config))
@@ -266,10 +261,10 @@ class Adaptive(LeftToRight):
     def check(self, fields: Mapping[str, Any]) -> None:
         adaptive.check_adaptive(fields)
 
-    def ends(self, config: DecodeConfig) -> tuple[int, ...]:
-        eos_ids = end_ids(self._model, config, self._mask_id)
-        adaptive.check_known(self._verifier, [], eos_ids)
-        return eos_ids
+    def settings(self, config: DecodeConfig) -> Settings:
+        settings = super().settings(config)
+        adaptive.check_known(self._verifier, [], settings.eos_ids)
+        return settings
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         plan = super().plan(ids, gen_length, config)

@@ -41,7 +41,7 @@ from .adaptive_passes import AdaptiveSession, AdaptiveWork, Verifying
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
-from .speculate import OF_DIFFUSION, check_prompts, check_unset, decoded, end_ids, run
+from .speculate import OF_DIFFUSION, check_prompts, check_unset, decoded, ending, run
 
 
 @dataclass
@@ -121,12 +121,12 @@ def adaptive_decode(
         model = diffusion_model(model)
         mask = mask_of(model, config.mask_id)
         check_prompts(model, prompts)
-        eos_ids = end_ids(model, config, mask)
+        config = ending(model, config, mask)
         named = isinstance(verifier, (str, Path))
         verifier = verifier_of(verifier, model)
-        check_known(verifier, prompts, eos_ids)
+        check_known(verifier, prompts, config.eos_ids)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, model, "none", size, eos_ids)
+        settings = make_settings(config, model, "none", size)
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):
@@ -137,7 +137,7 @@ def adaptive_decode(
             width,
             verifier=verifier,
             mask_id=mask,
-            pad_id=eos_ids[0] if eos_ids else mask,
+            pad_id=next(iter(config.eos_ids), mask),
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
             **numbers,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields
+from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields, with_ends
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
 from ..decoding.settings import check_ends, make_settings
@@ -124,13 +124,13 @@ def speculate(
         prompts = arguments.moved(prompts, torch.device("cpu"))
         size = len(prompts)
         model = causal_model(model)
-        eos_ids = end_ids(model, config)
+        config = ending(model, config)
         drafter_given = NAMED.get(drafter, drafter) if isinstance(drafter, str) else drafter
         drafter = drafter_of(drafter_given, model.device, model.dtype)
         if drafter is not None:
             drafter.check(model)
         counts = arguments.numbers("gen_length", config.gen_length, size, 0)
-        settings = make_settings(config, model, "none", size, eos_ids)
+        settings = make_settings(config, model, "none", size)
         check_prompts(model, prompts)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
@@ -141,7 +141,7 @@ def speculate(
             max(lengths, default=0),
             drafter=drafter,
             sizer=sizer_of(drafter, draft_size, lambda drafter: measured(model, drafter_given, drafter)),
-            pad_id=eos_ids[0] if eos_ids else 0,
+            pad_id=next(iter(config.eos_ids), 0),
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
             ahead=1,
@@ -187,11 +187,11 @@ def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
 
 
-def end_ids(model: Model, config: DecodeConfig, mask_id: int | None = None) -> tuple[int, ...]:
-    """The ids that end a sequence. Raises ValueError for one that the model never decodes, and for such a
-    stop sequence."""
+def ending(model: Model, config: DecodeConfig, mask_id: int | None = None) -> DecodeConfig:
+    """The config with the end tokens in force. Raises ValueError for one that the model never decodes, and
+    for such a stop sequence."""
     check_ends(config.eos_ids, config.stop, model.shape.embedding_size, mask_id)
-    return model.eos_ids if config.eos_id is None else config.eos_ids
+    return with_ends(config, model.eos_ids)
 
 
 def sizer_of(

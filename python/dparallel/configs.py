@@ -194,11 +194,6 @@ def without_ends(config: DecodeConfig) -> DecodeConfig:
     return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
-def with_ends(config: DecodeConfig, eos_ids: Sequence[int]) -> DecodeConfig:
-    """The config with a model's end tokens, unless it names its own, or -1 for none."""
-    return config.replace(eos_id=eos_ids) if config.eos_id is None else config
-
-
 def read_rows(file: str | Path) -> list[Fields]:
     """The rows of a table in a JSON file: a list of objects with a "rule" and other fields of `VARIED`, or
     with a "verifier" and other fields of `ADAPTIVE`.

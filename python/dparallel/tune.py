@@ -25,14 +25,15 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
 from dparallel_ext.arguments import check_fields, number, whole
+from dparallel_ext.decoding.config import with_ends
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation.drafter import Expecting
-from dparallel_ext.speculation.speculate import causal_model, check_prompts, end_ids
+from dparallel_ext.speculation.speculate import causal_model, check_prompts
 
 from . import registry, text
 from .complete import complete
-from .configs import TUNED, check_row, parse_policy, with_ends
+from .configs import TUNED, check_row, parse_policy
 from .problems import read_prompts
 from .toy import tasks
 
@@ -256,7 +257,7 @@ def _passes(
     lanes, model = len(batch.rows), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
-        settings = make_settings(config, model, "none", len(part), end_ids(model, config))
+        settings = make_settings(config, model, "none", len(part))
         for lane, (ids, setting) in enumerate(zip(part, settings, strict=True)):
             batch.admit(lane, ids, batch.tokens.shape[1] - len(ids), setting)
         while live := batch.live:

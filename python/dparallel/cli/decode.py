@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from dparallel_ext.arguments import whole
+from dparallel_ext.decoding.config import with_ends
 
 from .. import files, registry
-from ..configs import config_with_policy, config_without_policy, with_ends
+from ..configs import config_with_policy, config_without_policy
 from ..console import plain_errors
 from ..problems import read_prompts
 from ..text import Message

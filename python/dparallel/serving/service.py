@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dparallel_ext import Automaton, DecodeConfig, Draft, Engine, Handle, arguments
+from dparallel_ext.decoding.config import with_ends
 
 from .. import page, registry, structured, text
-from ..configs import parse_policy, policy_of, with_ends, without_ends
+from ..configs import parse_policy, policy_of, without_ends
 from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, full, in_time, stopping
