@@ -185,10 +185,10 @@ def test_a_full_disk_is_said(tmp_path: Path):
 
 
 def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with files.locked("out", tmp_path):
+    with files.locked(tmp_path):
         with (
             pytest.raises(ValueError, match=r"out: another run is writing to"),
-            files.locked("out", tmp_path),
+            files.locked(tmp_path),
         ):
             pass
         with pytest.raises(ValueError, match="another run"):
@@ -196,18 +196,18 @@ def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ValueError, match="another run"):
             distill.run(distill.Recipe("builtin:teacher", {}), tmp_path, tmp_path)
         monkeypatch.setenv("RANK", "1")
-        with files.locked("out", tmp_path):  # another process of the same run
+        with files.locked(tmp_path):  # another process of the same run
             pass
     monkeypatch.delenv("RANK")
     (tmp_path / "state.pt.7.partial").write_text("of a run that was killed")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with files.locked("out", tmp_path):  # it may be the other process's
+    with files.locked(tmp_path):  # it may be the other process's
         assert [file.name for file in tmp_path.iterdir()] == ["state.pt.7.partial"]
     monkeypatch.delenv("WORLD_SIZE")
     for folder in ("checkpoint-3", "another-run"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json.7.partial").write_text("of a run that was killed")
-    with files.locked("out", tmp_path, "checkpoint-*"):
+    with files.locked(tmp_path, "checkpoint-*"):
         assert [file.parent.name for file in tmp_path.rglob("*.partial")] == ["another-run"]
 
 

@@ -201,7 +201,7 @@ def start(
         whole_length(len(prompt), count, block_length, resolved.schedule.aligned)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
-    warn_beyond(model, "gen_length", max(lengths, default=0))
+    warn_beyond(model, max(lengths, default=0))
     batch: Batch = kind(
         model,
         len(prompts),

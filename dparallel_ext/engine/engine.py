@@ -291,7 +291,7 @@ class Engine:
                 f"gen_length: {length} positions need {needed} pages of {size}, and there are {pages}"
             )
         for each in self._kind.models:
-            warn_beyond(each, "gen_length", length)
+            warn_beyond(each, length)
         self._check(config)
         plan = self._kind.plan(ids, gen_length, config)
         with self.core.lock:

@@ -130,7 +130,7 @@ def adaptive_decode(
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
         for each in (model, verifier):
-            warn_beyond(each, "gen_length", width)
+            warn_beyond(each, width)
         batch = AdaptiveBatch(
             model,
             size,

@@ -23,7 +23,7 @@ from .adapter import Adapter
 from .blocks import Chains
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
-from .self_drafter import SelfDrafter
+from .self_drafter import BLOCK, SelfDrafter
 
 NODES = 64
 """The most nodes of a draft."""
@@ -78,6 +78,6 @@ class SelfTrees(Trees, SelfDrafter):
     width: see `TreeDrafter`; a smaller vocabulary bounds it.
     """
 
-    def __init__(self, block: int = 32, adapter: Adapter | None = None, *, width: int = WIDTH) -> None:
+    def __init__(self, block: int = BLOCK, adapter: Adapter | None = None, *, width: int = WIDTH) -> None:
         super().__init__(block, adapter)
         self.grow(width)

@@ -17,17 +17,20 @@ from ..models import Model, traits
 from .adapter import Adapter, adapted
 from .blocks import BlockSession, Chains
 
+BLOCK = 32
+"""Rows of a block in the published code, as in training."""
+
 
 class SelfDrafter(Chains):
     """Drafts with the model itself, a block of masks in one pass: the published `linear_spec_generate`.
 
     Args:
         block: rows of a block, the root among them, from 2 to 512; at the end of a sequence, as many as it
-            has room for. The published code has 32, as in training.
+            has room for.
         adapter: takes part in drafts. `load` reads a drafter with one.
     """
 
-    def __init__(self, block: int = 32, adapter: Adapter | None = None) -> None:
+    def __init__(self, block: int = BLOCK, adapter: Adapter | None = None) -> None:
         if adapter is not None:
             instance("adapter", adapter, Adapter)
         self.block, self.adapter = whole("block", block, 2, 512), adapter

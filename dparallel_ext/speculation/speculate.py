@@ -134,7 +134,7 @@ def speculate(
         check_prompts(model, prompts)
         arguments.check_streamer(streamer, size)
         lengths = [len(ids) + count for ids, count in zip(prompts, counts, strict=True)]
-        warn_beyond(model, "gen_length", max(lengths, default=0))
+        warn_beyond(model, max(lengths, default=0))
         batch = CausalBatch(
             model,
             size,

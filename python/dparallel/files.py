@@ -152,17 +152,17 @@ def write_json(file: str | Path, content: Any) -> None:
 
 
 @contextmanager
-def run_directory(argument: str, path: str | Path, folders: str = "") -> Iterator[Path]:
-    """A context with the directory of a run, which is made if need be and `locked`; see there for `folders`.
+def run_directory(out: str | Path, folders: str = "") -> Iterator[Path]:
+    """A context with the directory `out` of a run, which is made if need be, and `locked`.
 
-    If the block raises, directories that were made and are still empty are removed, unless the run has
-    several processes. Raises ValueError as `directory` and `locked`.
+    folders: see `locked`. If the block raises, directories that were made and are still empty are removed,
+    unless the run has several processes. Raises ValueError as `directory` and `locked`.
     """
-    path = possible(argument, path)
+    path = possible("out", out)
     made = [each for each in (path, *path.parents) if not each.exists()]  # the innermost first
-    directory(argument, path)
+    directory("out", path)
     try:
-        with locked(argument, path, folders):
+        with locked(path, folders):
             yield path
     except BaseException:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -173,8 +173,9 @@ def run_directory(argument: str, path: str | Path, folders: str = "") -> Iterato
 
 
 @contextmanager
-def locked(argument: str, path: Path, folders: str = "") -> Iterator[None]:
-    """A context in which the directory is locked by this run. Raises ValueError if another run has it.
+def locked(path: Path, folders: str = "") -> Iterator[None]:
+    """A context in which a run's directory, its argument `out`, is locked by it. Raises ValueError if another
+    run has it.
 
     The lock ends with the process, however that ends. Of several processes of a run, the first holds it.
     Files that a killed run had half-written (see `replacing`) are removed, unless this run has several
@@ -189,7 +190,7 @@ def locked(argument: str, path: Path, folders: str = "") -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{argument}: another run is writing to {path}; wait for its end, or give this one a "
+                f"out: another run is writing to {path}; wait for its end, or give this one a "
                 "directory of its own"
             ) from error
         except OSError:
@@ -204,10 +205,10 @@ def locked(argument: str, path: Path, folders: str = "") -> Iterator[None]:
         os.close(descriptor)
 
 
-def apart(argument: str, out: Path, checkpoint: Path) -> None:
+def apart(out: Path, checkpoint: Path) -> None:
     """Raise ValueError if a run would write over the checkpoint that it reads."""
     if out.resolve() == checkpoint.resolve():
-        raise ValueError(f"{argument}: expected another directory than the model's, got {out}")
+        raise ValueError(f"out: expected another directory than the model's, got {out}")
 
 
 # --- what goes with a checkpoint ---------------------------------------------------------------

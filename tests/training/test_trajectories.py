@@ -248,7 +248,7 @@ def test_shards_are_looked_at_when_a_run_goes_on(
 
 
 def test_another_run_in_the_directory_is_named(prompts: list[Prompt], loaded: Any, tmp_path: Path):
-    with files.locked("out", tmp_path), pytest.raises(ValueError, match="out: another run is writing to"):
+    with files.locked(tmp_path), pytest.raises(ValueError, match="out: another run is writing to"):
         trajectories.generate(tmp_path, prompts, SMALL, loaded=loaded)
     assert not list(tmp_path.iterdir())
 

@@ -212,7 +212,7 @@ def train(
     settings = settings or Settings()
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
         whole(name, value, least)
-    with files.run_directory("out", out) as directory:
+    with files.run_directory(out) as directory:
         torch.manual_seed(settings.seed)
         model = Qwen3(causal_config(settings)) if settings.causal else LLaDA(model_config(settings))
         initialise(model)

@@ -97,7 +97,7 @@ def merge(
         raise FileNotFoundError(
             f"model: the adapter names {str(name)!r:.200} as its base, and another may be given: {reason}"
         ) from error
-    files.apart("out", directory, source)
+    files.apart(directory, source)
     with registry.naming("model", "path"):
         companions = files.Companions(source)
         base = dx.models.load(source, mask_id=mask_id)
@@ -115,7 +115,7 @@ def merge(
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
     merged = adapted.merge_and_unload()
-    with files.run_directory("out", directory):
+    with files.run_directory(directory):
         companions.save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)
     return directory

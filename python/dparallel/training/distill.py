@@ -248,7 +248,7 @@ def run(
     Raises ValueError if `out` holds checkpoints of a run with other settings or of more steps, or another run
     is writing there; OSError if the disk is full.
     """
-    with files.run_directory("out", out, "checkpoint-*") as directory, files.full_disk_named(directory):
+    with files.run_directory(out, "checkpoint-*") as directory, files.full_disk_named(directory):
         return _run(recipe, answers, directory, progress)
 
 
@@ -258,7 +258,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     args = arguments(recipe, directory)
     args.disable_tqdm = not progress
     source = registry.directory_of(recipe.model)
-    files.apart("out", directory, source)
+    files.apart(directory, source)
     loaded_tokenizer = tokenizer.load(source)
     rows = _rows(recipe, answers, loaded_tokenizer)
     checkpoint = last_checkpoint(directory)

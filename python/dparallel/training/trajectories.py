@@ -127,7 +127,7 @@ def generate(
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
     _ = settings.config  # which names a setting that does not fit
-    with files.run_directory("out", out) as directory:
+    with files.run_directory(out) as directory:
         _generate(directory, prompts, settings, batch, device, loaded, progress)
     return directory
 

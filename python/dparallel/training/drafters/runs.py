@@ -94,7 +94,7 @@ def run(
         data = "builtin:4000"
     with registry.naming("target", "model"):
         if loaded is None:
-            files.apart("out", as_path("out", out), registry.directory_of(target))
+            files.apart(as_path("out", out), registry.directory_of(target))
         template = registry.template_of(target, chat) if chat or loaded is None else None
         loading = registry.Loading(device, registry.dtype_of(settings.dtype))
         model, tokenizer = loaded or loading.load(target)
@@ -105,7 +105,7 @@ def run(
     check_prompts(model, [*learned, *judged])
     registry.check_positions(target, model, max(map(len, [*learned, *judged])) + settings.gen_length)
     _held_back(trainee, settings, len(learned))  # before anything is written
-    with files.run_directory("out", out) as directory:
+    with files.run_directory(out) as directory:
         answers = trainee.learnable(answers_of(directory, model, learned, settings, progress))
         with _frozen(model):
             drafter, report = _train(
