@@ -224,18 +224,17 @@ int accept(const AcceptArgs& args, const Workspace& workspace, void* stream) {
       args.lanes * args.eos_count > INT32_MAX)
     return 1;  // an invalid value
   if (blocks == 0) return 0;
-  const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters() && args.count > 0)
-      DPARALLEL_LAUNCH((accept_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
-                       stream, args, scratch.chunks);
+      DPARALLEL_LAUNCH((accept_nucleus_kernel<T>), args.count, kThreads, stream, args,
+                       scratch.chunks);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((accept_kernel<T, true>), grid, kScanThreads, stream, args, shape, scratch,
+      DPARALLEL_LAUNCH((accept_kernel<T, true>), blocks, kScanThreads, stream, args, shape, scratch,
                        workspace.counters);
     else
-      DPARALLEL_LAUNCH((accept_kernel<T, false>), grid, kScanThreads, stream, args, shape, scratch,
-                       workspace.counters);
+      DPARALLEL_LAUNCH((accept_kernel<T, false>), blocks, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -19,6 +19,13 @@ constexpr int kMostBits = 6;       // of the splits of a tile
 constexpr int kLong = 8192;        // slots, from which on a tile may have 1 << kMostBits splits
 constexpr int kTallRows = 64, kShortRows = 32, kPlainRows = 16;  // of a tile
 constexpr int kStep = 64, kTensorDim = 128;
+// Bytes of scratch, unless one segment needs more.
+#if defined(DPARALLEL_CUDA_HOST)
+constexpr int64_t kMostScratch = 1 << 14;  // so that launches of some segments at a time are tested
+#else
+constexpr int64_t kMostScratch = 64 << 20;
+#endif
+constexpr int64_t kMostBlocks = 1 << 30;  // of a launch, and some more for rows that see nothing
 // CTAs an SM: before sm_90 its shared memory holds no third.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kTogether = 2;
@@ -104,8 +111,9 @@ struct Divisor {
 struct Shape {
   bool on_tensor_cores;
   int max_q_len, max_kv_len;
-  int cluster;    // a power of two
-  int part_rows;  // of scratch for a CTA; 0: nothing is merged by the second kernel
+  int cluster;      // a power of two
+  int part_rows;    // of scratch for a CTA; 0: nothing is merged by the second kernel
+  uint32_t places;  // of a unit's CTAs, the first, that may have a part in scratch
   int64_t part_floats, units;
   int working;                        // CTAs before the CTAs for rows that see nothing
   Divisor share, heads, group, page;  // the last two: query heads of a key head, slots of a page
@@ -138,21 +146,31 @@ struct Shape {
       return count << bits < limit ? count << bits : limit;
     };
     const int tile_rows = on_tensor_cores ? kTallRows : kPlainRows;
-    int64_t share = tiles(tile_rows) > 1 ? tiles(tile_rows) : 1;
-    share = std::max(share, split(tiles(tile_rows), most));
-    if (on_tensor_cores) share = std::max(share, split(tiles(kShortRows), most / 2));
+    int64_t places = split(tiles(tile_rows), most);
+    if (on_tensor_cores) places = std::max(places, split(tiles(kShortRows), most / 2));
+    const int64_t share = std::max(places, std::max(tiles(tile_rows), int64_t{1}));
     shape.share = Divisor::of((share + shape.cluster - 1) / shape.cluster * shape.cluster);
     shape.working = static_cast<int>(shape.units * shape.share.size);
     if (1 << bits > shape.cluster) {
+      shape.places = static_cast<uint32_t>(places);
       shape.part_rows = static_cast<int>(rows < tile_rows ? rows : tile_rows);
       shape.part_floats = (shape.part_rows * (k.head_dim + 2) + 3) / 4 * 4;
     }
     return shape;
   }
 
+  int longest() const { return max_q_len * static_cast<int>(group.size); }  // packed rows
+
   // Of the parts of a segment's tile that lies at `place` of the unit's CTAs.
   DP_HD int64_t part(int64_t unit, int place) const {
-    return (unit * share.size + place) * part_floats;
+    return (unit * places + place) * part_floats;
+  }
+
+  // The segments of a launch: as many as scratch holds, and as there are numbers for their CTAs.
+  int64_t segments_at_once() const {
+    const int64_t bytes = part(heads.size, 0) * static_cast<int64_t>(sizeof(float));
+    const int64_t most = kMostBlocks / (int64_t{heads.size} * share.size);
+    return std::max(std::min(bytes > 0 ? kMostScratch / bytes : most, most), int64_t{1});
   }
 };
 

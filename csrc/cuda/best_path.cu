@@ -131,9 +131,7 @@ int64_t best_path_scratch(const BestPathArgs& args) {
 
 int best_path(const BestPathArgs& args, const Workspace& workspace, void* stream) {
   if (args.windows == 0) return 0;
-  if (args.windows > INT32_MAX) return 1;  // an invalid value
-  DPARALLEL_LAUNCH(best_path_kernel, static_cast<unsigned>(args.windows), kPathThreads, stream,
-                   args, workspace.scratch);
+  DPARALLEL_LAUNCH(best_path_kernel, args.windows, kPathThreads, stream, args, workspace.scratch);
   return static_cast<int>(cudaGetLastError());
 }
 

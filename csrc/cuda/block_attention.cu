@@ -15,6 +15,10 @@
 // splits for each of 32 heads. The grid is shaped by max_q_len and max_kv_len; CTAs beyond their
 // segment leave at once. A few CTAs more write zeros into the rows that see nothing.
 //
+// Scratch. A segment whose parts the second kernel merges leaves up to 256 of them, 8.5 MB for
+// heads of 128. Where the parts of all segments would take more than 64 MB, a guess, launches take
+// some segments at a time, one after another, and share the scratch; no result depends on that.
+//
 // Bytes. Each slot that is seen is read once per tile: 2 * head_dim elements per key head; tiles of
 // one split run side by side, so that all but the first find it in the L2 cache. Slots that are not
 // seen are not read, even if their neighbours are: their place in shared memory holds zeros, so
@@ -218,6 +222,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- The launch ----
 
+// A kernel as a type, which a generic function can take.
+template <auto kernel>
+struct Kernel {
+  static constexpr auto value = kernel;
+};
+
 bool on_tensor_cores(const BlockAttentionArgs& args) {
   const CacheLayout &k = args.k_layout, &v = args.v_layout;
   return args.dtype != DType::float32 && k.head_dim % 8 == 0 && k.head_dim <= kTensorDim &&
@@ -236,50 +246,88 @@ Shape shape_of(const BlockAttentionArgs& args) {
   return Shape::of(args, on_tensor_cores(args), clusters());
 }
 
+// One launch of the segments' CTAs, and of `blanks` CTAs for rows that see nothing.
+template <class T>
+int attend(const BlockAttentionArgs& args, const Shape& shape, int64_t blanks, float* scratch,
+           void* stream) {
+  const int64_t grid = (shape.working + blanks + shape.cluster - 1) / shape.cluster * shape.cluster;
+  if (grid == 0) return 0;
+  const auto launch = [&](auto kernel, LargeShared shared) {
+    return DPARALLEL_LAUNCH_CLUSTERS(decltype(kernel)::value, grid,
+                                     static_cast<unsigned>(shape.cluster), kThreads, shared,
+                                     clusters(), stream, args, shape, scratch);
+  };
+  const auto launch_by = [&](auto restricted) {
+    constexpr bool kRestricted = decltype(restricted)::value;
+    if constexpr (sizeof(typename T::Storage) == 2) {
+      const int longest = shape.longest();
+      if (shape.on_tensor_cores && args.k_layout.head_dim <= 64)
+        return launch(Kernel<block_attention_tensor_kernel<T, 64, kRestricted>>{},
+                      TensorShared<64>::of_launch(longest));
+      if (shape.on_tensor_cores)
+        return launch(Kernel<block_attention_tensor_kernel<T, kTensorDim, kRestricted>>{},
+                      TensorShared<kTensorDim>::of_launch(longest));
+    }
+    return launch(Kernel<block_attention_plain_kernel<T, kRestricted>>{}, {});
+  };
+  return args.restricted() ? launch_by(std::true_type{}) : launch_by(std::false_type{});
+}
+
+// Merges the parts that the launch before has left in scratch.
+template <class T>
+int merge(const BlockAttentionArgs& args, const Shape& shape, float* scratch, void* stream) {
+  if (shape.part_rows == 0) return 0;
+  // A key head with more rows than `most` has no splits.
+  const int most = kEnough / 2 / static_cast<int>(shape.heads.size) *
+                   (shape.on_tensor_cores ? kTallRows : kPlainRows);
+  const int blocks = parts_of(std::min(shape.longest(), most), kMergeRows);
+  if (shape.units * blocks == 0) return 0;
+  DPARALLEL_LAUNCH(block_attention_merge_kernel<T>, shape.units * blocks, kThreads, stream, args,
+                   shape, scratch, blocks);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// Segments [first, first + count), which leave the others' rows alone.
+BlockAttentionArgs segments_of(const BlockAttentionArgs& args, int64_t first, int64_t count) {
+  BlockAttentionArgs some = args;
+  some.segments = count;
+  some.q_start += first;
+  some.q_end += first;
+  some.kv_lens += first;
+  some.block_table += first * args.table_width;
+  return some;
+}
+
 }  // namespace
 
 int64_t block_attention_scratch(const BlockAttentionArgs& args) {
   const Shape shape = shape_of(args);
-  return shape.part(shape.units, 0) * static_cast<int64_t>(sizeof(float));
+  const int64_t segments = std::min(args.segments, shape.segments_at_once());
+  return shape.part(segments * args.k_layout.heads, 0) * static_cast<int64_t>(sizeof(float));
 }
 
 int block_attention(const BlockAttentionArgs& args, const Workspace& workspace, void* stream) {
   const Shape shape = shape_of(args);
+  const int64_t at_once = shape.segments_at_once();
   const int64_t blanks = parts_of(static_cast<int>(args.count), kBlankBlock);
-  const auto grid = static_cast<unsigned>((shape.working + blanks + shape.cluster - 1) /
-                                          shape.cluster * shape.cluster);
-  if (grid == 0) return 0;
   auto* scratch = static_cast<float*>(workspace.scratch);
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto attend = [&](auto kernel, LargeShared shared) {
-      return DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, static_cast<unsigned>(shape.cluster), kThreads,
-                                       shared, clusters(), stream, args, shape, scratch);
-    };
-    const int longest = shape.max_q_len * static_cast<int>(shape.group.size);
-    const auto attend_by = [&](auto restricted) {
-      constexpr bool kRestricted = decltype(restricted)::value;
-      if constexpr (sizeof(typename T::Storage) == 2) {
-        if (shape.on_tensor_cores && args.k_layout.head_dim <= 64)
-          return attend(block_attention_tensor_kernel<T, 64, kRestricted>,
-                        TensorShared<64>::of_launch(longest));
-        if (shape.on_tensor_cores)
-          return attend(block_attention_tensor_kernel<T, kTensorDim, kRestricted>,
-                        TensorShared<kTensorDim>::of_launch(longest));
-      }
-      return attend(block_attention_plain_kernel<T, kRestricted>, {});
-    };
-    const int code = args.restricted() ? attend_by(std::true_type{}) : attend_by(std::false_type{});
-    if (code != 0 || shape.part_rows == 0) return code;
-    // A key head with more rows than `most` has no splits.
-    const int most = kEnough / 2 / static_cast<int>(shape.heads.size) *
-                     (shape.on_tensor_cores ? kTallRows : kPlainRows);
-    const int rows = longest < most ? longest : most;
-    const int blocks = parts_of(rows, kMergeRows);
-    if (shape.units * blocks == 0) return 0;
-    DPARALLEL_LAUNCH(block_attention_merge_kernel<T>, static_cast<unsigned>(shape.units * blocks),
-                     kThreads, stream, args, shape, scratch, blocks);
-    return static_cast<int>(cudaGetLastError());
+    if (args.segments <= at_once) {
+      const int code = attend<T>(args, shape, blanks, scratch, stream);
+      return code != 0 ? code : merge<T>(args, shape, scratch, stream);
+    }
+    Shape none = shape;
+    none.working = 0;
+    int code = attend<T>(args, none, blanks, scratch, stream);
+    for (int64_t first = 0; code == 0 && first < args.segments; first += at_once) {
+      const BlockAttentionArgs some =
+          segments_of(args, first, std::min(at_once, args.segments - first));
+      const Shape own = shape_of(some);
+      code = attend<T>(some, own, 0, scratch, stream);
+      if (code == 0) code = merge<T>(some, own, scratch, stream);
+    }
+    return code;
   });
 }
 

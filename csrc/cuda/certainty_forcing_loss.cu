@@ -334,14 +334,14 @@ int certainty_forcing_loss(const LossArgs& args, const Workspace& workspace, voi
     const uint32_t chunks = Chunk<T, kVectors>::in(args.logits.vocab);
     auto* parts = static_cast<LossPart<R>*>(workspace.scratch);
     const auto exponents = Exponents<R>::of(args.ce_temperature, args.temperature);
-    const auto grid = static_cast<unsigned>(args.count * chunks);
+    const int64_t grid = args.count * chunks;
     if (aligned<T>(args.logits, nullptr))
       DPARALLEL_LAUNCH((loss_sums_kernel<T, kVector<T>>), grid, kThreads, stream, args, parts,
                        chunks, exponents);
     else
       DPARALLEL_LAUNCH((loss_sums_kernel<T, 1>), grid, kThreads, stream, args, parts, chunks,
                        exponents);
-    const auto blocks = static_cast<unsigned>((args.count + kWarps - 1) / kWarps);
+    const int64_t blocks = (args.count + kWarps - 1) / kWarps;
     DPARALLEL_LAUNCH(loss_rows_kernel<T>, blocks, kThreads, stream, args, parts, chunks,
                      exponents.inverse);
     return static_cast<int>(cudaGetLastError());
@@ -354,7 +354,7 @@ int certainty_forcing_loss_backward(const LossBackwardArgs& args, void* stream) 
     using T = decltype(type);
     const uint32_t chunks = Chunk<T, kBackwardVectors>::in(args.logits.vocab);
     const auto exponents = Exponents<typename T::Real>::of(args.ce_temperature, args.temperature);
-    const auto grid = static_cast<unsigned>(args.count * chunks);
+    const int64_t grid = args.count * chunks;
     if (aligned<T>(args.logits, args.grad))
       DPARALLEL_LAUNCH((loss_gradient_kernel<T, kVector<T>>), grid, kThreads, stream, args, chunks,
                        exponents);

@@ -67,7 +67,7 @@ int class_stats(const ClassStatsArgs& args, void* stream) {
   const int64_t groups = (args.classes + kWarps - 1) / kWarps;
   if (args.count == 0 || groups == 0) return 0;
   if (groups > INT32_MAX / args.count) return 1;  // an invalid value
-  const auto grid = static_cast<unsigned>(args.count * groups);
+  const int64_t grid = args.count * groups;
   return dispatch(args.logits.dtype, [&](auto type) {
     DPARALLEL_LAUNCH((class_stats_kernel<decltype(type)>), grid, kThreads, stream, args,
                      static_cast<int>(groups));

@@ -10,7 +10,7 @@
 namespace dparallel::cuda {
 
 // The bytes of DPARALLEL_LARGE_SHARED of a launch, and the most of any launch of its kernel. The
-// most is a property of the kernel and not of a launch: between setting it and launching another
+// most is a property of the kernel and not of a launch, so that a device need be told once; another
 // thread may launch the same kernel, and a recording may hold several launches of it.
 struct LargeShared {
   size_t bytes = 0, most = 0;
@@ -65,14 +65,14 @@ const V* of_peer(const V* p, unsigned rank) {
 // `early`: see wait_for_earlier. Yields the launch's cudaError_t, which cudaGetLastError does not
 // tell any more.
 #define DPARALLEL_LAUNCH_CLUSTERS(kernel, grid, cluster, block, shared, early, stream, ...) \
-  dparallel::cuda::launch_clusters(kernel, grid, cluster, block, shared, early,             \
-                                   static_cast<cudaStream_t>(stream), __VA_ARGS__)
+  dparallel::cuda::launch_clusters<kernel>(grid, cluster, block, shared, early,             \
+                                           static_cast<cudaStream_t>(stream), __VA_ARGS__)
 // DPARALLEL_LAUNCH of a kernel that waits for the kernels before it, see wait_for_earlier. Yields
 // the launch's cudaError_t, too.
-#define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                 \
-  dparallel::cuda::launch_clusters(kernel, grid, 1, block, {},                   \
-                                   dparallel::cuda::has_clusters_here<kernel>(), \
-                                   static_cast<cudaStream_t>(stream), __VA_ARGS__)
+#define DPARALLEL_LAUNCH_EARLY(kernel, grid, block, stream, ...)                         \
+  dparallel::cuda::launch_clusters<kernel>(grid, 1, block, {},                           \
+                                           dparallel::cuda::has_clusters_here<kernel>(), \
+                                           static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
 // Lets the next kernel begin, if it is launched early, once all blocks of this kernel have called
 // this and there is room on the SMs. The next kernel's launch, and its work before it waits, then
@@ -95,16 +95,37 @@ __device__ __forceinline__ void wait_for_earlier() {
 #endif
 }
 
-template <class... Parameters, class... Args>
-[[nodiscard]] int launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned cluster,
-                                  unsigned block, LargeShared shared, bool early,
-                                  cudaStream_t stream, const Args&... args) {
+constexpr int kDevices = 64;  // of which something is remembered
+
+// The current device's number, or -1 where nothing is remembered of it.
+inline int known_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess && device < kDevices ? device : -1;
+}
+
+// Lets `kernel` have `most` bytes of shared memory on the current device. Since a kernel always
+// asks for the same, a device is told once, or by several threads that come first.
+template <auto kernel>
+bool allow_shared(size_t most) {
+  static std::atomic<bool> allowed[kDevices];
+  const int device = known_device();
+  if (device >= 0 && allowed[device]) return true;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(most)) != cudaSuccess)
+    return false;
+  if (device >= 0) allowed[device] = true;
+  return true;
+}
+
+template <auto kernel, class... Args>
+[[nodiscard]] int launch_clusters(int64_t grid, unsigned cluster, unsigned block,
+                                  LargeShared shared, bool early, cudaStream_t stream,
+                                  const Args&... args) {
   // cudaGetLastError takes an error away, or the next launch would be blamed for it.
-  if (shared.most > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(shared.most)) != cudaSuccess)
+  if (shared.most > 0 && !allow_shared<kernel>(shared.most))
     return static_cast<int>(cudaGetLastError());
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
+  config.gridDim = dim3(grid_of(grid));
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = shared.bytes;
   config.stream = stream;
@@ -126,10 +147,9 @@ template <class... Parameters, class... Args>
 // has; asked once for each device.
 template <auto kernel>
 bool has_clusters_here() {
-  constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];  // and one more
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  const int device = known_device();
+  if (device < 0) return false;
   std::atomic<int>& kept = known[device];
   if (kept == 0) {
     cudaFuncAttributes attributes{};
@@ -141,19 +161,21 @@ bool has_clusters_here() {
 }
 
 // The number of clusters of `cluster` blocks, up to 8, that run at once on the current device,
-// which is asked the first time; 0: it has none. GPCs have different numbers of SMs, so some SMs
-// may find no place in a cluster. `kernel` stands for all kernels whose blocks take a whole SM.
+// which is asked the first time; 0: it has none, but at least one of a single block. GPCs have
+// different numbers of SMs, so some SMs may find no place in a cluster. `kernel` stands for all
+// kernels whose blocks take a whole SM.
 template <auto kernel>
 int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
-  constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices][9];  // and one more
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  const int device = known_device();
+  if (device < 0) return cluster == 1;
   std::atomic<int>& kept = known[device][cluster];
   if (const int count = kept; count > 0) return count - 1;
   int count = 0;
   if (cluster == 1) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+      cudaGetLastError();
+    if (count < 1) count = 1;
   } else if (has_clusters_here<kernel>()) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -164,9 +186,7 @@ int clusters_at_once(unsigned cluster, unsigned block, size_t shared_bytes) {
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    const cudaError_t allowed = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (allowed != cudaSuccess ||
+    if (!allow_shared<kernel>(shared_bytes) ||
         cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
       count = 0;
       cudaGetLastError();

@@ -106,8 +106,8 @@ int commit(const CommitArgs& args, const Workspace& workspace, void* stream) {
     return 1;  // an invalid value
   const int64_t units = args.count > 0 ? args.count : 32 * args.windows.count;
   const int64_t blocks = units > 0 ? (units + kCommitThreads - 1) / kCommitThreads : 1;
-  DPARALLEL_LAUNCH(commit_kernel, static_cast<unsigned>(blocks), kCommitThreads, stream, args,
-                   static_cast<int>(blocks), workspace.counters);
+  DPARALLEL_LAUNCH(commit_kernel, blocks, kCommitThreads, stream, args, static_cast<int>(blocks),
+                   workspace.counters);
   return static_cast<int>(cudaGetLastError());
 }
 

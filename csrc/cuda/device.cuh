@@ -8,9 +8,11 @@
 #else
 #include <cuda_runtime.h>
 // The one place that spells a launch, and the one that spells memory shared by a block:
-// DPARALLEL_SHARED(parts, Part[8]).
-#define DPARALLEL_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// DPARALLEL_SHARED(parts, Part[8]). grid: 64 bits; a launch of more blocks than a device can number
+// fails.
+#define DPARALLEL_LAUNCH(kernel, grid, block, stream, ...)                                 \
+  kernel<<<dparallel::cuda::grid_of(grid), block, 0, static_cast<cudaStream_t>(stream)>>>( \
+      __VA_ARGS__)
 #define DPARALLEL_SHARED(name, ...) __shared__ dparallel::cuda::Same<__VA_ARGS__> name
 #endif
 
@@ -22,6 +24,12 @@ namespace dparallel::cuda {
 
 template <class T>
 using Same = T;
+
+// The blocks of a launch as the device takes them, or none, which it refuses, where they are too
+// many.
+constexpr unsigned grid_of(int64_t blocks) {
+  return blocks <= INT32_MAX ? static_cast<unsigned>(blocks) : 0u;
+}
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;

@@ -328,8 +328,8 @@ int distillation_loss(const DistillationArgs& args, const Workspace& workspace, 
     using R = typename T::Real;
     const uint32_t chunks = Chunk<T, kVectors>::in(args.student.vocab);
     const R inverse = static_cast<R>(1 / args.temperature), scale = units(inverse);
-    const auto grid = static_cast<unsigned>(args.count * chunks);
-    const auto blocks = static_cast<unsigned>((args.count + kWarps - 1) / kWarps);
+    const int64_t grid = args.count * chunks;
+    const int64_t blocks = (args.count + kWarps - 1) / kWarps;
     const bool vectors = both_aligned<T>(args, nullptr);
     auto* parts = static_cast<DistillationPart<R>*>(workspace.scratch);
     if (vectors)
@@ -361,7 +361,7 @@ int distillation_loss_backward(const DistillationBackwardArgs& args, void* strea
     using R = typename T::Real;
     const uint32_t chunks = Chunk<T, kBackwardVectors>::in(args.student.vocab);
     const R inverse = static_cast<R>(1 / args.temperature), scale = units(inverse);
-    const auto grid = static_cast<unsigned>(args.count * chunks);
+    const int64_t grid = args.count * chunks;
     if (both_aligned<T>(args, args.grad))
       DPARALLEL_LAUNCH((distillation_gradient_kernel<T, kVector<T>>), grid, kThreads, stream, args,
                        chunks, inverse, scale);

@@ -65,8 +65,8 @@ int fp8_widen(const Fp8WidenArgs& args, void* stream) {
     using T = decltype(type);
     const auto launch = [&](auto kernel, int each) {
       const int64_t per_row = (args.in + 2 * each * kThreads - 1) / (2 * each * kThreads);
-      DPARALLEL_LAUNCH(kernel, static_cast<unsigned>(args.out_width * per_row), kThreads, stream,
-                       args, static_cast<unsigned>(per_row));
+      DPARALLEL_LAUNCH(kernel, args.out_width * per_row, kThreads, stream, args,
+                       static_cast<unsigned>(per_row));
       return static_cast<int>(cudaGetLastError());
     };
     if constexpr (sizeof(typename T::Storage) == 2)

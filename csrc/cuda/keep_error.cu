@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kKeepThreads) keep_error_kernel(KeepErrorArgs 
 
 int keep_error(const KeepErrorArgs& args, void* stream) {
   if (args.count == 0) return 0;
-  return DPARALLEL_LAUNCH_EARLY(keep_error_kernel, 1u, kKeepThreads, stream, args);
+  return DPARALLEL_LAUNCH_EARLY(keep_error_kernel, 1, kKeepThreads, stream, args);
 }
 
 }  // namespace dparallel::cuda

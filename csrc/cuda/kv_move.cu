@@ -101,8 +101,7 @@ int launch(const KvMoveArgs& args, void* stream) {
   const int64_t blocks = args.layers * 2 * layout.heads * args.lanes * shape.slices;
   if (blocks > INT32_MAX || layout.pages * layout.page_size > INT32_MAX)
     return static_cast<int>(cudaErrorInvalidValue);
-  DPARALLEL_LAUNCH((kv_move_kernel<kBytes>), static_cast<unsigned>(blocks), shape.threads, stream,
-                   args, shape);
+  DPARALLEL_LAUNCH((kv_move_kernel<kBytes>), blocks, shape.threads, stream, args, shape);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -204,7 +204,7 @@ int launch(const KvWriteArgs& args, void* stream) {
   const int64_t items = args.count * heads * (kNorms && W == 1 ? 32 : units);
   if (items > INT32_MAX)
     return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
-  const auto grid = static_cast<unsigned>((items + kWriteThreads - 1) / kWriteThreads);
+  const int64_t grid = (items + kWriteThreads - 1) / kWriteThreads;
   return DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, kNorms>), grid, kWriteThreads, stream, args,
                                 static_cast<uint32_t>(units),
                                 static_cast<uint32_t>(args.rotary_dim / 2 / W));

@@ -420,8 +420,8 @@ int launch_product(const LinearArgs& args, const End& at_end, int cluster, void*
   const bool early =
       args.constant && has_clusters_here<product_kernel<T, W, kTiles, kHeight, kBytes, End>>();
   return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes, End>),
-                                   static_cast<unsigned>(tiles * chunks * cluster),
-                                   static_cast<unsigned>(cluster), kProductThreads,
+                                   tiles * chunks * cluster, static_cast<unsigned>(cluster),
+                                   kProductThreads,
                                    LargeShared::of(sizeof(Ring<W, kTiles, kHeight, kBytes>)), early,
                                    stream, args, at_end, cluster, static_cast<int>(chunks));
 }
@@ -460,7 +460,7 @@ int product(const LinearArgs& args, void* stream) {
         return launch_product<T, W>(args, Rounded{}, cut, stream);
       }
     constexpr int kWarps = kProductThreads / 32;
-    const auto grid = static_cast<unsigned>((args.out_width + kWarps - 1) / kWarps);
+    const int64_t grid = (args.out_width + kWarps - 1) / kWarps;
     DPARALLEL_LAUNCH((product_plain_kernel<T, W>), grid, kProductThreads, stream, args);
     return static_cast<int>(cudaGetLastError());
   });

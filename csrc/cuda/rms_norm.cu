@@ -124,7 +124,7 @@ template <class T, int W>
 int launch(const RmsNormArgs& args, void* stream) {
   const bool wide = args.width > kLongRow;
   const int64_t rows = wide ? 1 : kNormWarps;
-  const auto grid = static_cast<unsigned>((args.count + rows - 1) / rows);
+  const int64_t grid = (args.count + rows - 1) / rows;
   if (wide)
     return DPARALLEL_LAUNCH_EARLY((rms_norm_kernel<T, W, kNormWarps>), grid, kNormThreads, stream,
                                   args);

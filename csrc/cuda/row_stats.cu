@@ -82,12 +82,11 @@ int row_stats(const RowStatsArgs& args, const Workspace& workspace, void* stream
   const Scratch scratch = Scratch::at(workspace.scratch, args.count, chunks, args.sampling);
   if (args.count * chunks > INT32_MAX || args.gather.count > INT32_MAX / 2)
     return 1;  // an invalid value
-  const auto grid = static_cast<unsigned>(args.count * chunks);
+  const int64_t grid = args.count * chunks;
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters())
-      DPARALLEL_LAUNCH((row_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads, stream,
-                       args, scratch);
+      DPARALLEL_LAUNCH((row_nucleus_kernel<T>), args.count, kThreads, stream, args, scratch);
     if (args.sampling.samples())
       DPARALLEL_LAUNCH((row_stats_kernel<T, true>), grid, kScanThreads, stream, args, shape,
                        scratch, workspace.counters);

@@ -202,8 +202,8 @@ int row_topk(const RowTopkArgs& args, const Workspace& workspace, void* stream) 
   auto* keys = reinterpret_cast<uint64_t*>(parts + blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    DPARALLEL_LAUNCH((row_topk_kernel<T>), static_cast<unsigned>(blocks), kScanThreads, stream,
-                     args, shape, parts, keys, workspace.counters);
+    DPARALLEL_LAUNCH((row_topk_kernel<T>), blocks, kScanThreads, stream, args, shape, parts, keys,
+                     workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

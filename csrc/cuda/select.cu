@@ -48,7 +48,7 @@ int64_t select_scratch(const SelectArgs& args) {
 
 int select(const SelectArgs& args, const Workspace& workspace, void* stream) {
   if (args.batch == 0 || args.length == 0) return 0;
-  DPARALLEL_LAUNCH(select_kernel, static_cast<unsigned>(args.batch), kScanThreads, stream, args,
+  DPARALLEL_LAUNCH(select_kernel, args.batch, kScanThreads, stream, args,
                    static_cast<Ranked*>(workspace.scratch), args.length <= kShared);
   return static_cast<int>(cudaGetLastError());
 }

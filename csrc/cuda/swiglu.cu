@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluArgs args,
 template <class T, int W>
 int launch(const SwigluArgs& args, void* stream) {
   const int64_t tiles = (args.width / W + kSwigluThreads - 1) / kSwigluThreads;
-  return DPARALLEL_LAUNCH_EARLY((swiglu_kernel<T, W>), static_cast<unsigned>(args.count * tiles),
-                                kSwigluThreads, stream, args, static_cast<uint32_t>(tiles));
+  return DPARALLEL_LAUNCH_EARLY((swiglu_kernel<T, W>), args.count * tiles, kSwigluThreads, stream,
+                                args, static_cast<uint32_t>(tiles));
 }
 
 }  // namespace

@@ -372,7 +372,7 @@ int64_t unmask_counters(const UnmaskArgs& args) {
 }
 
 int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
-  if (args.windows.count == 0) DPARALLEL_LAUNCH(no_windows_kernel, 1u, 1, stream, args.done);
+  if (args.windows.count == 0) DPARALLEL_LAUNCH(no_windows_kernel, 1, 1, stream, args.done);
   const UnmaskShape shape = UnmaskShape::of(args);
   const UnmaskScratch scratch = UnmaskScratch::at(workspace.scratch, args);
   const int64_t blocks = args.count * shape.chunks.divisor + args.windows.count;
@@ -381,18 +381,17 @@ int unmask(const UnmaskArgs& args, const Workspace& workspace, void* stream) {
   if (blocks > INT32_MAX || tokens.batch * tokens.length > INT32_MAX || last > INT32_MAX)
     return 1;  // an invalid value
   if (blocks == 0) return static_cast<int>(cudaGetLastError());
-  const auto grid = static_cast<unsigned>(blocks);
   return dispatch(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.sampling.filters() && args.count > 0)
-      DPARALLEL_LAUNCH((unmask_nucleus_kernel<T>), static_cast<unsigned>(args.count), kThreads,
-                       stream, args, shape, scratch.chunks);
+      DPARALLEL_LAUNCH((unmask_nucleus_kernel<T>), args.count, kThreads, stream, args, shape,
+                       scratch.chunks);
     if (args.sampling.samples())
-      DPARALLEL_LAUNCH((unmask_kernel<T, true>), grid, kScanThreads, stream, args, shape, scratch,
+      DPARALLEL_LAUNCH((unmask_kernel<T, true>), blocks, kScanThreads, stream, args, shape, scratch,
                        workspace.counters);
     else
-      DPARALLEL_LAUNCH((unmask_kernel<T, false>), grid, kScanThreads, stream, args, shape, scratch,
-                       workspace.counters);
+      DPARALLEL_LAUNCH((unmask_kernel<T, false>), blocks, kScanThreads, stream, args, shape,
+                       scratch, workspace.counters);
     return static_cast<int>(cudaGetLastError());
   });
 }

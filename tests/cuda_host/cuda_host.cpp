@@ -420,14 +420,16 @@ void finish_copies(unsigned pending) {
   }
 }
 
-void launch(unsigned grid, unsigned threads, Body thread, unsigned cluster, bool early) {
-  if (launch_fails()) return;
+void launch(int64_t blocks_of_grid, unsigned threads, Body thread, unsigned cluster, bool early) {
+  if (launch_fails(blocks_of_grid)) return;
+  const auto grid = static_cast<unsigned>(blocks_of_grid);
   launch_frame = static_cast<const char*>(__builtin_frame_address(0));
   launch_is_early = early && watches_early;
   const unsigned limits[] = {1, 2, 3, 8};
   const unsigned blocks = fixed_resident > 0 ? fixed_resident : limits[below(4)];
   const unsigned limit = (blocks + cluster - 1) / cluster;  // clusters in flight
   const bool uneven = chance(2);  // threads fall behind others of their block
+  if (grid == 0) fail("a launch of no blocks");
   if (grid % cluster != 0) fail("a grid of parts of clusters");
   body = &thread;
   shadow.clear();

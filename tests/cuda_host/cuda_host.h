@@ -66,7 +66,8 @@ class Body {
 void seed(uint64_t value);
 void resident(unsigned blocks);  // in flight at once, from now on; 0: drawn
 // `cluster` blocks in a row are a cluster. `early`: kernels before may still run.
-void launch(unsigned grid, unsigned threads, Body thread, unsigned cluster = 1, bool early = false);
+// A launch of more blocks than a device can number fails.
+void launch(int64_t grid, unsigned threads, Body thread, unsigned cluster = 1, bool early = false);
 // After `most` more, launches run nothing and fail, until the next call; negative: none does.
 void fail_launches(int most);
 bool launch_failed();  // since that call
@@ -74,7 +75,7 @@ bool launch_failed();  // since that call
 void large_shared(const void* kernel, size_t bytes, size_t most);
 extern const char* launch_frame;  // of the launch that runs: its caller's are above
 extern bool watches_early;        // whether early launches are watched: no at first
-bool launch_fails();              // of a launch that begins
+bool launch_fails(int64_t grid);  // of a launch that begins
 // Memory that threads of an early launch may read before they wait, from now on.
 void constant(const void* p, size_t bytes);
 void wait_for_earlier();

@@ -445,6 +445,11 @@ int main(int count, char** argv) {
   } else if (name == "overrun") {
     std::vector<float> data(64), out(64);
     DPARALLEL_LAUNCH(overrun, 1, 64, nullptr, data.data(), out.data());
+  } else if (name == "no_blocks") {
+    DPARALLEL_LAUNCH(overrun, 0, 64, nullptr, nullptr, nullptr);
+  } else if (name == "too_many_blocks") {  // of which 32 bits hold one
+    DPARALLEL_LAUNCH(overrun, (int64_t{1} << 32) + 1, 64, nullptr, nullptr, nullptr);
+    return cudaGetLastError() != 0 ? 0 : 1;
   } else if (name == "misaligned") {
     alignas(16) float data[8] = {};
     uint4 out;

@@ -30,8 +30,9 @@ void fail_launches(int most) {
 
 bool launch_failed() { return has_failed; }
 
-bool launch_fails() {
-  if (launches_left != 0) {
+bool launch_fails(int64_t grid) {
+  const bool numbered = grid <= INT32_MAX;
+  if (numbered && launches_left != 0) {
     launches_left -= launches_left > 0;
     return false;
   }
