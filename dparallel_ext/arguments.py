@@ -236,6 +236,7 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def is_number(value: Any) -> bool:
+    """Whether `value` is a number of Python or numpy, or a 0-d tensor."""
     return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
 
 

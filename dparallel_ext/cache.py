@@ -184,10 +184,12 @@ class KVCache:
 
     @property
     def page_size(self) -> int:
+        """Slots of a page."""
         return self.slots.shape[4]
 
     @property
     def batch(self) -> int:
+        """Sequences that it is for."""
         return len(self.block_table)
 
     @property
@@ -368,12 +370,12 @@ def _of_trees(trees: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]
     """
     depths: list[int] = []
     words: list[list[int]] = []
-    width = -(-max(map(len, trees), default=0) // 64)
+    width = -(-max(map(len, trees), default=0) // WORD)
     for parents in trees:
         first = len(depths)
         for place, parent in enumerate(parents):
             ancestors = list(words[first + parent]) if parent >= 0 else [0] * width
-            ancestors[place // 64] |= 1 << place % 64
+            ancestors[place // WORD] |= 1 << place % WORD
             words.append(ancestors)
             depths.append(depths[first + parent] + 1 if parent >= 0 else 0)
     return depths, [[word - 2**64 if word >= 2**63 else word for word in ancestors] for ancestors in words]

@@ -44,6 +44,7 @@ class Packing:
         """Numbers that come after the last of `_parts`."""
 
     def add(self, numbers: Iterable[int]) -> None:
+        """Add numbers of 64 bits."""
         self._last += array("q", numbers if isinstance(numbers, list) else list(numbers))
 
     def ascending(self, start: int, end: int) -> None:
@@ -56,6 +57,7 @@ class Packing:
             self._append(torch.arange(start, end, device="cpu"))
 
     def repeat(self, number: int, count: int) -> None:
+        """Add a number `count` times."""
         self._last += array("q", (number,)) * count
 
     def floats(self, numbers: Sequence[float]) -> None:

@@ -47,6 +47,7 @@ recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
 
 
 def can_record(device: torch.device) -> bool:
+    """Whether launches on the device can be recorded."""
     return device.type == "cuda"
 
 
@@ -95,6 +96,8 @@ class CudaRecorder:
 
 
 class Recorded(NamedTuple):
+    """A recorded pass."""
+
     inputs: Tensor
     replay: Callable[[], None]
     result: Tensor

@@ -52,6 +52,7 @@ class GraphKey(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """It as a key of recordings, which may hold no tensors."""
         return (*self[:-1], tuple(group.key for group in self.groups))
 
     @property

@@ -74,6 +74,7 @@ class SamplingGroup(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """It as a key, which is equal for groups of the same settings."""
         return (*self[:3], id(self.suppress), self.rule)
 
     @property

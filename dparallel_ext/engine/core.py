@@ -78,6 +78,7 @@ class EngineCore:
 
     @property
     def waiting(self) -> int:
+        """Requests that are in no lane yet."""
         return len(self.arrivals) + int(self.scheduler.waiting)
 
     @property
@@ -86,10 +87,12 @@ class EngineCore:
         return self._refusal is not None
 
     def check_open(self) -> None:
+        """Raise RuntimeError if it takes no more requests."""
         if self._refusal is not None:
             raise RuntimeError(self._refusal) from self._fault
 
     def close(self, cancel: bool) -> None:
+        """Take no more requests; cancel: end those that it has before the next pass."""
         with self.lock:
             self._refusal = self._refusal or "the engine is closed"
             if cancel:
@@ -182,6 +185,7 @@ class EngineCore:
             self.calling = math.inf
 
     def admit(self) -> None:
+        """Put waiting requests into free lanes."""
         while True:
             with self.lock:
                 admitted = self.scheduler.admit()

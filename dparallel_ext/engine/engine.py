@@ -336,6 +336,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
+        """The counts of now. Raises RuntimeError in a fork of its process."""
         if self._process != os.getpid():
             self.core.check_open()
         with self.core.lock:

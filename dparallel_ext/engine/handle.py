@@ -104,6 +104,7 @@ class Events:
         return bool(self.all) and not isinstance(self.all[-1], list)
 
     def add(self, event: Event) -> None:
+        """Append an event, and wake who waits."""
         self.all.append(event)
         for woken in list(self.waiters):
             woken.put(None)

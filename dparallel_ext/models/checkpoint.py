@@ -426,6 +426,7 @@ def _stored(
 
 
 def fetch(file: Path, shard: Any, name: str) -> Tensor:
+    """A tensor of an open safetensors file. Raises ValueError naming the file if it cannot be read."""
     with _readable(file):
         tensor: Tensor = shard.get_tensor(name)
     return tensor

@@ -117,6 +117,7 @@ class Stream(NamedTuple):
 
     @property
     def sum(self) -> Tensor:
+        """x + delta, (..., width)."""
         return self.x if self.delta is None else self.x + self.delta
 
 
@@ -148,6 +149,7 @@ class Taps(dict[int, Tensor]):
         self.layers = layers
 
     def take(self, layer: int, stream: Stream) -> None:
+        """Keep the sum of the stream after `layer`, if it is one of the layers."""
         if layer in self.layers:
             self[layer] = stream.sum
 

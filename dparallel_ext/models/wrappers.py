@@ -249,6 +249,7 @@ def check_adapters(stack: list[Any], argument: str) -> None:
 
 
 def check_tuner(layer: Any, argument: str, advice: str) -> None:
+    """Raise ValueError for an adapter of PEFT's tuner `layer` that acts on a call as a whole."""
     kinds = classes(TUNER)
     if not isinstance(layer, kinds):
         return

@@ -25,6 +25,7 @@ _certainty_forcing_loss_backward_ = kernel("certainty_forcing_loss_backward_")
 
 
 def row_errors(vocabulary: int) -> dict[int, str]:
+    """The texts of the errors of rows, see `errors.explain`. vocabulary: ids that labels may have."""
     return {
         1: "logits: {} holds NaN",
         2: "logits: {} has no logit above -inf",
@@ -128,6 +129,7 @@ def compose(
 def check_loss_settings(
     temperature: float, ce_temperature: float, entropy_weight: float, reduction: str
 ) -> None:
+    """Raise ValueError naming the number, or the reduction, that does not fit."""
     number("entropy_weight", entropy_weight, -math.inf)
     check_temperature("temperature", temperature)
     check_temperature("ce_temperature", ce_temperature)
@@ -135,12 +137,14 @@ def check_loss_settings(
 
 
 def check_temperature(name: str, value: float) -> None:
+    """Raise ValueError unless the value is a number from 1e-5 to 1e5."""
     # float32 has to hold its square and the reciprocal of the square.
     if not 1e-5 <= number(name, value) <= 1e5:
         raise ValueError(f"{name}: expected a number from 1e-5 to 1e5, got {value!r}")
 
 
 def check_inplace(logits: Tensor) -> None:
+    """Raise ValueError for logits that are a leaf, over which no gradient may be written."""
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise ValueError("inplace: expected the output of an op as logits, got a leaf that requires grad")
@@ -149,6 +153,8 @@ def check_inplace(logits: Tensor) -> None:
 def check_loss_inputs(
     like: Tensor, labels: Tensor, active: Tensor, weight: Any, gate: Any, name_of: str
 ) -> None:
+    """Raise unless labels, active, weight and gate fit the rows of `like` (..., width), the argument
+    `name_of`."""
     wanted: list[tuple[str, Any, tuple[torch.dtype, ...]]] = [
         ("labels", labels, (torch.int64, torch.int32)),
         ("active", active, (torch.bool,)),
@@ -183,6 +189,7 @@ def check_of_rows(
 
 
 def real_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the numbers of rows: float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

@@ -31,6 +31,7 @@ ROW_ERRORS = {
 
 
 def named_pair(at: int) -> str:
+    """Names a row of the student's (even numbers) or the teacher's (odd)."""
     return f"{'teacher' if at % 2 else 'student'}: row {at // 2}"
 
 

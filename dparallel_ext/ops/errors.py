@@ -36,6 +36,7 @@ class Cell:
 
 
 def named_row(at: int) -> str:
+    """Names a row by its number."""
     return f"row {at}"
 
 
@@ -62,6 +63,7 @@ class Errors:
         """Kind -> index of its word."""
 
     def report(self, error: Tensor, where: PositionName, texts: Mapping[int, str]) -> None:
+        """Keep the least of the errors (N,) int64 for the next `read`; for the arguments see `explain`."""
         kind = where, tuple(texts.items())
         at = self.kinds.get(kind)
         if at is None:
@@ -111,6 +113,8 @@ def check_errors(device: torch.device | str | None = None) -> None:
 
 
 def report(error: Tensor, where: PositionName, texts: Mapping[int, str] = ERRORS) -> None:
+    """Raise ValueError for the least of the errors (N,) int64, see `explain`; on a GPU keep it for
+    `check_errors`, without waiting."""
     if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
         return
     device = error.device

@@ -104,10 +104,12 @@ class HeadGradient:
             add_product(self.of_head, gradient.T, states)
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the hidden states (N, H) and of the head, (V, H) or (0,), in the head's dtype."""
         return self.of_hidden, self.of_head.to(self.head.dtype)
 
     @staticmethod
     def fake(hidden: Tensor, head: Tensor, head_needs_grad: bool) -> tuple[Tensor, Tensor]:
+        """Tensors as of `result`, without numbers."""
         return torch.empty_like(hidden), head.new_empty(head.shape if head_needs_grad else (0,))
 
 

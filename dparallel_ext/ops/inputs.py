@@ -55,6 +55,7 @@ def rows_view(logits: Tensor) -> Tensor:
 
 
 def check_tokens(tokens: Tensor) -> None:
+    """Raise unless `tokens` is int64 (B, L)."""
     check_tensor("tokens", tokens)
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected int64 (B, L), got {described(tokens)}")
@@ -71,6 +72,7 @@ def windows_of(
 
 
 def check_index(name: str, index: Tensor, like: Tensor, of: str = "logits") -> None:
+    """Raise unless `index` is int64 (N,) on the device of `like`, the argument `of`."""
     check_tensor(name, index)
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"{name}: expected int64 (N,), got {described(index)}")
@@ -94,6 +96,7 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
 
 
 def mask_id_of(mask_id: int | None, vocab: int | None) -> int:
+    """`mask_id` as an int, -1 for None. Raises ValueError unless it is an id, below `vocab` if known."""
     if mask_id is None:
         return -1
     if type(mask_id) is not int or not 0 <= mask_id < 2**63:
@@ -104,6 +107,10 @@ def mask_id_of(mask_id: int | None, vocab: int | None) -> int:
 
 
 def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
+    """Ids to suppress, (n,) int64 on the device of the logits (..., V), on a CPU ascending; None for none.
+
+    Raises ValueError for an id that is out of range, unless the ids are such a tensor: the kernel checks
+    these."""
     if ids is None:
         return None
     if isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.device == logits.device:
@@ -122,6 +129,7 @@ def suppressed(ids: Ids, logits: Tensor) -> Tensor | None:
 
 
 def per_sequence(name: str, value: int | Tensor, batch: int, like: Tensor) -> Tensor:
+    """`value`, an integer or int64 (batch,), as int64 (batch,) on the device of `like`. Raises ValueError."""
     if type(value) is int:
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
@@ -144,6 +152,7 @@ def keys_of(like: Tensor, count: int, **parts: int | Tensor) -> Tensor:
 
 
 def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None) -> None:
+    """Raise unless `tensor` is floating point, of `ndim` dimensions and of dtype and device of `like`."""
     check_tensor(name, tensor)
     if tensor.dtype not in WIDE_DTYPES or (like is not None and tensor.dtype != like.dtype):
         wanted = "float32, bfloat16 or float16" if like is None else f"{like.dtype} as q"
@@ -156,6 +165,7 @@ def check_heads(name: str, tensor: Tensor, ndim: int, like: Tensor | None = None
 
 
 def check_caches(q_shape: Sequence[int], k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raise unless the caches (pages, Hkv, page_size, D) are alike and fit queries of `q_shape` (N, H, D)."""
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: expected {tuple(k_cache.shape)} as k_cache, got {tuple(v_cache.shape)}")
     _, heads, dim = q_shape
@@ -171,6 +181,7 @@ def check_caches(q_shape: Sequence[int], k_cache: Tensor, v_cache: Tensor) -> No
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Raise unless `tensor` has this shape and, if given, dtype."""
     check_tensor(name, tensor)
     if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
         raise ValueError(f"{name}: expected {dtype or tensor.dtype} {tuple(shape)}, got {described(tensor)}")
@@ -198,6 +209,7 @@ def within(name: str, index: Tensor, low: int | None, high: int) -> None:
 
 
 def check_rows(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is (..., width) of a kernel's dtype, without a gradient or a tangent."""
     check_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
@@ -208,6 +220,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> None:
+    """Raise unless `tensor` has this shape, dtype and device of `like`, and no gradient or tangent."""
     check_tensor(name, tensor)
     if tensor.dtype != like.dtype or tensor.shape != shape or tensor.device != like.device:
         raise ValueError(
@@ -219,6 +232,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor, shape: torch.Size) -> No
 
 
 def refuse_gradient(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor whose gradient is wanted."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, which this op does not have; use torch.no_grad()")
 

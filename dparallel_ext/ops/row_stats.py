@@ -239,6 +239,7 @@ def merge_parts(parts: RowStats, among: Tensor | None = None) -> tuple[RowStats,
 
 
 def as_stats(tokens: Tensor, fields: Tensor, shape: Sequence[int]) -> RowStats:
+    """RowStats of this shape, from the op's ids (2, N) int64 and numbers (9, N) float32."""
     # Reshaped before they are separated: every view costs as much as a small kernel's launch.
     token, sample = tokens.view(len(tokens), *shape).unbind(0)
     top1, top2, lse, confidence, margin, entropy, *rest = fields.view(len(fields), *shape).unbind(0)
@@ -259,6 +260,8 @@ def _ids(ids: Tensor | Sequence[int], rows: Sequence[int], vocab: int, logits: T
 
 
 def row_outputs(like: Tensor, count: Any, errors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of an op that reads `count` rows: ids (2, count) int64, numbers (9, count) float32, and
+    errors (errors,) int64."""
     return (
         like.new_empty((2, count), dtype=torch.int64),
         like.new_empty((_ROW_FIELDS, count), dtype=torch.float32),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def stream_of(device: torch.device) -> int:
+    """The handle of the current stream of a GPU; 0 on other devices."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -43,6 +43,7 @@ class AcceptanceCounts:
     """How many of these passes accepted a token of the draft at this depth."""
 
     def add(self, depth: int, taken: int) -> None:
+        """Count a pass whose draft reached `depth`, and of which `taken` tokens were accepted."""
         missing = depth - len(self.drafted)
         self.drafted += [0] * missing
         self.accepted += [0] * missing

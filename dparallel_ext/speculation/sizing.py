@@ -18,6 +18,8 @@ from .drafter import Drafter, Expecting
 
 
 class Sizer(Protocol):
+    """Chooses the number of nodes of drafts."""
+
     def size(self, lanes: int) -> int:
         """Nodes of the next draft of each of `lanes` sequences."""
 
