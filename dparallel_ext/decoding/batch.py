@@ -63,8 +63,7 @@ class Batch:
         native, space = isinstance(model, Model), None
         if native and kv_cache is None:
             if graphs:
-                at = torch.device(device)
-                space = Workspace.take(model, lanes, width, mask_id, at, cached=schedule.keeps)
+                space = Workspace.take(model, lanes, width, mask_id, cached=schedule.keeps)
             if space is None:
                 kv_cache = model.new_cache(lanes, width, kept=schedule.keeps)
         if space is None:

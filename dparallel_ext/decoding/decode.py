@@ -220,7 +220,7 @@ def start(
 
 
 def checked(
-    model: Any, config: DecodeConfig, size: int, draft_size: int | None = None
+    model: Any, config: DecodeConfig, size: int, draft_size: int | None
 ) -> tuple[ResolvedConfig, list[Settings], int]:
     """The cache mode and the like of a model under a config, the settings of `size` sequences, and the number
     of states that self-speculation guesses.

@@ -106,7 +106,6 @@ class Workspace:
         lanes: int,
         width: int,
         mask_id: int,
-        device: torch.device,
         *,
         cached: bool,
         drafter: Any = None,
@@ -117,7 +116,7 @@ class Workspace:
         cached: whether keys and values outlive a pass. drafter: the drafter whose session the passes read.
         All else that recorded passes depend on is in their `GraphKey`.
         """
-        s = model.shape
+        s, device = model.shape, model.device
         length = bucket(width)
         of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
         size = of_layer * (s.layers if cached else 1)

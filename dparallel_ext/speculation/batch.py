@@ -107,7 +107,7 @@ class CausalBatch:
         owner = None if isinstance(drafter, Apart) else drafter
         space = None
         if kv_cache is None and graphs:
-            space = Workspace.take(model, lanes, width, UNKNOWN, device, cached=True, drafter=owner)
+            space = Workspace.take(model, lanes, width, UNKNOWN, cached=True, drafter=owner)
         if space is None:
             kv_cache = model.new_cache(lanes, width) if kv_cache is None else kv_cache
             space = Workspace.of(
