@@ -21,7 +21,7 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
-from .traits import check_diffusion, fingerprint, max_positions, traits, warn_beyond
+from .traits import check_diffusion, fingerprint, max_positions, stored_traits, traits, warn_beyond
 from .wedlm import WeDLM
 from .wrappers import (
     check_call,
@@ -79,6 +79,7 @@ __all__ = [
     "native",
     "own_precision",
     "save",
+    "stored_traits",
     "traits",
     "unwrap",
     "warn_beyond",

@@ -6,6 +6,7 @@ import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 
 from ..arguments import warn
 from .base import Model
+from .checkpoint import config_of
 from .config import Traits
-from .families import DECISIVE, FAMILIES, family_of
+from .families import DECISIVE, FAMILIES, family_in, family_of
 from .fast_dllm import FastDLLM
 from .sdlm import SDLM
 from .wrappers import stated_traits, unwrap
@@ -60,6 +62,14 @@ def traits(model: Any) -> Traits:
             )
         result = inside if result.mask_id is None else result
     return result
+
+
+def stored_traits(directory: Path) -> Traits:
+    """The traits of a checkpoint's model, without its mask token, by its config.json alone. Raises as
+    `config_of`."""
+    config, shape = config_of(directory)
+    family = family_in(config, f"path: {directory}")
+    return _of_family(family, None, shape.block_length, shape.window or family.window)
 
 
 def _of_family(

@@ -107,28 +107,27 @@ def device_name(device: torch.device | str | None = None) -> str:
     return f"{platform.machine()} CPU, {simd_level()}, threads: {torch.get_num_threads()}"
 
 
-def block_length(name: str) -> int:
-    """The default block length, as `Traits.default_block_length`, by config.json alone.
+def traits_of(name: str) -> models.Traits:
+    """A model's traits, without its mask token, by its config.json alone. Raises FileNotFoundError and
+    ValueError, naming the model."""
+    return models.stored_traits(directory_of(name))
 
-    Raises FileNotFoundError and ValueError, naming the model.
-    """
-    config, shape = models.config_of(directory_of(name))
-    family = models.family_of(config)
-    window = shape.window or (None if family is None else family.window)
-    return models.Traits(block_length=shape.block_length, window=window).default_block_length
+
+def block_length(name: str) -> int:
+    """The default block length, as `Traits.default_block_length`. Raises as `traits_of`."""
+    return traits_of(name).default_block_length
 
 
 def is_causal(name: str, cache: str | None = None) -> bool:
-    """Whether a model is decoded autoregressively, by its config.json alone; of a model that predicts masks
-    too the cache mode says it. Raises as `block_length`."""
-    config, _ = models.config_of(directory_of(name))
-    family = models.family_of(config)
-    return family is not None and family.causal and not (family.onward and cache == "block")
+    """Whether a model is decoded autoregressively; of a model that predicts masks too the cache mode says it.
+    Raises as `traits_of`."""
+    traits = traits_of(name)
+    return traits.causal and not (traits.onward and cache == "block")
 
 
 def gen_length(name: str) -> int:
     """The default number of tokens of a response: 256, or half of the model's positions if that is less; of
-    models that ship their task's. Raises as `block_length`.
+    models that ship their task's. Raises as `traits_of`.
     """
     if name.startswith("builtin:"):
         return tasks.GEN_LENGTH

@@ -312,13 +312,12 @@ def measure_policies(
 def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
     """The values in place of those of `GRID` for a model that fills masks in one cache mode alone, or by
     blocks of its own, by its config.json."""
-    config, shape = models.config_of(registry.directory_of(name))
-    family = models.family_of(config)
-    if family is not None and family.window is not None:
-        return {"block_length": (shape.window or family.window,), "active_blocks": (1,), "cache": ("window",)}
-    if family is not None and family.onward:
+    traits = registry.traits_of(name)
+    if traits.window is not None:
+        return {"block_length": (traits.window,), "active_blocks": (1,), "cache": ("window",)}
+    if traits.onward:
         return {"cache": ("block",)}
-    own = shape.block_length  # of a block-causal model
+    own = traits.block_length  # of a block-causal model
     return {} if own is None else {"block_length": (own,), "cache": ("block",)}
 
 
