@@ -83,7 +83,8 @@ def sweep(
     else:  # each model takes the fields of its kind
         cleared: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
         causal_config = config.replace(**cleared)
-    of_policies = None if any(causal for _, causal in models) else draft_size
+    if not any(causal for _, causal in models):  # else it is the drafters'
+        entries = [each if "verifier" in each else {"draft_size": draft_size, **each} for each in entries]
     drafters, of_causal = list(drafters), loading
     if not all(causal for _, causal in models) or {*drafters} == {PLAIN}:
         of_causal = replace(loading, mask_id=None)  # it is the diffusion models', or nobody's
@@ -92,7 +93,7 @@ def sweep(
         if causal:
             _check_drafters(name, drafters, causal_config, of_name)
         else:
-            _check_policies(name, entries, config, of_policies, of_name)
+            _check_policies(name, entries, config, of_name)
         problem_set.length(name)
         registry.template_of(name, chat)
     for name, causal in models:
@@ -108,15 +109,11 @@ def sweep(
             fixed = causal_config, draft_size
             yield from _drafted(name, drafters, *fixed, results, of_name, conditions, shared)
         else:
-            yield from _by_policy(name, entries, config, of_policies, results, of_name, conditions, shared)
+            yield from _by_policy(name, entries, config, results, of_name, conditions, shared)
 
 
 def _check_policies(
-    name: str,
-    entries: Iterable[Fields],
-    config: dx.DecodeConfig,
-    draft_size: int | None,
-    loading: registry.Loading,
+    name: str, entries: Iterable[Fields], config: dx.DecodeConfig, loading: registry.Loading
 ) -> None:
     """Raise ValueError or FileNotFoundError for an entry that does not fit the model, which is not loaded."""
     stored = loading.stored(name)
@@ -124,7 +121,7 @@ def _check_policies(
         if "verifier" in entry:
             registry.check_verifier(str(entry["verifier"]), name)
         else:
-            size: Any = entry.get("draft_size", draft_size)
+            size: Any = entry.get("draft_size")
             checked(stored, _with_entry(config, entry), 1, size)
 
 
@@ -151,15 +148,13 @@ def _by_policy(
     name: str,
     entries: Iterable[Fields],
     config: dx.DecodeConfig,
-    draft_size: int | None,
     known: Mapping[str, dict[str, Any]],
     loading: registry.Loading,
     conditions: Fields,
     settings: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
-    """The rows of a diffusion model. config: the fields that an entry does not have. draft_size: of entries
-    without one. conditions: the rows' fields about weights, problems and how these are put. settings: of
-    `evaluate`."""
+    """The rows of a diffusion model. config: the fields that an entry does not have. conditions: the rows'
+    fields about weights, problems and how these are put. settings: of `evaluate`."""
     loaded: tuple[Any, Any] | None = None
     plain: dict[dx.DecodeConfig, list[Answer]] = {}
     for entry in entries:
@@ -176,7 +171,7 @@ def _by_policy(
             yield row
             continue
         text = str(entry["rule"])
-        size: Any = entry.get("draft_size", draft_size)
+        size: Any = entry.get("draft_size")
         of_row = _with_entry(config, entry)
         changed = changed_fields(of_row)
         identity = {"model": name, "policy": text, "config": changed | drafted_by(size), **conditions}
