@@ -186,6 +186,19 @@ def test_decode_samples(checkpoint: Path):
     assert len({sampled() for _ in range(3)}) > 1
 
 
+@pytest.mark.parametrize("model", ["builtin:student", "builtin:causal"])
+def test_samples_of_a_file_do_not_depend_on_the_batch(model: str, tmp_path: Path):
+    """Prompts that are alike have samples of their own."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n" * 3)
+    args = ("--model", model, "--temperature", 3, "--seed", 5, "--gen-length", 8, "--json")
+    alone, together = (run("decode", "--file", file, "--batch", size, *args) for size in (1, 3))
+    assert alone == together
+    first, *others = (json.loads(line)["response"] for line in alone.splitlines())
+    assert json.loads(run("decode", PROMPT, *args))["response"] == first
+    assert first not in others
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
     args = ("--gen-length", 16, "--block-length", 8, "--policy", "quota:2", "--cache", cache)

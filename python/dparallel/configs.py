@@ -194,6 +194,14 @@ def without_ends(config: DecodeConfig) -> DecodeConfig:
     return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
+def with_seeds(config: DecodeConfig, numbers: Sequence[int]) -> DecodeConfig:
+    """The config with a seed for each prompt, by its number, so that its samples do not depend on the
+    batch."""
+    if not isinstance(config.seed, int):
+        return config
+    return config.replace(seed=[config.seed + number for number in numbers])
+
+
 def read_rows(file: str | Path) -> list[Fields]:
     """The rows of a table in a JSON file: a list of objects with a "rule" and other fields of `VARIED`, or
     with a "verifier" and other fields of `ADAPTIVE`.

@@ -20,7 +20,7 @@ from dparallel_ext.decoding.settings import check_model
 from dparallel_ext.speculation.speculate import check_causal
 
 from . import registry
-from .configs import Fields, changed_fields, parse_policy
+from .configs import Fields, changed_fields, parse_policy, with_seeds
 from .problems import Problems, Prompt, held_out
 from .recording import Recording, answer_of
 from .results import label, wilson
@@ -386,10 +386,7 @@ def _ids(part: Sequence[Encoded]) -> list[list[int]]:
 
 
 def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig:
-    """With a seed for each problem, by its number, so that its samples do not depend on the batch."""
-    if not isinstance(config.seed, int):
-        return config
-    return config.replace(seed=[config.seed + each.number for each in part])
+    return with_seeds(config, [each.number for each in part])
 
 
 def _batches(task: Task) -> Iterator[Sequence[Encoded]]:

@@ -15,7 +15,7 @@ from dparallel_ext.arguments import whole
 from dparallel_ext.decoding.config import with_ends
 
 from .. import files, registry
-from ..configs import config_with_policy, config_without_policy
+from ..configs import config_with_policy, config_without_policy, with_seeds
 from ..console import plain_errors
 from ..problems import read_prompts
 from ..text import Message
@@ -82,7 +82,9 @@ def decode(
     top_k: Annotated[
         int | None, typer.Option(help="sample from this many ids, the most probable; 0: all")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of the samples; default: random")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="prompt number i, from 0, is sampled with seed + i; default: random")
+    ] = None,
     drafter: DrafterOption = None,
     draft_size: DraftSizeOption = None,
     verifier: VerifierOption = None,
@@ -148,13 +150,14 @@ def decode(
         elif verifier is not None:
             decoder = verifying(loaded, tokenizer, verifier, numbers)
         recording = None if html is None else Recording("dparallel decode")
-        for texts in calls:
+        for number, texts in enumerate(calls):
             console = Console(stderr=as_json)  # with --json the standard output is JSON alone
             live = None
             if stream:
                 live = LiveText(console, tokenizer, loaded.mask_id, 0.1, causal=decoder is not None)
             shared: dict[str, Any] = {"template": template, "live": live, "recording": recording}
-            request = model, loaded, tokenizer, texts, decoding
+            numbers_of_texts = range(number * batch, number * batch + len(texts))
+            request = model, loaded, tokenizer, texts, with_seeds(decoding, numbers_of_texts)
             if decoder is None:
                 rows = complete(*request, suffix=suffix, draft_size=draft_size, **shared)
             else:
