@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dparallel_ext.arguments import is_number, shown
 
@@ -31,6 +31,21 @@ def boxed(answer: str, response: str) -> bool:
 def anything(answer: str, response: str) -> bool:
     """True, so that every answer is kept."""
     return True
+
+
+def without_number(name: str, answers: Iterable[str]) -> str | None:
+    """A sentence, if a checker that compares numbers finds none in some of these references: no response is
+    right there."""
+    if CHECKERS.get(name) not in (hashes, last_number):
+        return None
+    answers = [*answers]
+    texts = [answer for answer in answers if isinstance(_number(_after_hashes(answer)), str)]
+    if not texts:
+        return None
+    return (
+        f"checker: {name} compares with a number, alone or behind ####, and {len(texts)} of {len(answers)} "
+        f"answers are none, such as {texts[0]!r:.80}: no response to these is right"
+    )
 
 
 Checker = Callable[[str, str], bool]

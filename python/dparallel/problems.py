@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import warn, whole
 from dparallel_ext.models.files import as_path
 
 from . import files, registry
-from .checkers import Checker, checker_of, compares
+from .checkers import Checker, checker_of, compares, without_number
 from .text import Message, shown
 from .toy import tasks
 
@@ -166,6 +166,8 @@ def from_file(
             whole(name, value, 1)
     right, answers = checker_of(checker), answer_field if compares(checker) else None
     prompts = tuple(read_prompts(data, prompt_field, answers)[:count])
+    if other := without_number(checker, (prompt.answer for prompt in prompts)):
+        warn(other)
     description = {"problems": len(prompts), "data": str(data), "checker": checker}
     description |= {"data_sha256": digest_of(prompts)}
     return Problems(prompts, right, gen_length, description, beyond_end=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from dparallel import checkers, registry
-from dparallel.problems import Prompt, read_prompts
+from dparallel.problems import Prompt, from_file, read_prompts
 from dparallel.text import prompt_encoder
 from dparallel.training import trajectories
 from dparallel.training.trajectories import Trajectories
@@ -52,6 +53,24 @@ def prompts() -> list[Prompt]:
 )
 def test_checkers(checker: str, answer: str, response: str, right: bool):
     assert checkers.checker_of(checker)(answer, response) is right
+
+
+@pytest.mark.parametrize("checker", ["hashes", "last_number"])
+def test_references_without_a_number_are_told(checker: str, tmp_path: Path):
+    """No response is right there: an accuracy of 0 % without a word said that of the model."""
+    asked = ["12", "words #### 1,200", "He has 12 cups.", "x + 2"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "how many?", "answer": each}) + "\n" for each in asked))
+    said = f"checker: {checker} compares .* 2 of 4 answers are none, such as 'He has 12 cups.'"
+    with pytest.warns(UserWarning, match=said):
+        problems = from_file(file, checker)
+    settings = trajectories.Settings(checker=checker, block_length=0)
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="block_length"):
+        trajectories.generate(tmp_path / "out", [*problems.prompts], settings)
+    for other, count in ((checker, 2), ("boxed", None), ("none", None), ("operator:eq", None)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            from_file(file, other, count=count)
 
 
 @pytest.mark.parametrize("name", ["", "nope", "no.module:f", "operator:nope", "math:pi"])

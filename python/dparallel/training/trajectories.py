@@ -23,10 +23,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import check_fields, one_of, token_ids, whole
+from dparallel_ext.arguments import check_fields, one_of, token_ids, warn, whole
 
 from .. import files, registry
-from ..checkers import checker_of
+from ..checkers import checker_of, without_number
 from ..configs import POLICY, parse_policy
 from ..evaluate import kept_of
 from ..problems import Prompt, digest_of
@@ -119,6 +119,8 @@ def generate(
     parse_policy(settings.policy)
     registry.dtype_of(settings.dtype)
     checker_of(settings.checker)
+    if other := without_number(settings.checker, (prompt.answer for prompt in prompts)):
+        warn(other)
     if settings.block_length is None:
         traits = None if loaded is None else dx.models.traits(loaded[0])
         default = registry.block_length(settings.model) if traits is None else traits.default_block_length
