@@ -94,12 +94,14 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     # ops take half as long again to compile, and no call faster.
     python = f"-O1 -isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_path('include'))}"
     module = ROOT / "csrc" / "runtime" / "module.cpp"
-    ninja.compile("cxx", module, f"{python} {' '.join(defines.values())}")
+    ninja.compile("cxx", module, python)
+    facts_of = ROOT / "csrc" / "runtime" / "build_info.cpp"
+    ninja.compile("cxx", facts_of, " ".join(defines.values()))
     with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
     stable = f"-O1 -isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
     for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
         ninja.compile("cxx", source, f"{stable} {with_cuda}")
-    runtime = set((ROOT / "csrc" / "runtime").glob("*.cpp")) - {module}
+    runtime = set((ROOT / "csrc" / "runtime").glob("*.cpp")) - {module, facts_of}
     for source in [*sorted(runtime), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
         if not source.name.endswith("_kernel.cpp"):
             ninja.compile("cxx", source)

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "build_info.h"
 #include "dparallel/launch.h"
 #include "draft_trees.h"
 #include "scheduler.h"
@@ -31,21 +32,9 @@ PYBIND11_MODULE(_C, m) {
       "For tests: the CPU kernels use this instruction set from now on, or the machine's best "
       "where it is "
       "lower.");
-  m.def(
-      "build_info",
-      [] {
-        return std::map<std::string, std::string>{
-            {"compiler", DPARALLEL_COMPILER},
-            {"built_with_torch", DPARALLEL_TORCH},
-            {"stable_abi", "torch >= 2.10"},
-            {"backends", DPARALLEL_BACKENDS},
-            {"cuda_toolkit", DPARALLEL_CUDA_TOOLKIT},
-            {"cuda_architectures", DPARALLEL_CUDA_ARCHITECTURES},
-            {"cuda_reason", DPARALLEL_CUDA_REASON},
-        };
-      },
-      "What setup.py built, as text: compiler, torch, backends, CUDA toolkit and architectures, "
-      "and why there are CUDA kernels or none.");
+  m.def("build_info", &dparallel::build_info,
+        "What setup.py built, as text: compiler, torch, backends, CUDA toolkit and architectures, "
+        "and why there are CUDA kernels or none.");
 
   namespace py = pybind11;
   using namespace dparallel;

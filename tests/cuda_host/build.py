@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +82,11 @@ def extension() -> Path:
     flags += "".join(f' -DDPARALLEL_{name}="{value}"' for name, value in facts.items())
     source = together("ops", sorted((CSRC / "torch").glob("*.cpp")))
     torch_side = (source, f"{flags} {stable} -I{CSRC / 'torch'}")
-    runtime = [(source, f"{flags} -O0") for source in (CSRC / "runtime").glob("*.cpp")]
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+    built, sources = built_runtime(ROOT / "build" / tag)
+    runtime = [(source, f"{flags} -O0") for source in sources]
     level = (CSRC / "cpu" / "simd_level.cpp", f"{PLAIN} {PORTABLE}")  # the module asks for it
-    objects = compiled([*cuda_kernels(), torch_side, level, *runtime, *emulation()])
+    objects = [*compiled([*cuda_kernels(), torch_side, level, *runtime, *emulation()]), *built]
     link = [CXX, "-shared", "-fsanitize=undefined", "-Wl,--no-as-needed"]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     python = sorted((ROOT / "dparallel_ext").rglob("*.py"))
@@ -93,7 +96,21 @@ def extension() -> Path:
         shutil.copytree(ROOT / "dparallel_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         run(*link, *objects, *libraries, "-o", package / "_C.so")
 
-    return kept("extension", [*map(str, objects), *(f"{p} {p.read_text()}" for p in python)], make)
+    made_of = (f"{each} {each.stat().st_mtime_ns}" for each in objects)
+    return kept("extension", [*made_of, *(f"{p} {p.read_text()}" for p in python)], make)
+
+
+def built_runtime(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The objects of csrc/runtime that setup.py has compiled there, whose bindings take longest of all, and
+    the sources of which there is none, or an older one, or one that says what was built."""
+    home = CSRC / "runtime"
+    newest = max(file.stat().st_mtime for file in home.iterdir())
+    objects, sources = list[Path](), list[Path]()
+    for source in sorted(home.glob("*.cpp")):
+        found = directory / f"csrc_runtime_{source.name}.o"
+        fits = source.stem != "build_info" and found.exists() and found.stat().st_mtime > newest
+        (objects if fits else sources).append(found if fits else source)
+    return objects, sources
 
 
 def cuda_kernels() -> list[Job]:
