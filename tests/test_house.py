@@ -124,15 +124,17 @@ def private_names(tree: ast.AST) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in ("self", "cls"):
             found.add(node.attr)
     return {name for name in found if is_private(name)}
 
 
 def used(node: ast.AST) -> str | None:
     """The name of an attribute: of x.name, or of setattr(x, "name", ...)."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("getattr", "setattr", "delattr")):
-        return next((arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)), None)
+    if isinstance(node, ast.Call):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if called.endswith(("getattr", "setattr", "delattr")):
+            return next((arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)), None)
     return node.attr if isinstance(node, ast.Attribute) else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -19,7 +18,7 @@ import pytest
 from asking import BLOCK, FIRST, MODEL, exchange, head, until
 from dparallel import registry, text
 from dparallel.serving import connections
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from server_here import all_of, answer_of, post, serving
 
 from benchmarks.serving import KEY, server
@@ -78,26 +77,21 @@ def test_a_second_ctrl_c_ends_the_time_of_grace(odd_model: Path) -> None:
         assert not here.faults()
 
 
-@pytest.mark.slow
 def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
-    with server(odd_model, "--name", "odd", "--policy", "one", "--grace", 0.2) as served:
-
-        async def run() -> list[Any]:
-            url = f"{served.url}/v1"
-            async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client:
-                ask = client.completions.create
-                asked = [
-                    asyncio.ensure_future(ask(model="odd", prompt=[5, i], max_tokens=1900))
-                    for i in range(1, 4)
-                ]
-                while served.metrics()["dparallel_active"] < 3:
-                    await asyncio.sleep(0.05)
-                served.process.terminate()
-                return await asyncio.gather(*asked, return_exceptions=True)
-
-        for error in asyncio.run(run()):
-            assert isinstance(error, openai.InternalServerError)
-            assert (error.status_code, error.code) == (503, "shutting_down")
+    """The time of grace is over before its answer is."""
+    slow = {"model": MODEL, "prompt": [5, 6], "max_tokens": 1900, "policy": "one"}
+    loaded = registry.load(str(odd_model))
+    with serving(loaded, odd_model, {"cache": "none"}, grace=0.2, max_length=2048) as here:
+        wires = [here.connect() for _ in range(3)]
+        for wire in wires:
+            wire.sendall(post("/v1/completions", json.dumps(slow).encode()))
+        until(lambda: here.engine.stats.active == 3)
+        here.server.handle_exit(signal.SIGTERM, None)
+        for wire in wires:
+            status, answer = answer_of(all_of(wire))
+            assert (status, answer["error"]["code"]) == (503, "shutting_down")
+            wire.close()
+        assert not here.faults()
 
 
 def test_half_sent_requests_keep_nobody_out() -> None:
