@@ -5,7 +5,7 @@ import functools
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -46,7 +46,13 @@ def trees() -> dict[str, ast.Module]:
     return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 
 
-def imported(module: str, nodes: Iterator[ast.AST]) -> Iterator[tuple[str, int]]:
+@functools.cache
+def nodes() -> dict[str, list[ast.AST]]:
+    """All nodes of `trees`: to walk through them takes longer than what is asked of them."""
+    return {name: [*ast.walk(tree)] for name, tree in trees().items()}
+
+
+def imported(module: str, nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
     """(the absolute name of what is imported, line) of a module's import statements."""
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
     for node in nodes:
@@ -75,7 +81,7 @@ def test_imports_point_one_way():
     for package, allowed in ABOVE.items():
         known = {package, *allowed}
         for module in (name for name in FILES if name.partition(".")[0] == package):
-            for name, line in imported(module, ast.walk(trees()[module])):
+            for name, line in imported(module, nodes()[module]):
                 top = name.partition(".")[0]
                 assert top in known or top not in PACKAGES, f"{module}:{line} imports {name}"
                 compiled = top == "dparallel_ext" and "_C" in name.split(".")
@@ -89,7 +95,7 @@ def test_inside_dparallel_ext_imports_point_down():
         if part not in layer:
             assert module == "dparallel_ext" or not module.startswith("dparallel_ext."), f"{module}: no layer"
             continue
-        for name, line in imported(module, ast.walk(trees()[module])):
+        for name, line in imported(module, nodes()[module]):
             above = layer.get(name.removeprefix("dparallel_ext.").partition(".")[0], -1)
             fits = not name.startswith("dparallel_ext.") or above <= layer[part]
             assert fits, f"{module}:{line} imports {name}"
@@ -99,7 +105,7 @@ def test_nothing_imports_the_command_line():
     """It is on top: what it shares with programs and scripts is in modules below."""
     for module in (name for name in FILES if name.startswith(("dparallel.", "benchmarks."))):
         if not module.startswith(("dparallel.cli", "dparallel.__main__")):
-            for name, line in imported(module, ast.walk(trees()[module])):
+            for name, line in imported(module, nodes()[module]):
                 assert not name.startswith("dparallel.cli"), f"{module}:{line} imports {name}"
 
 
@@ -116,10 +122,10 @@ def test_no_modules_import_each_other():
         pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
 
 
-def private_names(tree: ast.AST) -> set[str]:
+def private_names(nodes: Iterable[ast.AST]) -> set[str]:
     """The private names that a module defines: functions, classes, variables and fields."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -139,16 +145,16 @@ def used(node: ast.AST) -> str | None:
 
 
 def test_private_names_stay_in_their_module():
-    names = {module: private_names(tree) for module, tree in trees().items()}
+    names = {module: private_names(every) for module, every in nodes().items()}
     everywhere = set().union(*names.values())
     wrong = []
-    for module, tree in trees().items():
-        for name, line in imported(module, ast.walk(tree)):
+    for module, every in nodes().items():
+        for name, line in imported(module, every):
             last = name.rpartition(".")[2]
             if name.partition(".")[0] in PACKAGES and is_private(last):
                 wrong.append(f"{module}:{line} imports {name}")
         foreign = everywhere - names[module]
-        for node in ast.walk(tree):
+        for node in every:
             if used(node) in foreign:
                 wrong.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)
