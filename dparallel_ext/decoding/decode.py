@@ -143,20 +143,24 @@ def decode(
         size = len(prompts)
         batch = start(model, prompts, config, draft_size=draft_size)
         arguments.check_streamer(streamer, size)
-        run(batch, streamer, progress_bar(progress, sum(len(row.columns) for row in batch.rows), "decode"))
+        run(
+            batch,
+            streamer,
+            progress_bar(progress, sum(len(sequence.columns) for sequence in batch.sequences), "decode"),
+        )
     # Tensors made in inference mode cannot enter autograd later; their copies can.
-    x, rows = batch.tokens[:size].clone(), batch.rows[:size]
+    x, sequences = batch.tokens[:size].clone(), batch.sequences[:size]
     masked = torch.zeros(x.shape, dtype=torch.bool, device="cpu")
-    for places, row in zip(masked, rows, strict=True):
-        places[row.prompt : row.length].fill_(True)
-        if row.columns and row.columns[0] < row.prompt:
-            places[list(row.columns)] = True
+    for places, sequence in zip(masked, sequences, strict=True):
+        places[sequence.prompt : sequence.length].fill_(True)
+        if sequence.columns and sequence.columns[0] < sequence.prompt:
+            places[list(sequence.columns)] = True
     trajectory = batch.runner.trajectory.responses(masked) if config.record or config.logprobs else None
     masked = masked.to(x.device)
     if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
         x, masked = (t.new_zeros((0, prompt.shape[1] + config.gen_length)) for t in (x, masked))
     names = ("generated", "kept", "length", "prompt", "published")
-    numbers = [batch.nfe, *([getattr(row, name) for row in rows] for name in names)]
+    numbers = [batch.nfe, *([getattr(sequence, name) for sequence in sequences] for name in names)]
     if isinstance(batch, SelfSpeculation):
         numbers.append(batch.canvases)
     # In one copy to the device.
@@ -251,21 +255,21 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
     x = batch.tokens[:1]  # a streamer's batch has one sequence
     sent = end = decoded = 0
     if streamer is not None:
-        sent = batch.rows[0].ahead
+        sent = batch.sequences[0].ahead
         streamer.put(x[:, :sent].to("cpu", copy=True))  # it may keep and change what it gets
     drafts = hasattr(streamer, "put_draft")
     while batch.live:
         if streamer is not None:
-            _, end = batch.rows[0].block
+            _, end = batch.sequences[0].block
         finished = batch.step(ahead=1 if drafts else AHEAD)
         if bar is not None:
-            before, decoded = decoded, sum(row.decoded for row in batch.rows)
+            before, decoded = decoded, sum(sequence.decoded for sequence in batch.sequences)
             bar.update(decoded - before)
         if drafts:
             streamer.put_draft(x[:, sent:].to("cpu", copy=True))
         if streamer is not None and finished:
             # The block, then the given tokens or padding between it and the next mask.
-            for last in (end, batch.rows[0].ahead):
+            for last in (end, batch.sequences[0].ahead):
                 if sent < last:
                     streamer.put(x[0, sent:last].to("cpu", copy=True))
                     sent = last

@@ -80,13 +80,13 @@ class InputPacker:
         self._pad_to = padding.row_padding(model) if isinstance(model, Model) else None
 
     def pack(
-        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+        self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> tuple[Tensor, GraphKey]:
         """All that the device needs from the host, (n,) int64 on the CPU, and the key that says how to read
         it.
         """
-        reach, onward = self._reach(rows, work), any(lane_work.onward for lane_work in work.values())
-        lanes = sorted({*work, *self.filler_lanes(len(rows), work, reach)})
+        reach, onward = self._reach(sequences, work), any(lane_work.onward for lane_work in work.values())
+        lanes = sorted({*work, *self.filler_lanes(len(sequences), work, reach)})
         packing, longest = Packing(), (0, 0)
         if isinstance(self.model, Model):
             assert self.kv_cache is not None
@@ -94,32 +94,32 @@ class InputPacker:
             metadata = self.kv_cache.metadata(spans, self._pad_to, causal=onward)
             longest = metadata.max_q_len, metadata.max_kv_len
             packing.tensors(metadata.tensors)
-        numbers, groups = grouped(rows[b].sampling for b in work)
-        cells = self._cells(rows, work, reach)
-        self._put_rows(packing, rows, work, lanes, reach)
+        numbers, groups = grouped(sequences[b].sampling for b in work)
+        cells = self._cells(sequences, work, reach)
+        self._put_rows(packing, sequences, work, lanes, reach)
         for group in range(len(groups)):
             members = [b for b, number in zip(work, numbers, strict=True) if number == group]
-            packing.add(_by_field(self._edges(len(rows), work, members)))
-        packing.close(len(groups), 4, len(rows) * self.windows_of_lane)
-        counted = self._counted(rows, work)
+            packing.add(_by_field(self._edges(len(sequences), work, members)))
+        packing.close(len(groups), 4, len(sequences) * self.windows_of_lane)
+        counted = self._counted(sequences, work)
         packing.add(_by_field(counted))
         packing.close(2, len(counted))
-        eos = eos_ids(rows)
+        eos = eos_ids(sequences)
         for each in eos:
-            packing.add(_by_field(self._endings(rows, work, each)))
-        packing.close(len(eos), 2, len(rows))
+            packing.add(_by_field(self._endings(sequences, work, each)))
+        packing.close(len(eos), 2, len(sequences))
         by_rule = any(group.rule is not None for group in groups)
-        self._put_windows(packing, rows, work, by_rule)
+        self._put_windows(packing, sequences, work, by_rule)
         inputs, shapes = packing.pack()
         if self.tokens.device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
-        record = any(rows[b].settings.record for b in work)
+        record = any(sequences[b].settings.record for b in work)
         return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, groups)
 
     def _put_rows(
         self,
         packing: Packing,
-        rows: Sequence[SequenceState],
+        sequences: Sequence[SequenceState],
         work: Mapping[int, SequenceWork],
         lanes: Sequence[int],
         reach: int,
@@ -136,7 +136,7 @@ class InputPacker:
                 packing.repeat(0, reach)
             else:
                 lane_work = work[b]
-                everything = reads(rows[b], "block") or reads(rows[b], "response")
+                everything = reads(sequences[b], "block") or reads(sequences[b], "response")
                 columns = self._columns(b, lane_work.reads, reach, everything)
                 first, last = lane_work.spans[0].start, lane_work.spans[-1].end
                 shift = self.shift or int(lane_work.onward)
@@ -166,7 +166,7 @@ class InputPacker:
     def _put_windows(
         self,
         packing: Packing,
-        rows: Sequence[SequenceState],
+        sequences: Sequence[SequenceState],
         work: Mapping[int, SequenceWork],
         by_rule: bool,
     ) -> None:
@@ -175,12 +175,16 @@ class InputPacker:
         """
         policy: list[float] = []
         progress: list[tuple[int, int, int, int, int]] = []
-        keys = [(row.nfe + 1, *row.settings.key) for row in rows for _ in range(self.windows_of_lane)]
-        for b, row in enumerate(rows):
+        keys = [
+            (sequence.nfe + 1, *sequence.settings.key)
+            for sequence in sequences
+            for _ in range(self.windows_of_lane)
+        ]
+        for b, sequence in enumerate(sequences):
             windows = work[b].windows if b in work else []
             for window in windows:
-                policy += row.policy(window.block, window.must_move)
-                progress.append(row.progress(window.block))
+                policy += sequence.policy(window.block, window.must_move)
+                progress.append(sequence.progress(window.block))
             for _ in range(self.windows_of_lane - len(windows)):
                 policy += IDLE.settings.policy
                 progress.append((0, 1, 0, 0, 0))
@@ -204,33 +208,38 @@ class InputPacker:
         return edges
 
     def _counted(
-        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]
+        self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> list[tuple[int, int]]:
         """Columns [start, end) of the blocks to count, the same number for each lane."""
-        most = max([self.schedule.most_open, *(len(row.blocks) for row in rows if reads(row, "response"))])
-        counted = [work[b].counted if b in work else [] for b in range(len(rows))]
+        most = max(
+            [
+                self.schedule.most_open,
+                *(len(sequence.blocks) for sequence in sequences if reads(sequence, "response")),
+            ]
+        )
+        counted = [work[b].counted if b in work else [] for b in range(len(sequences))]
         return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
 
     def _endings(
-        self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
+        self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
     ) -> list[tuple[int, int]]:
         """For each lane, the columns [start, end) in which this EOS ends the sequence; none, at the same end,
         where another one does."""
-        edges = [work[b].ending if b in work else (0, 0) for b in range(len(rows))]
-        ends_it = [eos in row.settings.eos_ids for row in rows]
+        edges = [work[b].ending if b in work else (0, 0) for b in range(len(sequences))]
+        ends_it = [eos in sequence.settings.eos_ids for sequence in sequences]
         return [(start if ends else end, end) for (start, end), ends in zip(edges, ends_it, strict=True)]
 
-    def _reach(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
+    def _reach(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
         """Columns of each sequence whose logits the pass computes, where shapes are static."""
-        if any(reads(rows[b], "response") for b in work):
+        if any(reads(sequences[b], "response") for b in work):
             return self.tokens.shape[1]
-        by_block = any(reads(rows[b], "block") for b in work)
+        by_block = any(reads(sequences[b], "block") for b in work)
         columns = self.schedule.block_length if by_block else self.schedule.sub_block_length
         return min(columns * self.windows_of_lane, self.tokens.shape[1])
 
-    def _cells(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
+    def _cells(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
         """Columns of each window that rules see in the pass; 0 without rules."""
-        rules = {b: rule for b in work if (rule := rows[b].settings.rule) is not None}
+        rules = {b: rule for b in work if (rule := sequences[b].settings.rule) is not None}
         widest = max((last - first for b in rules for first, last in work[b].reads), default=0)
         recorded = bool(rules) and self.static_shapes and all(rule.recorded for rule in rules.values())
         return max(widest, reach) if recorded else widest
@@ -259,10 +268,10 @@ class InputPacker:
             end = start + reach
         return range(start, end)
 
-    def key_of(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
+    def key_of(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
         """All that `pack` depends on, where shapes are static."""
         # A sequence keeps these objects while it lives; another sequence has others.
-        each = [(r.nfe, id(r.settings), id(r.layout), id(r.sampling)) for r in rows]
+        each = [(r.nfe, id(r.settings), id(r.layout), id(r.sampling)) for r in sequences]
         blocks = [  # without their counts, which the pass before is about to change
             (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for lane_work in work.values()

@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
     """The inputs of a pass that may come, made in advance."""
 
     inputs_key: tuple[Any, ...]
-    rows: tuple[SequenceState, ...]
+    sequences: tuple[SequenceState, ...]
     """Kept alive, since `inputs_key` holds ids of their objects."""
     inputs: Tensor
     key: GraphKey
@@ -101,25 +101,27 @@ class Runner:
             self.given[lane] = True
             self.given[lane, list(columns)] = False
 
-    def run(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
+    def run(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> Tensor:
         """Run one forward pass over the lanes of `work`, which are in ascending order.
 
         Returns (n,) int64 on the device, for `read_counts`.
         """
-        if self.graphs is not None and any(rows[b].nfe == 0 for b in work):
+        if self.graphs is not None and any(sequences[b].nfe == 0 for b in work):
             # Between sequences the model's weights may have moved.
             self.graphs.drop_stale(self.model.addresses())
         prepared, self._prepared = self._prepared, []
-        inputs_key = self.packer.key_of(rows, work) if prepared else ()
+        inputs_key = self.packer.key_of(sequences, work) if prepared else ()
         ready = next((each for each in prepared if each.inputs_key == inputs_key), None)
-        inputs, key = self.packer.pack(rows, work) if ready is None else (ready.inputs, ready.key)
+        inputs, key = self.packer.pack(sequences, work) if ready is None else (ready.inputs, ready.key)
         compute = functools.partial(self._compute, key, work)
         may = key.rows <= self.recorded_rows and key.recorded
         device, graph_key = self.tokens.device, key.key if may else None
         held = key, self.lane  # recordings outlive this runner
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=held)
 
-    def read_counts(self, rows: Sequence[SequenceState], results: Sequence[Tensor]) -> list[list[Counts]]:
+    def read_counts(
+        self, sequences: Sequence[SequenceState], results: Sequence[Tensor]
+    ) -> list[list[Counts]]:
         """For each pass and lane, the counts in what `run` returned; waits for the device.
 
         Raises ValueError for the first pass in which an error kept a sequence from committing.
@@ -129,17 +131,19 @@ class Runner:
         windows = lanes * self.windows_of_lane
         for numbers in torch.stack(list(results)).tolist() if lanes else []:
             explain(min(numbers[:windows]), Cell(self.tokens.shape[1]))
-            ends = numbers[-lanes:] if eos_ids(rows) else [None] * lanes
+            ends = numbers[-lanes:] if eos_ids(sequences) else [None] * lanes
             counted = (len(numbers) - windows - (lanes if ends[0] is not None else 0)) // 3
             counts = list(zip(*(numbers[windows + i * counted :][:counted] for i in range(3)), strict=True))
             each = counted // lanes
             passes.append([Counts(counts[b * each :][:each], end) for b, end in enumerate(ends)])
         return passes
 
-    def prepare(self, rows: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
+    def prepare(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> None:
         """Make the inputs of a pass that may come next; the next `run` uses them if it is that very pass."""
         self._prepared.append(
-            Prepared(self.packer.key_of(rows, work), tuple(rows), *self.packer.pack(rows, work))
+            Prepared(
+                self.packer.key_of(sequences, work), tuple(sequences), *self.packer.pack(sequences, work)
+            )
         )
 
     def _compute(self, key: GraphKey, work: Mapping[int, SequenceWork], inputs: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Guess(NamedTuple):
 
     columns: list[int]
     tokens: list[int]
-    row: SequenceState
+    sequence: SequenceState
     """The sequence with these tokens committed."""
 
 
@@ -199,7 +199,7 @@ class SelfSpeculation(Batch):
             return self._verify({b: [] for b in live})
 
     def end(self, b: int) -> None:
-        self._ended[b] = self.rows[b].ahead
+        self._ended[b] = self.sequences[b].ahead
         super().end(b)
 
     def _groups(self, live: list[int]) -> list[list[int]]:
@@ -213,15 +213,15 @@ class SelfSpeculation(Batch):
     def _drafts(self, live: Sequence[int]) -> dict[int, list[Guess]]:
         """For each live sequence the guesses that make its states 1, 2, ..."""
         tokens = self.tokens[: self.count].tolist()
-        rules = {rule: None for b in live if (rule := self.rows[b].settings.rule) is not None}
+        rules = {rule: None for b in live if (rule := self.sequences[b].settings.rule) is not None}
         states = {rule: [kept.cpu() for kept in self.runner.states[rule]] for rule in rules}
-        return {b: self._draft(b, tokens[b], *states[self.rows[b].settings.rule]) for b in live}  # type: ignore[index]
+        return {b: self._draft(b, tokens[b], *states[self.sequences[b].settings.rule]) for b in live}  # type: ignore[index]
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
         """The guesses of sequence b. held: its tokens, and then those of the last guess. token, rank: (lanes,
         columns), see `RankMemory`."""
-        row, last = self.rows[b], self._last[b]
-        window = self.schedule.front_window(row)
+        sequence, last = self.sequences[b], self._last[b]
+        window = self.schedule.front_window(sequence)
         start, end = max(window.start, last.start), min(window.end, last.end)
         if start >= end:
             return []
@@ -230,31 +230,31 @@ class SelfSpeculation(Batch):
         known.sort(key=lambda column: (-ranks[column - start], column))
         guesses: list[Guess] = []
         while len(guesses) < self.draft_size:
-            columns = known[: int(policies.most(row.policy(row.open[0])))]
+            columns = known[: int(policies.most(sequence.policy(sequence.open[0])))]
             known = known[len(columns) :]
             for column in columns:
                 held[column] = tokens[column - start]
-            before, row = row, self._after_pass(row, held)
-            if not columns or not self._follows(before, row):
+            before, sequence = sequence, self._after_pass(sequence, held)
+            if not columns or not self._follows(before, sequence):
                 break
-            guesses.append(Guess(columns, [held[column] for column in columns], row))
+            guesses.append(Guess(columns, [held[column] for column in columns], sequence))
         return guesses
 
-    def _after_pass(self, row: SequenceState, held: list[int]) -> SequenceState:
+    def _after_pass(self, sequence: SequenceState, held: list[int]) -> SequenceState:
         """The sequence after another pass, which leaves these tokens."""
-        after, blocks = copy.copy(row), []
-        for block in row.open:
+        after, blocks = copy.copy(sequence), []
+        for block in sequence.open:
             left = [column for column in range(block.start, block.end) if held[column] == self.mask_id]
             first = left[0] if left else block.start
             blocks.append(block._replace(masks_left=len(left), first_mask=first, step=block.step + 1))
         after.open = tuple(blocks)
         # Samples are keyed by the number of their pass.
         after.nfe, after.published, after.step_in_block = (
-            number + 1 for number in (row.nfe, row.published, row.step_in_block)
+            number + 1 for number in (sequence.nfe, sequence.published, sequence.step_in_block)
         )
         while after.open and not after.masks_left:
             after.leave_front()
-        if after.block_index > row.block_index:
+        if after.block_index > sequence.block_index:
             self.open_front(after)
         return after
 
@@ -282,12 +282,12 @@ class SelfSpeculation(Batch):
         finally:
             for states in lanes.values():
                 for lane in states[1:]:
-                    self.rows[lane] = IDLE
+                    self.sequences[lane] = IDLE
         for b, guesses in drafts.items():
             kept = lanes[b].index(self._last[b].lane)
-            tokens, row = [guess.tokens for guess in guesses], self.rows[b]
-            row.drafted, row.accepted = sum(map(len, tokens)), sum(map(len, tokens[:kept]))
-            row.refused = tuple(itertools.chain.from_iterable(tokens[kept:]))
+            tokens, sequence = [guess.tokens for guess in guesses], self.sequences[b]
+            sequence.drafted, sequence.accepted = sum(map(len, tokens)), sum(map(len, tokens[:kept]))
+            sequence.refused = tuple(itertools.chain.from_iterable(tokens[kept:]))
         return finished
 
     def _keep(self, b: int) -> None:
@@ -296,20 +296,20 @@ class SelfSpeculation(Batch):
         last = self._last[b]
         if last.lane == b or not self.schedule.keeps:
             return
-        if not covers(self.schedule.computed(self.rows[b]), last.computed):
+        if not covers(self.schedule.computed(self.sequences[b]), last.computed):
             self._copy(last.lane, b, range(*last.computed))
             self._last[b] = last._replace(computed=(0, 0))
 
     def _lay_out(self, lanes: Sequence[int], guesses: Sequence[Guess]) -> None:
         """Put the guessed states into their lanes."""
         for lane, before, guess in zip(lanes[1:], lanes, guesses, strict=False):
-            self.rows[lane] = guess.row
+            self.sequences[lane] = guess.sequence
             self.tokens[lane] = self.tokens[before]
             self.tokens[lane, guess.columns] = self.tokens.new_tensor(guess.tokens)
-            if guess.row.settings.record:
+            if guess.sequence.settings.record:
                 self.runner.trajectory.clear(lane)
             if self.schedule.keeps:
-                self._share(lane, lanes[0], *self.schedule.computed(guess.row))
+                self._share(lane, lanes[0], *self.schedule.computed(guess.sequence))
 
     def _share(self, lane: int, b: int, first: int, last: int) -> None:
         """Let a state share sequence b's pages, but for positions [first, last), which its pass computes."""
@@ -320,7 +320,7 @@ class SelfSpeculation(Batch):
         pages[low:high] = self._own_pages[lane][: high - low]
         if cache.block_table[lane].tolist() != pages:
             cache.assign(lane, pages)
-        beside = *range(low * size, first), *range(last, min(high * size, self.rows[b].length))
+        beside = *range(low * size, first), *range(last, min(high * size, self.sequences[b].length))
         self._copy(b, lane, beside)
 
     def _copy(self, source: int, target: int, positions: Sequence[int]) -> None:
@@ -340,17 +340,17 @@ class SelfSpeculation(Batch):
         states."""
         before = self.tokens.clone()
         windows = {
-            b: self.schedule.front_window(self.rows[b])[:2] for states in lanes.values() for b in states
+            b: self.schedule.front_window(self.sequences[b])[:2] for states in lanes.values() for b in states
         }
-        numbers = {b: self.rows[b].nfe + 1 for b in windows}
-        computed = {b: self.schedule.computed(self.rows[b]) for b in windows}
+        numbers = {b: self.sequences[b].nfe + 1 for b in windows}
+        computed = {b: self.schedule.computed(self.sequences[b]) for b in windows}
         self._ended = {}
         finished = set(super().step(list(windows)))
         pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
         earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
         is_right = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
         # Behind a state that has ended, at an EOS, nothing comes, whatever its masks became.
-        is_right |= {lane: False for lane in windows if self.rows[lane].done}
+        is_right |= {lane: False for lane in windows if self.sequences[lane].done}
         last = {
             b: next(lane for lane in states if not is_right.get(lane, False)) for b, states in lanes.items()
         }
@@ -360,14 +360,14 @@ class SelfSpeculation(Batch):
             accepted = lanes[b][: lanes[b].index(lane) + 1]
             self.passes[b] += 1
             self.canvases[b] += len(lanes[b])
-            self.rows[b] = self.rows[lane]
+            self.sequences[b] = self.sequences[lane]
             first, end = computed[lane]
-            if lane != b and first < self.rows[b].num_cached:  # final, and perhaps shared from now on
-                final = min(end, self.rows[b].num_cached)
+            if lane != b and first < self.sequences[b].num_cached:  # final, and perhaps shared from now on
+                final = min(end, self.sequences[b].num_cached)
                 self._copy(lane, b, range(first, final))
                 first = final
             self._last[b] = LastPass(lane, *windows[lane], (first, end))
-            if self.rows[b].settings.record:
+            if self.sequences[b].settings.record:
                 self._record(b, {each: numbers[each] for each in accepted})
                 if lane in self._ended:
                     self.runner.trajectory.clear(b, self._ended[lane])

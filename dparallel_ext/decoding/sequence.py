@@ -311,11 +311,11 @@ IDLE = SequenceState(0, Layout((), [], 0), _SETTINGS, _SETTINGS.sampling(None), 
 """What a lane without a sequence holds."""
 
 
-def eos_ids(rows: Sequence[SequenceState]) -> tuple[int, ...]:
+def eos_ids(sequences: Sequence[SequenceState]) -> tuple[int, ...]:
     """The EOS ids of the sequences, each once, ascending."""
-    return tuple(sorted({eos for row in rows for eos in row.settings.eos_ids}))
+    return tuple(sorted({eos for sequence in sequences for eos in sequence.settings.eos_ids}))
 
 
-def reads(row: SequenceState, what: str) -> bool:
+def reads(sequence: SequenceState, what: str) -> bool:
     """Whether the sequence has a rule whose `reads` is `what`, see `rules.Rule`."""
-    return row.settings.rule is not None and row.settings.rule.reads == what
+    return sequence.settings.rule is not None and sequence.settings.rule.reads == what

@@ -198,16 +198,16 @@ class EngineCore:
                 self.counts["prompt_tokens"] += len(request.plan.prompt) - len(request.plan.masked)
             try:
                 self._kv_cache.assign(admitted.lane, admitted.pages)
-                row = self._kind.admit(self.batch, admitted.lane, request.plan, admitted.reused)
+                sequence = self._kind.admit(self.batch, admitted.lane, request.plan, admitted.reused)
             except BaseException as error:
                 self.end(request, error)
             else:
-                if row.done:  # nothing to decode
+                if sequence.done:  # nothing to decode
                     self.end(request, "length")
 
     def advance(self) -> None:
         """Run one pass over all lanes; if it fails, run each request by itself, and end those that fail."""
-        opened = {lane: self.batch.rows[lane].open for lane in self.running}
+        opened = {lane: self.batch.sequences[lane].open for lane in self.running}
         try:
             finished = self._step(list(opened))
         except BaseException as error:
@@ -231,22 +231,24 @@ class EngineCore:
 
         opened: the request's regions that were open before the pass. finished: whether it completed a block.
         """
-        row = self.batch.rows[request.lane]
+        sequence = self.batch.sequences[request.lane]
         if request.on_draft is not None:
             self._call(request, request.on_draft, self._draft(request, opened))
-        self.publish(request, row.num_cached)
+        self.publish(request, sequence.num_cached)
         if finished:
             self._stream(request)
-            if row.done:
-                self.end(request, "stop" if row.stopped and row.kept < request.plan.asked else "length")
+            if sequence.done:
+                self.end(
+                    request, "stop" if sequence.stopped and sequence.kept < request.plan.asked else "length"
+                )
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self.batch.step(lanes)
-        rows = [self.batch.rows[lane] for lane in lanes]
+        sequences = [self.batch.sequences[lane] for lane in lanes]
         with self.lock:
             self.counts["sequence_passes"] += len(lanes)
-            self.counts["drafted_tokens"] += sum(row.drafted for row in rows)
-            self.counts["accepted_tokens"] += sum(row.accepted for row in rows)
+            self.counts["drafted_tokens"] += sum(sequence.drafted for sequence in sequences)
+            self.counts["accepted_tokens"] += sum(sequence.accepted for sequence in sequences)
         return finished
 
     def publish(self, request: Request, stored: int) -> None:
@@ -262,14 +264,19 @@ class EngineCore:
         request.shared = stored
 
     def _draft(self, request: Request, opened: Sequence[Region]) -> Draft:
-        row = self.batch.rows[request.lane]
-        start, end = self._kind.draft_columns(row, opened)
-        first, last = row.index(start), min(row.index(end), request.plan.asked)
-        columns = row.columns[first:last]
+        sequence = self.batch.sequences[request.lane]
+        start, end = self._kind.draft_columns(sequence, opened)
+        first, last = sequence.index(start), min(sequence.index(end), request.plan.asked)
+        columns = sequence.columns[first:last]
         ids: list[int] = _at(self.batch.tokens[request.lane], columns)
         tokens = [None if token == self.batch.mask_id else token for token in ids]
         draft = Draft(
-            self.batch.nfe[request.lane], first, tokens, row.drafted, row.accepted, list(row.refused)
+            self.batch.nfe[request.lane],
+            first,
+            tokens,
+            sequence.drafted,
+            sequence.accepted,
+            list(sequence.refused),
         )
         if not request.plan.settings.record:
             return draft
@@ -283,21 +290,22 @@ class EngineCore:
 
     def _response(self, request: Request, first: int = 0) -> list[int]:
         """Final response tokens from number `first` on, without EOS or stop sequence."""
-        row = self.batch.rows[request.lane]
-        final = len(row.columns) if row.done else row.index(row.block[0])
+        sequence = self.batch.sequences[request.lane]
+        final = len(sequence.columns) if sequence.done else sequence.index(sequence.block[0])
         return _at(
-            self.batch.tokens[request.lane], row.columns[first : min(final, row.kept, request.plan.asked)]
+            self.batch.tokens[request.lane],
+            sequence.columns[first : min(final, sequence.kept, request.plan.asked)],
         )
 
     def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
         """Log-probabilities of tokens [first, last) of the response."""
-        return _at(self.batch.logprobs[request.lane], self.batch.rows[request.lane].columns[first:last])
+        return _at(self.batch.logprobs[request.lane], self.batch.sequences[request.lane].columns[first:last])
 
     def _stream(self, request: Request) -> None:
         fresh = self._response(request, request.sent)
         # Hold back the last tokens if they may begin a stop sequence. Tokens sent earlier do not begin one.
         held = 0
-        if not self.batch.rows[request.lane].done:
+        if not self.batch.sequences[request.lane].done:
             for stop in request.plan.settings.stop:
                 for size in range(min(len(stop) - 1, len(fresh)), held, -1):
                     if tuple(fresh[-size:]) == stop[:size]:
@@ -340,19 +348,19 @@ class EngineCore:
         self._notify(request)
 
     def _completion(self, request: Request, reason: str) -> Completion:
-        now, row = time.monotonic(), None if request.lane < 0 else self.batch.rows[request.lane]
+        now, sequence = time.monotonic(), None if request.lane < 0 else self.batch.sequences[request.lane]
         admitted = now if request.admitted is None else request.admitted
-        tokens = [] if row is None else self._response(request)
+        tokens = [] if sequence is None else self._response(request)
         logprobs: list[float] | None = None
         if request.plan.settings.record:
-            logprobs = [] if row is None else self._logprobs(request, 0, len(tokens))
+            logprobs = [] if sequence is None else self._logprobs(request, 0, len(tokens))
         return Completion(
             tokens=tokens,
             logprobs=logprobs,
             finish_reason=reason,
-            nfe=0 if row is None else self.batch.nfe[request.lane],
-            nfe_published=0 if row is None else row.published,
-            draft_nfe=0 if row is None else row.draft_nfe,
+            nfe=0 if sequence is None else self.batch.nfe[request.lane],
+            nfe_published=0 if sequence is None else sequence.published,
+            draft_nfe=0 if sequence is None else sequence.draft_nfe,
             prompt_length=len(request.plan.prompt),
             reused=request.reused,
             seconds_waiting=admitted - request.submitted,

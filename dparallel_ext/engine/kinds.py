@@ -102,7 +102,7 @@ class ModelKind(ABC):
         """Begin a sequence in a lane of the batch that `make_batch` has made."""
 
     @abstractmethod
-    def draft_columns(self, row: Any, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, sequence: Any, opened: Sequence[Region]) -> tuple[int, int]:
         """Columns [start, end) of a `Draft`, after a pass before which the regions `opened` were open."""
 
 
@@ -178,7 +178,7 @@ class Diffusion(ModelKind):
             lane, prompt, plan.gen_length, plan.settings, masked=plan.masked, num_cached=num_cached
         )
 
-    def draft_columns(self, row: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, sequence: SequenceState, opened: Sequence[Region]) -> tuple[int, int]:
         """The columns of the blocks that were open."""
         return opened[0].start, opened[-1].end
 
@@ -206,9 +206,9 @@ class LeftToRight(ModelKind):
     def admit(self, batch: CausalBatch, lane: int, plan: RequestPlan, num_cached: int) -> CausalSequence:
         return batch.admit(lane, plan.prompt, plan.gen_length, plan.settings, num_cached=num_cached)
 
-    def draft_columns(self, row: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
+    def draft_columns(self, sequence: CausalSequence, opened: Sequence[Region]) -> tuple[int, int]:
         """The columns of the pass's new tokens."""
-        return opened[0].start, row.known
+        return opened[0].start, sequence.known
 
 
 class Autoregressive(LeftToRight):

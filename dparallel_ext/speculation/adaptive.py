@@ -279,23 +279,23 @@ class AdaptiveBatch(CausalBatch):
         return judged
 
     def _advance(self, b: int, result: Judged) -> None:
-        row, drafted = self.rows[b], len(result.tokens) - 1
-        row.draft_nfe += result.verified
+        sequence, drafted = self.sequences[b], len(result.tokens) - 1
+        sequence.draft_nfe += result.verified
         count = self.commit(b, result.tokens[: result.taken], result.logprobs[: result.taken])
         if drafted:
             self.counts.add(drafted, count - 1)
-        row.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
+        sequence.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
 
     def _part(self, b: int) -> AdaptiveWork:
-        row, first = self.rows[b], b * self.tokens.shape[1]
+        sequence, first = self.sequences[b], b * self.tokens.shape[1]
         return AdaptiveWork(
             b,
-            self._ids[first : first + row.known],
-            range(row.known, min(row.known + self.lookahead, row.length)),
-            max(0, row.known - row.accepted - self.window) if row.nfe else 0,
-            row.num_cached,
-            row.sampling,
-            row.settings.key,
+            self._ids[first : first + sequence.known],
+            range(sequence.known, min(sequence.known + self.lookahead, sequence.length)),
+            max(0, sequence.known - sequence.accepted - self.window) if sequence.nfe else 0,
+            sequence.num_cached,
+            sequence.sampling,
+            sequence.settings.key,
         )
 
     def _judge(self, parts: Sequence[AdaptiveWork]) -> dict[int, Judged]:

@@ -116,7 +116,7 @@ class CausalBatch:
         assert space.kv_cache is not None
         self._workspace: Workspace | None = space
         self.kv_cache, self.graphs = space.kv_cache, space.graphs
-        self.rows: list[CausalSequence] = [IDLE] * lanes
+        self.sequences: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0
         self.counts = AcceptanceCounts([], [])
@@ -165,7 +165,7 @@ class CausalBatch:
         num_cached: positions, from 0 on, whose keys and values are cached already, fewer than P.
         """
         first, length = len(prompt), len(prompt) + gen_length
-        row = CausalSequence(
+        sequence = CausalSequence(
             first,
             length,
             settings,
@@ -175,7 +175,7 @@ class CausalBatch:
             kept=gen_length,
             done=gen_length == 0,
         )
-        self.rows[lane] = row
+        self.sequences[lane] = sequence
         self._issued.clear()
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
@@ -183,21 +183,21 @@ class CausalBatch:
         self.logprobs[lane], self.steps[lane] = torch.nan, 0
         if self._session is not None:
             self._session.reset(lane)
-        return row
+        return sequence
 
     @property
     def nfe(self) -> list[int]:
         """Passes that each sequence has been in."""
-        return [row.nfe for row in self.rows]
+        return [sequence.nfe for sequence in self.sequences]
 
     @property
     def live(self) -> list[int]:
         """The lanes of the next pass."""
-        return [b for b, row in enumerate(self.rows) if not row.done]
+        return [b for b, sequence in enumerate(self.sequences) if not sequence.done]
 
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
-        self.rows[lane] = IDLE
+        self.sequences[lane] = IDLE
         self._issued.clear()
 
     def enter(self, finished: list[int]) -> None:
@@ -248,39 +248,39 @@ class CausalBatch:
         if self._session is None:
             return {}
         size = min(self._sizer.size(len(live)), self._most)
-        asked = [b for b in live if self._riders is not None or not self.rows[b].prefills]
+        asked = [b for b in live if self._riders is not None or not self.sequences[b].prefills]
         # One token less than there is room for: the pass adds the model's own choice.
-        sizes = {b: min(size, self.rows[b].room - 1) for b in asked}
+        sizes = {b: min(size, self.sequences[b].room - 1) for b in asked}
         return {b: most for b, most in sizes.items() if most > 0}
 
     def _drafts(self, sizes: dict[int, int]) -> dict[int, Draft]:
         """The drafts of the lanes in `sizes`."""
         if self._session is None or not sizes:
             return {}
-        rows = [(b, self.rows[b]) for b in sizes]
+        sequences = [(b, self.sequences[b]) for b in sizes]
         views = [
             Lane(
                 b,
                 self._known(b),
-                row.length,
-                row.sampling,
-                row.settings.key,
-                row.settings.eos_ids,
-                row.settings.automaton,
-                row.state,
+                sequence.length,
+                sequence.sampling,
+                sequence.settings.key,
+                sequence.settings.eos_ids,
+                sequence.settings.automaton,
+                sequence.state,
             )
-            for b, row in rows
+            for b, sequence in sequences
         ]
         drafts: list[Draft] = []
         with self._sizer.drafting():
             for part in (
-                [slice(i, i + 1) for i in range(len(rows))] if self.batch_invariant else [slice(None)]
+                [slice(i, i + 1) for i in range(len(sequences))] if self.batch_invariant else [slice(None)]
             ):
                 proposed = self._session.propose(views[part], list(sizes.values())[part])
                 if not isinstance(proposed, Sequence):
                     raise ValueError(f"drafter: expected a list of drafts, got {type(proposed).__name__}")
                 drafts += proposed
-        prefilling = [b for b in sizes if self.rows[b].prefills]
+        prefilling = [b for b in sizes if self.sequences[b].prefills]
         most_riders = 0 if self._riders is None else self._riders.most
         check_drafts(
             drafts,
@@ -299,7 +299,7 @@ class CausalBatch:
         """(n,) int64: a copy of the known tokens of sequence b, which a drafter may keep or change. To copy a
         slice of an array takes less time than to index a tensor."""
         first = b * self.tokens.shape[1]
-        return torch.frombuffer(self._ids[first : first + self.rows[b].known], dtype=torch.int64)
+        return torch.frombuffer(self._ids[first : first + self.sequences[b].known], dtype=torch.int64)
 
     def _groups(self, live: Sequence[int], drafts: dict[int, Draft]) -> list[tuple[list[int], bool]]:
         """The lanes of each pass, whose drafts begin at one layer, and whether the pass is over trees."""
@@ -311,7 +311,7 @@ class CausalBatch:
             chains, trees = [b for b in live if drafts[b].start == start], list[int]()
             if branching.intersection(chains):
                 # A chain is a tree, too, but a prompt has too many rows for ancestor words.
-                trees = [b for b in chains if b in branching or not self.rows[b].prefills]
+                trees = [b for b in chains if b in branching or not self.sequences[b].prefills]
                 chains = [b for b in chains if b not in trees]
             groups += [(group, tree) for group, tree in ((chains, False), (trees, True)) if group]
         return groups
@@ -320,22 +320,24 @@ class CausalBatch:
         """Run one pass over some sequences, which changes nothing but keys and values after the cached
         ones."""
         # A pass that computes a prompt does not measure the cost of a draft's size.
-        prefills = any(self.rows[b].prefills for b in drafts)
+        prefills = any(self.sequences[b].prefills for b in drafts)
         with nullcontext() if prefills else self._sizer.verifying():
-            if self._issued and [b for b in self._issued[0].drafts if not self.rows[b].done] != [*drafts]:
+            if self._issued and [b for b in self._issued[0].drafts if not self.sequences[b].done] != [
+                *drafts
+            ]:
                 self._issued.clear()  # they were for other sequences
             if not self._issued:
                 self._issued.append(self._issue(drafts, tree))
             # An automaton's state is known once a pass's tokens are.
-            ahead = 0 if any(self.rows[b].settings.automaton for b in drafts) else self._ahead
+            ahead = 0 if any(self.sequences[b].settings.automaton for b in drafts) else self._ahead
             while len(self._issued) <= ahead:
-                coming = [b for b in drafts if self.rows[b].room > self._coming(b)]
+                coming = [b for b in drafts if self.sequences[b].room > self._coming(b)]
                 if not coming:
                     break
                 self._issued.append(self._issue(dict.fromkeys(coming, Draft()), tree))
             issued = self._issued.popleft()
             numbers = issued.numbers()
-        return self._runner.emitted(self.rows, drafts, issued.key, numbers)
+        return self._runner.emitted(self.sequences, drafts, issued.key, numbers)
 
     def _coming(self, b: int) -> int:
         """Issued passes over the sequence whose results have not been read; each emits one token."""
@@ -343,49 +345,49 @@ class CausalBatch:
 
     def _issue(self, drafts: dict[int, Draft], tree: bool) -> Issued:
         """Issue a pass after those already issued."""
-        return self._runner.issue(self.rows, drafts, tree, {b: self._coming(b) for b in drafts})
+        return self._runner.issue(self.sequences, drafts, tree, {b: self._coming(b) for b in drafts})
 
     # --- commit ---------------------------------------------------------------------------------------
 
     def _advance(self, b: int, result: Any) -> None:
         """Update sequence b by the `Drafted` of a pass."""
-        row, (size, draft, emitted) = self.rows[b], result
-        row.draft_nfe += bool(size) and not row.prefills
-        row.layers += draft.layers + self.model.shape.layers - draft.start
+        sequence, (size, draft, emitted) = self.sequences[b], result
+        sequence.draft_nfe += bool(size) and not sequence.prefills
+        sequence.layers += draft.layers + self.model.shape.layers - draft.start
         count = self.commit(b, emitted.tokens, emitted.logprobs)
         if draft.tokens:
             self.counts.add(max(depths(draft)), count - 1)
-        row.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens[:count])))
+        sequence.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens[:count])))
 
     def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> int:
         """Append the tokens of a pass to sequence b, up to its end; return how many these are.
 
         logprobs: of each token, if the sequence is recorded.
         """
-        row, count = self.rows[b], len(tokens)
-        start = row.known
-        row.nfe += 1
-        row.num_cached = row.known + count - 1
-        row.known += count
+        sequence, count = self.sequences[b], len(tokens)
+        start = sequence.known
+        sequence.nfe += 1
+        sequence.num_cached = sequence.known + count - 1
+        sequence.known += count
         lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
-        self._ids[lane + start : lane + row.known] = array("q", tokens)
-        if row.settings.record:
-            self.logprobs[b, start : row.known] = torch.tensor(logprobs, device="cpu")
-            self.steps[b, start : row.known] = row.nfe
+        self._ids[lane + start : lane + sequence.known] = array("q", tokens)
+        if sequence.settings.record:
+            self.logprobs[b, start : sequence.known] = torch.tensor(logprobs, device="cpu")
+            self.steps[b, start : sequence.known] = sequence.nfe
         ended = None
-        if row.settings.stop or not set(row.settings.eos_ids).isdisjoint(tokens):
+        if sequence.settings.stop or not set(sequence.settings.eos_ids).isdisjoint(tokens):
             # A stop sequence that ends at a new token begins among the last tokens.
-            reach = max((len(stop) for stop in row.settings.stop), default=1)
-            first = max(row.prompt, start - reach + 1)
-            ended = row.first_end(self._ids[lane + first : lane + row.known].tolist(), first, start)
+            reach = max((len(stop) for stop in sequence.settings.stop), default=1)
+            first = max(sequence.prompt, start - reach + 1)
+            ended = sequence.first_end(self._ids[lane + first : lane + sequence.known].tolist(), first, start)
         if ended is not None:
             begin, end = ended
-            row.kept, row.stopped = row.index(begin), True
-            row.known, row.num_cached = end, min(row.num_cached, end - 1)
+            sequence.kept, sequence.stopped = sequence.index(begin), True
+            sequence.known, sequence.num_cached = end, min(sequence.num_cached, end - 1)
             self.logprobs[b, end:], self.steps[b, end:] = torch.nan, 0
-        if (automaton := row.settings.automaton) is not None:
-            row.state = automaton.after(row.state, tokens[: row.known - start])
-        if row.stopped or not row.room:
-            row.done = True
-            self.tokens[b, row.known :] = self.pad_id
-        return row.known - start
+        if (automaton := sequence.settings.automaton) is not None:
+            sequence.state = automaton.after(sequence.state, tokens[: sequence.known - start])
+        if sequence.stopped or not sequence.room:
+            sequence.done = True
+            self.tokens[b, sequence.known :] = self.pad_id
+        return sequence.known - start

@@ -25,7 +25,7 @@ from .sequence import CausalSequence
 def inputs(
     riders: Riders,
     kv_cache: KVCache,
-    rows: Mapping[int, CausalSequence],
+    sequences: Mapping[int, CausalSequence],
     drafts: Mapping[int, Draft],
     tree: bool,
     wanted: int,
@@ -33,7 +33,7 @@ def inputs(
 ) -> tuple[tuple[Tensor, ...], int]:
     """The tensors for `step` and `guesses`, and the number of tokens, padding included, before riders join.
 
-    rows: the sequence of each draft. wanted: the number of rows whose logits are needed, riders included.
+    sequences: that of each draft. wanted: the number of rows whose logits are needed, riders included.
     """
     spans: list[Span] = []
     parents: list[tuple[int, ...]] = []
@@ -43,11 +43,11 @@ def inputs(
     first: list[int] = []
     offset = 0
     for b, draft in drafts.items():
-        row = rows[b]
-        end = row.known + len(draft.tokens)
-        spans.append(Span(b, row.num_cached, end, end))
+        sequence = sequences[b]
+        end = sequence.known + len(draft.tokens)
+        spans.append(Span(b, sequence.num_cached, end, end))
         parents.append(draft.verified_rows)
-        root = offset + row.known - row.num_cached - 1
+        root = offset + sequence.known - sequence.num_cached - 1
         order += [*range(offset, root + 1 + len(draft.tokens))]
         row_of_rider = len(first) + 1 + len(draft.tokens)
         counts = draft.riders or [0] * (1 + len(draft.tokens))
@@ -58,7 +58,7 @@ def inputs(
             node += [root + place] * count
             number += range(count)
         first += [0] * sum(counts)
-        offset += end - row.num_cached
+        offset += end - sequence.num_cached
     if riders.layer:
         below = kv_cache.metadata(spans, pad_to, causal=not tree, parents=parents if tree else None)
         tensors, tokens = below.tensors, len(below.positions)

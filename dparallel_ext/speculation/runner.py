@@ -113,8 +113,8 @@ class PassRows:
         """Automaton -> row -> its state before the row's choice, for the rows that it constrains."""
         self.left: dict[int, int] = {}
         """Row -> the tokens that may follow its choice, for the same rows."""
-        self.room = [row.room for row in sequences]
-        self.bases = [row.known - 1 for row in sequences]
+        self.room = [sequence.room for sequence in sequences]
+        self.bases = [sequence.known - 1 for sequence in sequences]
         self.verified = 1
         """The most rows of a lane that are verified."""
         self.with_riders = self.logprobs = False
@@ -126,8 +126,8 @@ class PassRows:
         new: its tokens that are not cached. coming: its tokens of issued passes whose results have not been
         read; the last of them is the root then.
         """
-        row, first, nodes, size = self.sequences[b], len(self.source), draft.tokens, draft.size
-        known, start = row.known, row.num_cached
+        sequence, first, nodes, size = self.sequences[b], len(self.source), draft.tokens, draft.size
+        known, start = sequence.known, sequence.num_cached
         if coming:
             known += coming
             start = known - 1
@@ -152,21 +152,21 @@ class PassRows:
         self.token += nodes
         self.parent += draft.verified_rows
         for depth in depths(draft):  # row r chooses the token at position known + depth
-            self.keys += (*row.settings.key, known + depth, 0)
+            self.keys += (*sequence.settings.key, known + depth, 0)
         # `accept` does not read the rows of riders.
         self.token += [0] * riders
         self.parent += [-1] * riders
         self.keys += [0] * (4 * riders)
-        group, lanes = row.sampling, len(self.sequences)
+        group, lanes = sequence.sampling, len(self.sequences)
         _, edges = self.groups.setdefault(group.key, (group, [0] * (2 * lanes)))
         edges[b], edges[lanes + b] = first, len(self.source) - riders
-        self.logprobs |= row.settings.record
-        if (automaton := row.settings.automaton) is not None:
-            states = [row.state]
+        self.logprobs |= sequence.settings.record
+        if (automaton := sequence.settings.automaton) is not None:
+            states = [sequence.state]
             for node, parent in zip(nodes, draft.verified_rows[1:], strict=True):
                 states.append(automaton.after(states[parent], (node,)))
             self.states.setdefault(automaton, {}).update(enumerate(states, first))
-            self.left.update((first + r, row.room - depth - 1) for r, depth in enumerate(depths(draft)))
+            self.left.update((first + r, sequence.room - depth - 1) for r, depth in enumerate(depths(draft)))
 
     def put(self, packing: Packing, tokens: int, padded: int) -> None:
         """Pack the tensors of `_compute` from `ids` to `left`; `tokens` and `padded` are N and M with
@@ -228,17 +228,21 @@ class CausalRunner:
         """(lanes,) int64 on the device: the last pass's choices, if passes are issued ahead."""
 
     def issue(
-        self, rows: Sequence[CausalSequence], drafts: dict[int, Draft], tree: bool, coming: dict[int, int]
+        self,
+        sequences: Sequence[CausalSequence],
+        drafts: dict[int, Draft],
+        tree: bool,
+        coming: dict[int, int],
     ) -> Issued:
         """Issue a pass over the drafts, by lane; all are trees, or all are chains.
 
         coming: for each lane, the tokens of issued passes whose results have not been read.
         """
-        if self.graphs is not None and any(rows[b].nfe + coming[b] == 0 for b in drafts):
+        if self.graphs is not None and any(sequences[b].nfe + coming[b] == 0 for b in drafts):
             # The weights of the model or the drafter may have moved.
             of_drafter = () if self._owned is None else (self._owned.addresses(),)
             self.graphs.drop_stale(self.model.addresses(), *of_drafter)
-        inputs, key = self._inputs(rows, drafts, tree, coming)
+        inputs, key = self._inputs(sequences, drafts, tree, coming)
         compute = functools.partial(self._compute, key)
         few = key.shapes[0][0] <= self._recorded_rows
         device, graph_key = self.device, key.key if few else None
@@ -276,7 +280,7 @@ class CausalRunner:
             joined, tokens = riding.inputs(self._riders, self.kv_cache, drafted, drafts, tree, wanted, pad_to)
         padded = wanted if pad_to is None else pad_to(wanted)
         rows.put(packing, tokens, padded)
-        eos = [row.settings.eos_ids for row in sequences]
+        eos = [sequence.settings.eos_ids for sequence in sequences]
         most = max(1, *map(len, eos))
         for each in eos:
             packing.add(each)
@@ -399,16 +403,16 @@ class CausalRunner:
         return slots(bases[:, None] + path), slots(bases[:, None] + places)
 
     def emitted(
-        self, rows: Sequence[CausalSequence], drafts: dict[int, Draft], key: PassKey, numbers: list[int]
+        self, sequences: Sequence[CausalSequence], drafts: dict[int, Draft], key: PassKey, numbers: list[int]
     ) -> dict[int, Emitted]:
         """The emitted tokens in a pass's result. Raises ValueError for a bad row on a path."""
-        lanes, width = len(rows), key.rows
+        lanes, width = len(sequences), key.rows
         error, count, rest = numbers[:lanes], numbers[lanes : 2 * lanes], numbers[2 * lanes :]
         if (first := min(error[b] for b in drafts)) != NO_ERROR:
 
             def where(at: int) -> str:
                 lane, row = at >> 31, at & 0x7FFFFFFF
-                return f"sequence {lane} at position {rows[lane].known + depths(drafts[lane])[row]}"
+                return f"sequence {lane} at position {sequences[lane].known + depths(drafts[lane])[row]}"
 
             explain(first, where)
         logprobs: list[float] = []

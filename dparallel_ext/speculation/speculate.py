@@ -206,15 +206,15 @@ def sizer_of(
 def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
     """Run passes until every sequence is done."""
     if streamer is not None:
-        streamer.put(batch.tokens[:, : batch.rows[0].prompt].clone())
+        streamer.put(batch.tokens[:, : batch.sequences[0].prompt].clone())
     while live := batch.live:
-        known = [batch.rows[b].known for b in live]
+        known = [batch.sequences[b].known for b in live]
         batch.step()
-        fresh = sum(batch.rows[b].known for b in live) - sum(known)
+        fresh = sum(batch.sequences[b].known for b in live) - sum(known)
         if bar is not None:
             bar.update(fresh)
         if streamer is not None:
-            streamer.put(batch.tokens[:, known[0] : batch.rows[0].known].clone())
+            streamer.put(batch.tokens[:, known[0] : batch.sequences[0].known].clone())
     if bar is not None:
         bar.close()
     if streamer is not None:
@@ -224,17 +224,19 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
 def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str) -> dict[str, Any]:
     """The fields that the outputs of `speculate` and `adaptive_decode` share, on `device`; counts: names of
     further counts of a sequence."""
-    rows = batch.rows
+    sequences = batch.sequences
     masked = torch.zeros(batch.tokens.shape, dtype=torch.bool, device="cpu")
-    for places, row in zip(masked, rows, strict=True):
-        places[row.prompt : row.length].fill_(True)
+    for places, sequence in zip(masked, sequences, strict=True):
+        places[sequence.prompt : sequence.length].fill_(True)
     trajectory = None
     if config.record or config.logprobs:
         responses = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
         trajectory = Trajectory(*(field.to(device) for field in vars(responses).values()))
     names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *counts)
     numbers = torch.tensor(
-        [[getattr(row, name) for row in rows] for name in names], dtype=torch.int64, device="cpu"
+        [[getattr(sequence, name) for sequence in sequences] for name in names],
+        dtype=torch.int64,
+        device="cpu",
     )
     nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
     return {
@@ -251,6 +253,6 @@ def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *cou
         "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
         "drafted": torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
         "accepted": torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
-        "passes": [row.passes for row in rows] if config.record else None,
+        "passes": [sequence.passes for sequence in sequences] if config.record else None,
         **dict(zip(counts, others, strict=True)),
     }

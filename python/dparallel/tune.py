@@ -254,24 +254,27 @@ def _passes(
     config: dx.DecodeConfig,
 ) -> Iterator[Pass]:
     """Decode all prompts, as many at a time as there are lanes; yield the measured passes."""
-    lanes, model = len(batch.rows), batch.model
+    lanes, model = len(batch.sequences), batch.model
     for at in range(0, len(prompts), lanes):
         part = prompts[at : at + lanes]
         settings = make_settings(config, model, "none", len(part))
         for lane, (ids, setting) in enumerate(zip(part, settings, strict=True)):
             batch.admit(lane, ids, batch.tokens.shape[1] - len(ids), setting)
         while live := batch.live:
-            rows = [batch.rows[lane] for lane in live]
-            prefills, known = any(row.prefills for row in rows), sum(row.known for row in rows)
+            sequences = [batch.sequences[lane] for lane in live]
+            prefills, known = (
+                any(sequence.prefills for sequence in sequences),
+                sum(sequence.known for sequence in sequences),
+            )
             began, drafting = time.perf_counter(), sizer.seconds
             with torch.inference_mode():
                 batch.step()  # returns when the result is on the host
             seconds = time.perf_counter() - began
             if not prefills:
-                tokens = sum(row.known for row in rows) - known
+                tokens = sum(sequence.known for sequence in sequences) - known
                 yield Pass(seconds, sizer.seconds - drafting, len(live), tokens)
-            for lane, row in zip(live, rows, strict=True):
-                if row.generated >= gen_length:
+            for lane, sequence in zip(live, sequences, strict=True):
+                if sequence.generated >= gen_length:
                     batch.release(lane)
 
 

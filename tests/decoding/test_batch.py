@@ -397,12 +397,12 @@ def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
     quota = dx.policies.make("quota", 1, batch=2)
     config = dx.DecodeConfig(policy=quota, gen_length=6, block_length=6, mask_id=31)
     batch = decoding.start(model, [torch.tensor([1, 2])] * 2, config)
-    before = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]
+    before = batch.tokens.clone(), [vars(row).copy() for row in batch.sequences]
     with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 5 holds NaN"):
         batch.step(ahead=4)
     assert len(calls) == 4
     assert torch.equal(batch.tokens, before[0])
-    assert ([vars(row) for row in batch.rows], batch.forwards) == (before[1], 0)
+    assert ([vars(row) for row in batch.sequences], batch.forwards) == (before[1], 0)
     with torch.inference_mode():
         assert batch.step(ahead=99) == [0, 1]
     assert batch.forwards == 6

@@ -342,14 +342,14 @@ def test_a_pass_that_fails_changes_nothing(llada) -> None:
     batch = start(llada, list(PROMPTS), config)
     with torch.inference_mode():
         batch.step()
-        tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.rows]
+        tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.sequences]
         head, fail = llada.lm_head.weight[0].clone(), float("nan")
         llada.lm_head.weight[0] = fail
         with pytest.raises(ValueError, match="holds NaN"):
             batch.step()
         llada.lm_head.weight[0] = head
         assert torch.equal(batch.tokens, tokens)
-        assert [vars(row) for row in batch.rows] == rows
+        assert [vars(row) for row in batch.sequences] == rows
         batch.step()
         assert not torch.equal(batch.tokens, tokens)
 

@@ -182,7 +182,7 @@ def test_a_state_that_is_guessed_wrong_is_not_used(monkeypatch: pytest.MonkeyPat
 
         def guessed(self: batches.Batch, row: Any, change: Any = change) -> None:
             opens(self, row)
-            if all(row is not own for own in self.rows) and row.open:
+            if all(row is not own for own in self.sequences) and row.open:
                 change(row)
 
         monkeypatch.setattr(batches.Batch, "open_front", guessed)

@@ -284,10 +284,10 @@ def test_states_share_the_pages_of_finished_blocks() -> None:
         assert batch.kv_cache.slots.shape[2] == 2 * 6 + 2 * 3
         while live := batch.live:
             pages = {b: batch.kv_cache.block_table[b].clone() for b in live}
-            blocks = {b: batch.rows[b].block[0] // 8 for b in live}
+            blocks = {b: batch.sequences[b].block[0] // 8 for b in live}
             before = batch.kv_cache.slots.clone()
             drafted = {b: batch.canvases[b] for b in live}  # type: ignore[attr-defined]
-            cached = {b: batch.rows[b].num_cached for b in live}
+            cached = {b: batch.sequences[b].num_cached for b in live}
             finished = batch.step()
             for b in live:
                 final = pages[b][: cached[b] // 8]

@@ -210,11 +210,11 @@ def test_a_completed_block_is_named(name: str) -> None:
     with torch.inference_mode():
         batch = start(MODELS[name], [ids(9, seed=n) for n in range(4)], config, draft_size=3)
         while batch.live:
-            before = [batch.rows[b].block_index for b in range(4)]
+            before = [batch.sequences[b].block_index for b in range(4)]
             finished = batch.step()
-            after = [batch.rows[b].block_index for b in range(4)]
+            after = [batch.sequences[b].block_index for b in range(4)]
             assert sorted(finished) == [b for b in range(4) if after[b] > before[b]]
-            beyond += sum(not batch.rows[b].between_blocks for b in finished)
+            beyond += sum(not batch.sequences[b].between_blocks for b in finished)
             batch.enter(finished)
     assert beyond > 0
 

@@ -128,14 +128,14 @@ def test_a_pass_that_raises_leaves_all_as_it_was() -> None:
     (settings,) = make_settings(dx.DecodeConfig(suppress=[7], seed=0), LLADA, "none", 1)
     for lane, prompt in enumerate(([3, 5], [3, 7])):
         batch.admit(lane, torch.tensor(prompt), 20, settings)
-    rows = [vars(row).copy() for row in batch.rows]
+    rows = [vars(row).copy() for row in batch.sequences]
     with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 3 holds NaN"):
         batch.step()
     assert (batch.forwards, batch.draft_forwards) == (0, 0)
-    assert [vars(row) for row in batch.rows] == rows
+    assert [vars(row) for row in batch.sequences] == rows
     with torch.inference_mode():
         assert batch.step([0]) == [0]
-    assert (batch.forwards, batch.rows[0].known > 2, batch.rows[1].known) == (1, True, 2)
+    assert (batch.forwards, batch.sequences[0].known > 2, batch.sequences[1].known) == (1, True, 2)
 
 
 def test_what_does_not_fit_is_named() -> None:

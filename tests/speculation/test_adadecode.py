@@ -423,12 +423,16 @@ def test_a_failed_pass_leaves_the_sequences_as_they_were(monkeypatch: pytest.Mon
         batch.admit(0, PROMPTS[2], 24, own)
         batch.step()
         for after in range(7):  # five runs of layer 0, then layers 1 and 2, then the rest
-            before = batch.rows[0].known, batch.rows[0].layers, batch.rows[0].draft_nfe
+            before = batch.sequences[0].known, batch.sequences[0].layers, batch.sequences[0].draft_nfe
             with monkeypatch.context() as patch:
                 patch.setattr(Model, "run_layers", Failing(after))
                 with pytest.raises(RuntimeError, match="no such luck"):
                     batch.step()
-            assert (batch.rows[0].known, batch.rows[0].layers, batch.rows[0].draft_nfe) == before
+            assert (
+                batch.sequences[0].known,
+                batch.sequences[0].layers,
+                batch.sequences[0].draft_nfe,
+            ) == before
         while batch.live:
             batch.step()
     assert failed == [0, 0, 0, 0, 0, 1, 3]

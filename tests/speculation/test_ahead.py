@@ -147,17 +147,17 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
         admit(1)
         failed = 0
         while batch.live:
-            was = [(row.known, row.nfe) for row in batch.rows]
+            was = [(row.known, row.nfe) for row in batch.sequences]
             try:
                 batch.step()
             except RuntimeError:
                 failed += 1
-                assert was == [(row.known, row.nfe) for row in batch.rows]
+                assert was == [(row.known, row.nfe) for row in batch.sequences]
         assert failed == 1
     for b, text in enumerate(alone):
-        length = batch.rows[b].known
+        length = batch.sequences[b].known
         assert torch.equal(batch.tokens[b, :length], text[:length])
-        assert batch.rows[b].nfe == batch.rows[b].generated
+        assert batch.sequences[b].nfe == batch.sequences[b].generated
 
 
 def test_a_bad_row_behind_an_end_does_not_matter(taped: list[Graphs]) -> None:
