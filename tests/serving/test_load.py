@@ -170,12 +170,12 @@ def test_200_clients_at_once(served: Served, student: tuple[Any, Any]) -> None:
     expected, held = decoded_together(*student), []
     assert len(set(expected)) > 150
     began = served.metrics()["dparallel_completed_total"]
-    for clients in (200, 60):
+    for clients in (200, 30):
         replies = ask_all(served, MODEL, PROMPTS[:clients])
         assert [reply.text for reply in replies] == expected[:clients]
         found = served.metrics()
         held.append(found["process_resident_memory_bytes"])
-    assert found["dparallel_completed_total"] - began == 260
+    assert found["dparallel_completed_total"] - began == 230
     assert found["dparallel_active"] == found["dparallel_waiting"] == found["dparallel_pages_used"] == 0
     assert held[-1] - held[0] < 32 * 2**20
     for field in ("first", "seconds"):
