@@ -19,7 +19,7 @@ from ..ops import fp8_linear, linear, linear_swiglu, swiglu
 from ..ops.inputs import compiled
 from .fp8 import Fp8Linear
 
-Kind = TypeVar("Kind", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module)
 PLAIN = (nn.Parameter, Tensor)
 
 
@@ -49,7 +49,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), stride, first.storage_offset())
 
 
-def is_unmodified(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+def is_unmodified(module: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Whether a call of `module` runs the `forward` of its class `kind` and nothing else, such as a hook."""
     return (
         type(module) is kind
