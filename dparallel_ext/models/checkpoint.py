@@ -55,7 +55,7 @@ def load(
     files.refuse_quantised(config, (), source)
     _set_mask(config, mask_id, directory, shape.embedding_size)
     _add_ends(
-        config, files.end_token_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
+        config, files.generation_end_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
     )
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse

@@ -288,19 +288,15 @@ def mask_token_id(directory: Path) -> int | None:
     return vocabulary.get(text)
 
 
-def end_token_ids(directory: Path) -> list[int]:
-    """The ids of eos_token_id in generation_config.json and config.json, each an id, a list of ids, or null.
-
-    Raises ValueError naming the file.
-    """
-    ends: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(directory / name).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(map(is_id, ids)):
-            raise ValueError(f"path: {directory / name}: eos_token_id={value!r:.80}, expected ids or null")
-        ends += ids
-    return ends
+def generation_end_ids(directory: Path) -> list[int]:
+    """The ids of eos_token_id, an id, a list of ids, or null, in generation_config.json. Raises ValueError
+    naming the file."""
+    file = directory / "generation_config.json"
+    value = read_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(is_id, ids)):
+        raise ValueError(f"path: {file}: eos_token_id={value!r:.80}, expected ids or null")
+    return ids
 
 
 PACKED = {
