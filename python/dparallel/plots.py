@@ -69,7 +69,7 @@ def _draw(figure: Any, axes: Any, rows: list[dict[str, Any]], styles: dict[tuple
         # A share of 0 or 1 lies at an end of its interval, up to rounding.
         below = [max(0.0, at - 100 * low) for at, (low, _) in zip(y, ends, strict=True)]
         above = [max(0.0, 100 * high - at) for at, (_, high) in zip(y, ends, strict=True)]
-        if rule.startswith(DRAFTERS):
+        if rule.startswith(BY_DRAFTER):
             style["linestyle"] = ""  # points that have nothing in common are no curve
         axes.errorbar(x, y, yerr=[below, above], markersize=4, capsize=2, label=f"{model}, {rule}", **style)
     problems = sorted({row["problems"] for row in rows}) or [0]
@@ -147,14 +147,14 @@ def text_box(annotation: Any) -> Any:
 
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "v")
-DRAFTERS = "by drafter"
+BY_DRAFTER = "by drafter"
 """The label of rows of an autoregressive model, in place of a rule."""
 
 
 def _rule(row: dict[str, Any]) -> str:
     """A row's rule without its numbers, and the row's other settings."""
     names = "+".join(part.partition(":")[0] for part in str(row["policy"]).split("+"))
-    names = DRAFTERS if "draft_mean" in row else names
+    names = BY_DRAFTER if "draft_mean" in row else names
     return ", ".join([names, *(f"{name} {value}" for name, value in row.get("config", {}).items())])
 
 

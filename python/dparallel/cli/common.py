@@ -32,35 +32,37 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu (default), cuda or c
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: as stored; built-in: the fastest")
 ]
-GEN_LENGTH = "tokens; default 64 built-in, else 256, or half of the model's positions if that is less"
-GenLengthOption = Annotated[int | None, typer.Option(help=GEN_LENGTH)]
+GEN_LENGTH_HELP = "tokens; default 64 built-in, else 256, or half of the model's positions if that is less"
+GenLengthOption = Annotated[int | None, typer.Option(help=GEN_LENGTH_HELP)]
 CHECKER = "hashes"
 CheckerOption = Annotated[
     str | None,
     typer.Option(help=f"hashes, last_number, boxed, none or package.module:function; default: {CHECKER}"),
 ]
-DATA = "JSON Lines, JSON or Parquet"
+DATA_HELP = "JSON Lines, JSON or Parquet"
 PromptFieldOption = Annotated[
     str, typer.Option(help="the field of the file that holds the prompt, a text or the messages of a chat")
 ]
 AnswerFieldOption = Annotated[str, typer.Option(help="the field that holds the right answer")]
 Fp8Option = Annotated[bool, typer.Option("--fp8", help="keep the layers' weights in 8 bits")]
-POLICIES = rules.describe()
-PolicyOption = Annotated[str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICIES}")]
+POLICY_HELP = rules.describe()
+PolicyOption = Annotated[
+    str | None, typer.Option(help=f"default: the config's, else {POLICY}; {POLICY_HELP}")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
         help="a JSON file of DecodeConfig's fields, or one that `dparallel tune` wrote; options override it"
     ),
 ]
-DRAFTERS = (
+DRAFTER_HELP = (
     "for an autoregressive model: ngram, ngram:N, recycling, self (Nemotron-Labs-Diffusion, whose "
     "linear_spec_lora has a path of its own), strided (I-DLM; its adapter for Qwen3: strided:PATH), the path "
     "of a drafter or model, tree: before a drafter of blocks (self, DFlash, ParallelSpec, P-EAGLE); "
     "for builtin:causal also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, "
     "builtin:hidden_transfer, builtin:student; default: none"
 )
-DrafterOption = Annotated[str | None, typer.Option(help=DRAFTERS)]
+DrafterOption = Annotated[str | None, typer.Option(help=DRAFTER_HELP)]
 DraftSizeOption = Annotated[
     int | None,
     typer.Option(

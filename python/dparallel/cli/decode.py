@@ -20,8 +20,8 @@ from ..console import plain_errors
 from ..problems import read_prompts
 from ..text import Message
 from .common import (
-    DATA,
-    GEN_LENGTH,
+    DATA_HELP,
+    GEN_LENGTH_HELP,
     BlockLengthOption,
     ChatOption,
     ConfigOption,
@@ -48,7 +48,7 @@ from .common import (
 
 def decode(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts")] = None,
-    file: Annotated[Path | None, typer.Option(help=f"a text file of a prompt a line, or {DATA}")] = None,
+    file: Annotated[Path | None, typer.Option(help=f"a text file of a prompt a line, or {DATA_HELP}")] = None,
     prompt_field: PromptFieldOption = "prompt",
     batch: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
     model: ModelOption = registry.DEFAULT,
@@ -56,7 +56,7 @@ def decode(
     policy: PolicyOption = None,
     gen_length: Annotated[
         int | None,
-        typer.Option(help=f"{GEN_LENGTH}; with --infill 0"),
+        typer.Option(help=f"{GEN_LENGTH_HELP}; with --infill 0"),
     ] = None,
     infill: Annotated[
         bool,

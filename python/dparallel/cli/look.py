@@ -24,9 +24,9 @@ from ..problems import Problems, from_file, held_out
 from ..tune import GRID, SIZES, TOLERANCE
 from .common import (
     CHECKER,
-    DATA,
-    GEN_LENGTH,
-    POLICIES,
+    DATA_HELP,
+    GEN_LENGTH_HELP,
+    POLICY_HELP,
     AnswerFieldOption,
     BlockLengthOption,
     ChatOption,
@@ -101,7 +101,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="repeatable; default: --rows, else the config's, else "
-            f"{', '.join(sweeping.POLICIES)}; {POLICIES}"
+            f"{', '.join(sweeping.POLICIES)}; {POLICY_HELP}"
         ),
     ] = None,
     rows: Annotated[
@@ -116,12 +116,12 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help=f"{DATA} with prompt and answer; default: held-out built-in problems"),
+        typer.Option(help=f"{DATA_HELP} with prompt and answer; default: held-out built-in problems"),
     ] = None,
     checker: CheckerOption = None,
     prompt_field: PromptFieldOption = "prompt",
     answer_field: AnswerFieldOption = "answer",
-    gen_length: Annotated[int | None, typer.Option(help=f"with --data, {GEN_LENGTH}")] = None,
+    gen_length: Annotated[int | None, typer.Option(help=f"with --data, {GEN_LENGTH_HELP}")] = None,
     batch: int = 100,
     block_length: BlockLengthOption = None,
     cache: Annotated[
@@ -292,7 +292,7 @@ def tune(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"for a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICIES}"
+            help=f"for a diffusion model; repeatable; default: {', '.join(GRID['rule'])}; {POLICY_HELP}"
         ),
     ] = None,
     block_length: Annotated[
@@ -313,7 +313,9 @@ def tune(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help=f"a text file of a prompt a line, or {DATA}; default: held-out built-in problems"),
+        typer.Option(
+            help=f"a text file of a prompt a line, or {DATA_HELP}; default: held-out built-in problems"
+        ),
     ] = None,
     prompt_field: PromptFieldOption = "prompt",
     problems: Annotated[int, typer.Option(help="the most prompts to decode")] = 16,

@@ -13,7 +13,7 @@ from ..configs import config_with_policy, config_without_policy
 from ..console import plain_errors
 from ..evaluate import PLAIN
 from .common import (
-    DRAFTERS,
+    DRAFTER_HELP,
     BlockLengthOption,
     ConfigOption,
     DeviceOption,
@@ -78,8 +78,8 @@ def serve(
     drafter: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{DRAFTERS}; jump_forward, for requests with a form; repeatable: serve the model once with "
-            "each; plain: without one"
+            help=f"{DRAFTER_HELP}; jump_forward, for requests with a form; repeatable: serve the model once "
+            "with each; plain: without one"
         ),
     ] = None,
     draft_size: DraftSizeOption = None,

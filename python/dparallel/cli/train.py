@@ -19,8 +19,8 @@ from ..console import begins_anew, goes_on, plain_errors
 from ..problems import read_prompts
 from .common import (
     CHECKER,
-    DATA,
-    POLICIES,
+    DATA_HELP,
+    POLICY_HELP,
     AnswerFieldOption,
     BlockLengthOption,
     ChatOption,
@@ -68,9 +68,9 @@ def train(
 
 def answer(
     out: Annotated[Path, typer.Argument(help="the shards' directory; an interrupted run in it is resumed")],
-    data: Annotated[str, typer.Option(help=f"builtin:N[:SEED], or {DATA} with prompt and answer")],
+    data: Annotated[str, typer.Option(help=f"builtin:N[:SEED], or {DATA_HELP} with prompt and answer")],
     model: ModelOption = registry.DEFAULT,
-    policy: Annotated[str, typer.Option(help=POLICIES)] = POLICY,
+    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = POLICY,
     gen_length: GenLengthOption = None,
     block_length: BlockLengthOption = None,
     cache: Annotated[str, typer.Option(help="none, prefix, dual, or block (block-causal)")] = "none",
@@ -160,7 +160,7 @@ def drafter(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"builtin:N[:SEED], or {DATA} with prompts; default for models that ship: builtin:4000"
+            help=f"builtin:N[:SEED], or {DATA_HELP} with prompts; default for models that ship: builtin:4000"
         ),
     ] = None,
     steps: Annotated[

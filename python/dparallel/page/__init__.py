@@ -19,7 +19,7 @@ from dparallel_ext import rules
 
 from ..toy import tasks
 
-SAMPLES = (
+SAMPLE_PROMPTS = (
     "A baker makes 24 rolls in the morning and twice as many in the afternoon. She sells 50 of them. How "
     "many are left?",
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey?",
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 def served(builtin: bool) -> dict[str, Part]:
     """The parts of a server's page, by path. `builtin`: all its models ship with the package, so the samples
     are problems of their task."""
-    samples = list(SAMPLES)
+    samples = list(SAMPLE_PROMPTS)
     if builtin:
         problems = itertools.islice(tasks.problems("held_out", seed=1), BUILTIN_SAMPLES)
         samples = [problem.prompt for problem in problems]
