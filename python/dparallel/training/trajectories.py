@@ -108,7 +108,7 @@ def generate(
 
     Raises:
         ValueError: if `out` holds a run with other settings or prompts, or another run is writing there; and
-            as `decode`. A run that is refused leaves no files that would refuse the next.
+            as `decode`. A run that is refused leaves nothing behind.
         ModuleNotFoundError: if `format` is "parquet" and pyarrow is not installed.
     """
     settings = settings or Settings()
