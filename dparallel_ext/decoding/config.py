@@ -148,8 +148,8 @@ class DecodeConfig:
     activate_at: float = 0.95
     """With several active blocks: the share of a block's masks, from 0 to 1."""
     batch_invariant: bool = False
-    """Each sequence in passes of its own, so that it comes out to the bit as alone. In shared passes the
-    matrix library may round the same row otherwise in another batch."""
+    """Each sequence in passes of its own, so that it comes out to the bit as alone, in `speculate` with the
+    same drafts. In shared passes the matrix library may round the same row otherwise in another batch."""
     graphs: bool = True
     """On a GPU, passes of our models are recorded as CUDA graphs and replayed. The tokens are the same
     without; nothing is recorded where a layer has hooks or adapters, or experts for which the host waits
