@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -125,7 +125,19 @@ def arguments(recipe: Recipe, out: str | Path) -> Any:
     training = {**defaults, **training}
     if training["use_cpu"] and not backends.fast_bfloat16():
         training["bf16"] = False  # the same training in float32, five times faster or more
-    return CertaintyForcingArguments(output_dir=str(out), **training)
+    with _named():
+        return CertaintyForcingArguments(output_dir=str(out), **training)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A context in which errors of transformers and torch that name no argument name the recipe's section."""
+    try:
+        yield
+    except ValueError as error:
+        if re.match(r"\w+(, \w+)*: ", str(error)):
+            raise
+        raise ValueError(f"training: {error}") from error
 
 
 RENAMED = (
@@ -133,8 +145,9 @@ RENAMED = (
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 """Names of one setting in versions of transformers, the newest first; a recipe may have any of them."""
-DECIDED_HERE = ("output_dir", "resume_from_checkpoint", "push_to_hub")
-"""The settings of `training` that a recipe does not have."""
+DECIDED_HERE = ("output_dir", "resume_from_checkpoint", "push_to_hub", "save_only_model", "ignore_data_skip")
+"""The settings of `training` that a recipe does not have. Without the optimizer, or with an epoch's rows once
+more, a run that goes on would be another one."""
 
 
 def _check_number(name: str, value: Any, kinds: set[str]) -> None:
@@ -283,13 +296,14 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         torch.manual_seed(args.seed)
         model = adapters.with_lora(model, recipe.lora, str(source))
     try:
-        trainer = CertaintyForcingTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            data_collator=collator,
-            processing_class=companions,
-        )
+        with _named():
+            trainer = CertaintyForcingTrainer(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                data_collator=collator,
+                processing_class=companions,
+            )
     except RuntimeError as error:
         if "installed" not in str(error):  # else what `report_to` names is not
             raise
@@ -300,7 +314,8 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         trainer.remove_callback(PrinterCallback)
     if checkpoint is None and trainer.is_world_process_zero():
         files.write_json(directory / RECORD, settings)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with _named():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     if (done := trainer.state.global_step) > (most := trainer.state.max_steps):
         raise ValueError(
             f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
