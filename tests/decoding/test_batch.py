@@ -116,7 +116,7 @@ def random_prompts(generator: torch.Generator, count: int) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(1, 6),
@@ -314,7 +314,7 @@ class Looks:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(1, 4),

@@ -145,7 +145,7 @@ def test_any_of_several_end_tokens_ends_a_sequence(
     model = request.getfixturevalue(name)
     settings: dict = {"gen_length": 24, "block_length": 8, "cache": cache, "record": True, **way}
     ended = set()
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:2]:
         response = dx.decode(model, prompt, **settings).responses[0].tolist()
         absent = next(token for token in range(500) if token not in response)
         for ids in (response[5:7], response[9:6:-1], [absent, response[10]], [response[3], absent]):

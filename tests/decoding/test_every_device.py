@@ -65,7 +65,7 @@ def speculated(model: Model, drafter: Callable[[str], Any], **settings: Any) -> 
     def way(device: str) -> Any:
         of = moved(model, device)
         given = prompts(device, of.shape.embedding_size - 1)
-        return dx.speculate(of, given, drafter=drafter(device), gen_length=16, **settings).sequences
+        return dx.speculate(of, given, drafter=drafter(device), gen_length=10, **settings).sequences
 
     return way
 
@@ -78,7 +78,7 @@ def served(model: Model, drafter: Callable[[str], Any] | None = None, **settings
         more = {} if drafter is None else {"drafter": drafter(device)}
         given = prompts(device, of.shape.embedding_size - 1)
         with dx.Engine(of, lanes=2, max_length=64, **more) as engine:
-            handles = [engine.submit(p, gen_length=16, **settings) for p in (given[0].cpu(), *given)]
+            handles = [engine.submit(p, gen_length=10, **settings) for p in (given[0].cpu(), *given)]
             return [handle.result(60).tokens for handle in handles]
 
     return way

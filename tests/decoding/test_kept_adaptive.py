@@ -73,7 +73,7 @@ def results(taped: list[Graphs]) -> list[weakref.ref[Tensor]]:
 def test_recorded_passes_give_the_same(taped: list[Graphs], name: str) -> None:
     """Random batches, one after another, so that recordings of one are replayed by the next."""
     model, verifier, rng = model_of(name), verifier_of(), random.Random(name)
-    for _ in range(16):
+    for _ in range(10):
         prompts = PROMPTS[: rng.randint(1, len(PROMPTS))]
         settings = {
             "gen_length": [rng.choice([0, 1, 9, 24]) for _ in prompts],

@@ -156,8 +156,9 @@ def test_plain_passes_and_those_over_guesses_without_weights_share_what_is_kept(
 @pytest.mark.parametrize(
     ("how", "kind"),
     [
-        *itertools.product(["deleted", "moved", "replaced"], [None, "strided", *WITH_WEIGHTS]),
+        *itertools.product(["deleted", "replaced"], [None, "strided", *WITH_WEIGHTS]),
         *itertools.product(["drafter replaced"], WITH_WEIGHTS),
+        *itertools.product(["moved"], [None, "strided"]),
     ],
 )
 def test_what_speculate_keeps_goes_with_the_weights(taped: list[Graphs], kind: str | None, how: str) -> None:

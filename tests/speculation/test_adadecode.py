@@ -36,7 +36,8 @@ def test_it_changes_no_token(layers: tuple[int, ...], temperature: float) -> Non
     expected = plain(DEEP, **settings)
     for gamma in (0.0, 0.4, 1.0):
         drafter = exits(layers, gamma)
-        for more in ({}, {"draft_size": 1}, {"draft_size": 99}, {"draft_size": 5, "batch_invariant": True}):
+        sizes: list[dict[str, Any]] = [{}, {"draft_size": 1}, {"draft_size": 99}] if gamma == 0.4 else []
+        for more in (*sizes, {"draft_size": 5, "batch_invariant": True}):
             found = plain(DEEP, drafter=drafter, **more, **settings)
             assert torch.equal(found.sequences, expected.sequences), (gamma, more)
             assert torch.equal(found.kept, expected.kept)

@@ -36,20 +36,20 @@ def plain(form: Automaton, prompt: Tensor, length: int, model: Model = MODEL) ->
 
 def test_the_plain_loop() -> None:
     changed = 0
-    for seed in range(12):
+    for seed in range(6):
         form = a_form(seed, 61, ends=(5, 9))
         out = dx.speculate(MODEL, PROMPTS, gen_length=LENGTHS, automaton=form, eos_id=-1)
         for prompt, length, response in zip(PROMPTS, LENGTHS, out.responses, strict=True):
             assert response.tolist() == plain(form, prompt, length)
         free = dx.speculate(MODEL, PROMPTS, gen_length=LENGTHS, eos_id=-1)
         changed += not torch.equal(free.sequences, out.sequences)
-    assert changed == 12
+    assert changed == 6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_drafter_changes_no_token(temperature: float) -> None:
     fewer, named = 0, ("ngram", "recycling", "jump_forward")
-    for seed in range(4):
+    for seed in range(len(named)):
         form = a_form(seed, 61, ends=(5, 9))
         settings: dict[str, Any] = {"gen_length": LENGTHS, "temperature": temperature, "seed": 7}
         settings |= {"automaton": form, "logprobs": True}
@@ -69,7 +69,7 @@ def test_a_drafter_changes_no_token(temperature: float) -> None:
                 assert torch.equal(found.sequences, expected.sequences)
                 torch.testing.assert_close(found.logprobs, expected.logprobs, equal_nan=True)
                 fewer += int((expected.nfe - found.nfe).sum())
-            with dx.Engine(model, lanes=2, drafter=named[seed % 3], draft_size=3) as engine:
+            with dx.Engine(model, lanes=2, drafter=named[seed], draft_size=3) as engine:
                 handles = [
                     engine.submit(
                         prompt, **{**settings, "gen_length": length, "seed": None if not temperature else 3}
