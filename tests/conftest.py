@@ -140,8 +140,11 @@ def _emulated() -> Iterator[None]:
 
 
 LONGEST = (
-    "cuda_host", "study", "distill", "benchmarks", "install", "self_speculation", "trajectories", "graphs",
-    "docs", "compat", "every_device", "connections", "trainer", "load", "cli", "engine", "batch", "riders",
+    "cuda_host", "every_device", "distill", "eagle", "self_speculation", "trajectories", "benchmarks", "load",
+    "install", "sliding_guesses", "shifted_window", "trainer", "compat", "adadecode", "op_inputs", "batch",
+    "kept_speculation", "graphs", "speculate", "train", "docs", "cli", "engine_causal", "riders", "evaluate",
+    "rules", "kept_adaptive", "page_in_browser", "strided", "ddtree", "study", "connections", "engine_chaos",
+    "engine", "ends",
 )  # fmt: skip
 """The test files that take longest, the longest first."""
 

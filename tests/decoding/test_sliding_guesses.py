@@ -95,17 +95,17 @@ def random_case(rng: random.Random, name: str) -> tuple[list[Tensor], dict[str, 
     }
     if rng.random() < 0.5:
         ends = [rng.randrange(5, 59) for _ in range(4)]
+        ends[0] = rng.choice([ends[0], 10, 11, 12])  # the words of these models
         case |= {"eos_id": ends[:2], "stop": [ends[2:3], ends[2:]]}
     return prompts, case
 
 
 @pytest.mark.parametrize("name", ["sdlm", "wedlm"])
-@pytest.mark.parametrize("seed", range(2, 6))
-def test_the_text_is_that_of_the_schedule_alone(name: str, seed: int) -> None:
+def test_the_text_is_that_of_the_schedule_alone(name: str) -> None:
     """Random cases: every field but the passes, of which there are fewer, and all that was committed."""
-    rng, saved, crossed = random.Random(seed), 0, 0
+    rng, saved, crossed = random.Random(0), 0, 0
     model = MODELS[name]
-    for _ in range(8):
+    for _ in range(32):
         prompts, case = random_case(rng, name)
         size = rng.randint(1, 12)
         shared = {"record": True, "logprobs": True, **case}
@@ -121,8 +121,8 @@ def test_the_text_is_that_of_the_schedule_alone(name: str, seed: int) -> None:
         for row in step:
             passes, length = row[row > 0].tolist(), case["block_length"]
             crossed += any(passes[at - 1] == passes[at] for at in range(length, len(passes), length))
-    assert saved > 20
-    assert crossed > 2
+    assert saved > 80
+    assert crossed > 8
 
 
 @pytest.mark.parametrize("name", ["sdlm", "wedlm"])

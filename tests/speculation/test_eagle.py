@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -100,9 +101,14 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # --- the whole computation in plain torch ---------------------------------------------------------
 
 
+@functools.cache
+def doubles(target: Model) -> dict[str, Tensor]:
+    return {name: p.double() for name, p in target.state_dict().items()}
+
+
 def streams(target: Model, tokens: Tensor) -> dict[int, Tensor]:
     """The target's embeddings, -1, and the output of each of its layers, (n, width) in float64."""
-    t = {name: p.double() for name, p in target.state_dict().items()}
+    t = doubles(target)
     x = t["model.embed_tokens.weight"][tokens]
     found, places = {-1: x}, torch.arange(len(tokens))
     for i in range(target.shape.layers):
@@ -241,11 +247,10 @@ def test_an_engines_shared_pages_hold_its_features_too(paths: dict[str, Path], k
     assert heard.compare(TARGET) > 60
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_changes_no_token(paths: dict[str, Path], kind: str, temperature: float) -> None:
+@functools.cache
+def without(temperature: float) -> list[tuple[dict[str, Any], dict[str, Any], dx.SpeculateOutput]]:
+    """Settings, more of them for a drafter, and the text without one."""
     settings: dict[str, Any] = {"temperature": temperature, "seed": 7, "gen_length": [24, 30, 1, 11]}
-    drafter = dx.speculation.load(paths[kind])
     stop = plain(TARGET, **settings).responses[0][6:8].tolist()
     ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({}, {}),
@@ -254,10 +259,17 @@ def test_it_changes_no_token(paths: dict[str, Path], kind: str, temperature: flo
         ({"eos_id": None}, {"draft_size": 2, "batch_invariant": True}),
         ({"stop": [stop]}, {"draft_size": 4}),
     ]
-    for ending, more in ways:
-        expected = plain(TARGET, **{**settings, **ending})
-        found = plain(TARGET, drafter=drafter, **{**settings, **ending, **more})
-        assert torch.equal(found.sequences, expected.sequences), (ending, more)
+    texts = [plain(TARGET, **{**settings, **ending}) for ending, _ in ways]
+    return [({**settings, **ending}, more, text) for (ending, more), text in zip(ways, texts, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_changes_no_token(paths: dict[str, Path], kind: str, temperature: float) -> None:
+    drafter = dx.speculation.load(paths[kind])
+    for settings, more, expected in without(temperature):
+        found = plain(TARGET, drafter=drafter, **settings, **more)
+        assert torch.equal(found.sequences, expected.sequences), (settings, more)
     assert int(found.draft_forwards) > 0
 
 
