@@ -212,6 +212,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     block_attention_merge_kernel(BlockAttentionArgs args, Shape shape, const float* scratch,
                                  int blocks) {
+  wait_for_earlier();
   const int block = static_cast<int>(blockIdx.x);
   const Unit unit(args, shape, block / blocks, shape.on_tensor_cores);
   const int first = block % blocks * kMergeRows;
@@ -282,9 +283,8 @@ int merge(const BlockAttentionArgs& args, const Shape& shape, float* scratch, vo
                    (shape.on_tensor_cores ? kTallRows : kPlainRows);
   const int blocks = parts_of(std::min(shape.longest(), most), kMergeRows);
   if (shape.units * blocks == 0) return 0;
-  DPARALLEL_LAUNCH(block_attention_merge_kernel<T>, shape.units * blocks, kThreads, stream, args,
-                   shape, scratch, blocks);
-  return static_cast<int>(cudaGetLastError());
+  return DPARALLEL_LAUNCH_EARLY(block_attention_merge_kernel<T>, shape.units * blocks, kThreads,
+                                stream, args, shape, scratch, blocks);
 }
 
 // Segments [first, first + count), which leave the others' rows alone.
