@@ -339,6 +339,21 @@ def test_an_answer_ends_with_the_tokenizer_s_end_too(
     assert collators[0].ends == (known.token_to_id("[EOS]"), known.token_to_id("[UNK]"))
 
 
+def test_a_recipe_may_do_without_bars(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+
+    def stop(self: Any, args: Any, **_: Any) -> None:
+        seen.append(args.disable_tqdm)
+        raise InterruptedError
+
+    monkeypatch.setattr(CertaintyForcingTrainer, "__init__", stop)
+    for without, progress in ((None, True), (False, False), (True, True)):
+        recipe = distill.Recipe("builtin:teacher", {"disable_tqdm": without})
+        with pytest.raises(InterruptedError):
+            distill.run(recipe, answers, tmp_path / "student", progress=progress)
+    assert seen == [False, True, True]
+
+
 @pytest.mark.slow
 def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"

@@ -261,3 +261,13 @@ def test_an_adapter_of_one_end_of_a_tied_model_is_refused(settings: dict[str, An
     ):
         adapters.merge(tmp_path / "adapter", tmp_path / "out", model=str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .default.")
+def test_an_adapter_that_peft_does_not_merge_is_named(tmp_path: Path):
+    base = golden.home / "dream_tiny_a"
+    lora = peft.LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True)  # o_proj has no bias
+    peft.get_peft_model(dx.models.load(base), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter: PEFT does not merge it: .*bias"):
+        adapters.merge(tmp_path / "adapter", tmp_path / "out", model=str(base))
+    assert not (tmp_path / "out").exists()

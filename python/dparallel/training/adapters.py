@@ -114,7 +114,10 @@ def merge(
     left: Any = set_peft_model_state_dict(adapted, weights)
     if left.unexpected_keys:
         raise ValueError(f"adapter: {left.unexpected_keys[0]} does not fit {source}")
-    merged = adapted.merge_and_unload()
+    try:
+        merged = adapted.merge_and_unload()
+    except RuntimeError as error:  # such as a bias (lora_bias) for layers without
+        raise ValueError(f"adapter: PEFT does not merge it: {error}") from error
     with files.run_directory(directory):
         companions.save_pretrained(directory)  # before config.json, which makes it a checkpoint
         dx.models.save(merged, directory)

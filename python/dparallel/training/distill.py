@@ -269,7 +269,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     from .trainer import CertaintyForcingTrainer
 
     args = arguments(recipe, directory)
-    args.disable_tqdm = not progress
+    args.disable_tqdm |= not progress
     source = registry.directory_of(recipe.model)
     files.apart(directory, source)
     loaded_tokenizer = tokenizer.load(source)
