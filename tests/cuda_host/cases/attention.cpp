@@ -198,7 +198,12 @@ void block_attention_case() {
   cuda_host::clusters(chance(0.7));  // a device has them or not; sums are of other orders
   const auto launch = [&args](Numbers& to) {
     std::memset(to.memory.get(), 0xff, to.bytes());
-    Memory memory(cuda::block_attention_scratch(args), 0);
+    const int64_t bytes = cuda::block_attention_scratch(args), enough = 1 << 14;  // as the kernels'
+    BlockAttentionArgs one = args;
+    one.segments = 1;
+    REQUIRE(bytes <= std::max(enough, cuda::block_attention_scratch(one)),
+            "scratch of %lld bytes for several segments", (long long)bytes);
+    Memory memory(bytes, 0);
     args.out = to.memory.get();
     launched(cuda::block_attention(args, memory.workspace(), nullptr));
   };
