@@ -236,8 +236,8 @@ def work_at_exit() -> None:
             os._exit(1)
 
     atexit.register(last)
-    atexit.unregister(engine_module.leave)  # so that it comes first
-    atexit.register(engine_module.leave)
+    atexit.unregister(engine_module.close_engines)  # so that it comes first
+    atexit.register(engine_module.close_engines)
     atexit.register(last)
 
 
