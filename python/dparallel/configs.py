@@ -194,12 +194,17 @@ def without_ends(config: DecodeConfig) -> DecodeConfig:
     return config.replace(eos_id=-1) if config.eos_id is None else config
 
 
+def seed_of(seed: int, number: int) -> int:
+    """seed + number, of 64 bits: the largest seed is followed by the least."""
+    return (seed + number + 2**63) % 2**64 - 2**63
+
+
 def with_seeds(config: DecodeConfig, numbers: Sequence[int]) -> DecodeConfig:
     """The config with a seed for each prompt, by its number, so that its samples do not depend on the
     batch."""
     if not isinstance(config.seed, int):
         return config
-    return config.replace(seed=[config.seed + number for number in numbers])
+    return config.replace(seed=[seed_of(config.seed, number) for number in numbers])
 
 
 def read_rows(file: str | Path) -> list[Fields]:

@@ -131,7 +131,7 @@ def test_policies(client: OpenAI, student: tuple[Any, Any], policy: str) -> None
     assert answer.usage.forward_passes == passes
 
 
-def test_several_choices_and_seeds(client: OpenAI) -> None:
+def test_several_choices_and_seeds(client: OpenAI, student: tuple[Any, Any]) -> None:
     def ask(**settings: Any) -> list[str]:
         answer = chat(client, n=4, temperature=1.5, **settings)
         assert answer.usage.prompt_tokens == len(PROMPT.split())
@@ -139,7 +139,8 @@ def test_several_choices_and_seeds(client: OpenAI) -> None:
 
     assert ask(seed=5) == ask(seed=5)
     assert ask(seed=6)[:3] == ask(seed=5)[1:]
-    assert ask(seed=-(2**63)) == ask(seed=0)
+    assert ask(seed=2**63 - 1)[1:] == ask(seed=-(2**63))[:3] != ask(seed=0)[:3]
+    assert ask(seed=-5)[0] == decoded(student, PROMPT, seed=[-5], temperature=1.5)[0]
     assert len({*ask(), *ask()}) > 1
 
 

@@ -16,7 +16,7 @@ from dparallel_ext import Automaton, DecodeConfig, Draft, Engine, Handle, argume
 from dparallel_ext.decoding.config import with_ends
 
 from .. import page, registry, structured, text
-from ..configs import parse_policy, policy_of, without_ends
+from ..configs import parse_policy, policy_of, seed_of, without_ends
 from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, full, in_time, stopping
@@ -233,7 +233,7 @@ class ModelService:
                 ids,
                 self._gen_length(ids, request, param, len(suffix)),
                 # With a seed, an answer depends on its prompt alone; without, like prompts differ.
-                secrets.randbits(62) if seed is None else (seed + i) % 2**63,
+                secrets.randbits(62) if seed is None else seed_of(seed, i),
                 text.TextStream(self.tokenizer, request.stop or ()),
                 suffix,
             )
