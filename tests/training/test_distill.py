@@ -336,7 +336,20 @@ def test_an_answer_ends_with_the_tokenizer_s_end_too(
     with pytest.warns(UserWarning, match="answers: "), pytest.raises(InterruptedError):
         distill.run(recipe, answers, tmp_path / "student", progress=False)
     known = tokenizer.load(source)
-    assert collators[0].ends == (known.token_to_id("[EOS]"), known.token_to_id("[UNK]"))
+    eos, unknown = known.token_to_id("[EOS]"), known.token_to_id("[UNK]")
+    assert collators[0].ends == (eos, unknown)
+    # It may be the only one, and then pads, too.
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with pytest.warns(UserWarning, match="answers: "), pytest.raises(InterruptedError):
+        distill.run(recipe, answers, tmp_path / "student", progress=False)
+    assert (collators[1].eos_id, collators[1].ends) == (unknown, (unknown,))
+    file.write_text(file.read_text().replace('"eos_token": "[UNK]"', '"no_token": ""'))
+    with (
+        pytest.warns(UserWarning, match="answers: "),
+        pytest.raises(ValueError, match="model: expected an end token"),
+    ):
+        distill.run(recipe, answers, tmp_path / "student", progress=False)
 
 
 def test_a_recipe_may_do_without_bars(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

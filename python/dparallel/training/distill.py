@@ -284,13 +284,15 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     with registry.naming("model", "path"):
         companions = files.Companions(source)
         model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
-    eos = model.eos_id
-    if eos is None:
-        raise ValueError(f"model: expected an eos_token_id in config.json of {source}, got none")
     # The tokenizer's, too, by which `trajectories` judged the answers.
     registry.end_as_tokenizer(model, source, loaded_tokenizer)
+    if model.eos_id is None:
+        raise ValueError(
+            f"model: expected an end token of {source}, as eos_token_id in config.json or eos_token in "
+            "tokenizer_config.json, got none"
+        )
     collator = trajectories.Collator(
-        eos, ends=model.eos_ids, block_length=model.block_length, **recipe.collator
+        model.eos_id, ends=model.eos_ids, block_length=model.block_length, **recipe.collator
     )
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
