@@ -339,8 +339,8 @@ class CertaintyForcingTrainer(Trainer):
         return nll.new_zeros(()), None, None
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
-        """Log; raises ValueError for a label out of range since the last call, which losses on a GPU do not raise
-        by themselves.
+        """Log; raises ValueError for a label out of range since the last call, which losses on a GPU do not
+        raise by themselves.
         """
         dx.check_errors(self.args.device)
         if "loss" in logs:
