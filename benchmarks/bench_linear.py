@@ -1,9 +1,10 @@
-"""linear where it stands: layers of LLaDA-8B's shape, 32 rows in bfloat16, one after another.
+"""linear where it stands: layers of LLaDA-8B's shape in bfloat16, and of Qwen3-0.6B's width in float32.
 
 A step is the products of a layer, with the norms and the activation between them; attention is left out.
 
 Floor: the weights read once. Baselines: the same by torch's product; and by `fp8_linear`, weights in 8 bits,
-which read half. On a CPU with instructions for bfloat16 `linear` is torch's product, and takes as long.
+which read half. On a CPU with instructions for bfloat16 `linear` is torch's product, and takes as long; so is
+that of more than 64 rows in float32.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from .bench_fp8_linear import error_of
 from .harness import CPU, OURS, Case, Work, on_cpu, random, sets_of
 
 WIDTH = 4096
+WIDTH_ON_LAPTOPS = 1024
 EPS = 1e-5
 Product = Callable[[Tensor, int], Tensor]
 
 
-def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+def work(
+    device: torch.device, small: bool, tokens: int, inner: int, dtype: torch.dtype = torch.bfloat16
+) -> Work:
     """A step is a layer: inner to 3 inner, to inner, to 6 inner, and half of that to inner."""
     shapes = [(3 * inner, inner), (inner, inner), (6 * inner, inner), (inner, 3 * inner)]
-    bytes_ = 2 * sum(out * into for out, into in shapes)
+    weights = sum(out * into for out, into in shapes)
+    bytes_ = dtype.itemsize * weights
     sets = sets_of(bytes_, device, small)
-    full = [[random(device, *shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(sets)]
+    full = [[random(device, *shape, dtype=dtype) * shape[1] ** -0.5 for shape in shapes] for _ in range(sets)]
     bytewise = [[dx.quantize_fp8(weight) for weight in layer] for layer in full]
-    scale = torch.ones(inner, dtype=torch.bfloat16, device=device)
-    x = random(device, tokens, inner)
+    scale = torch.ones(inner, dtype=dtype, device=device)
+    x = random(device, tokens, inner, dtype=dtype)
 
     def layer(product: Product) -> Tensor:
         qkv = product(dx.rms_norm(x, scale, eps=EPS), 0)
@@ -49,7 +54,7 @@ def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
                 lambda y, i: dx.fp8_linear(y, *bytewise[at][i], constant=True)
             ),
         },
-        [(bytes_, 2 * tokens * bytes_ // 2, 1)],
+        [(bytes_, 2 * tokens * weights, 1)],
         sets=sets,
         graphs=("torch", OURS, f"{OURS}, 8-bit weights"),
         under=torch.inference_mode,
@@ -63,7 +68,12 @@ def case(tokens: int) -> Case:
 
 
 @pytest.mark.parametrize("contender", ["torch", OURS, f"{OURS}, 8-bit weights"])
-@pytest.mark.parametrize("rows", [1, 32, 256], ids=lambda rows: f"{rows}_rows")
-def test_linear(benchmark: Any, read_bandwidth: float, rows: int, contender: str) -> None:
-    step = work(CPU, False, rows, WIDTH)
-    on_cpu(benchmark, f"linear, a layer, {rows} rows, bfloat16", step, contender, read_bandwidth, rounds=7)
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [*((torch.bfloat16, rows) for rows in (1, 32, 256)), *((torch.float32, rows) for rows in (1, 4, 32))],
+    ids=str,
+)
+def test_linear(benchmark: Any, read_bandwidth: float, dtype: torch.dtype, rows: int, contender: str) -> None:
+    step = work(CPU, False, rows, WIDTH if dtype == torch.bfloat16 else WIDTH_ON_LAPTOPS, dtype)
+    name = str(dtype).removeprefix("torch.")
+    on_cpu(benchmark, f"linear, a layer, {rows} rows, {name}", step, contender, read_bandwidth, rounds=7)

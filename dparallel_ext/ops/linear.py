@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._C import simd_level
 from ..arguments import check_tensor, described
 from ..backends import fast_bfloat16
 from .fake import register_fake
@@ -23,14 +24,17 @@ FEW_ON_TENSOR_CORES = 128
 """The same of weights in 8 bits, on a GPU's tensor cores: reading the weights again from the GPU's cache then
 costs no more than widening them first. Measured on an H200, 4096 -> 12288: 128 rows take 70 us, against 37 to
 widen and 29 for the product; 256 rows 104 us, against 37 and 38."""
+LARGE = 2**20
+"""Weights of a float32 product, 4 MB, from which on the kernel is faster on a CPU."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: bool = False) -> Tensor:
     """x weight^T + bias, as `torch.nn.functional.linear`, by a kernel of ours where that is faster.
 
-    That is: up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10, and bfloat16 on a
-    CPU without instructions for it. The kernel sums in float32 and rounds once; a row has the same bits as
-    alone. All else is torch's product, also with a gradient, `torch.autocast` or `torch.compile`.
+    That is: up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10; bfloat16 on a CPU
+    without instructions for it; and on a CPU with AVX2 or AVX-512 up to 64 rows in float32, by 2^20 weights
+    or more. The kernel sums in float32 and rounds once; a row has the same bits as alone. All else is torch's
+    product, also with a gradient, `torch.autocast` or `torch.compile`.
 
     Args:
         x: (..., in), any strides (rows are made contiguous).
@@ -99,11 +103,9 @@ def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return False
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if not (_is_faster_on_gpu(x) if x.is_cuda else x.dtype == torch.bfloat16 and not fast_bfloat16(x.device)):
+    if not (_is_faster_on_gpu(x) if x.is_cuda else _is_faster_on_cpu(x, weight)):
         return False
     others = [t for t in (weight, bias) if t is not None]
     return (
@@ -116,7 +118,18 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_faster_on_gpu(x: Tensor) -> bool:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
     return x.numel() <= FEW * x.shape[-1] and x.shape[-1] % 64 == 0 and _has_clusters(x.get_device())
+
+
+def _is_faster_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """In float32 MKL takes 2 and 3 times as long for 2 and 3 rows as for one, and for one no less with two
+    threads than with one (4096 x 1024 weights)."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return x.dtype == torch.bfloat16 and not fast_bfloat16(x.device)
+    few = x.numel() <= FEW * x.shape[-1]
+    return few and weight.numel() >= LARGE and simd_level() != "portable"
 
 
 @functools.cache

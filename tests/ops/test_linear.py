@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import reference
-from dparallel_ext.ops.linear import FEW
+from dparallel_ext.ops.linear import FEW, LARGE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 op = torch.ops.dparallel.linear
@@ -91,6 +91,26 @@ def test_bfloat16_on_a_cpu_is_the_kernels_where_there_are_no_instructions_for_it
             expected = F.linear(x, weight) if fast else op(x, weight, None, False)
             assert torch.equal(dx.linear(x, weight), expected)
             assert torch.equal(dx.linear(x.half(), weight.half()), F.linear(x.half(), weight.half()))
+
+
+@every_level
+def test_float32_on_a_cpu_is_the_kernels_for_few_rows_of_large_weights() -> None:
+    """Each row then has the bits that it has alone, where torch's are other ones."""
+    x, weight, bias = torch.randn(FEW + 1, 1024), torch.randn(LARGE // 1024, 1024), torch.randn(LARGE // 1024)
+    if dx.simd_level() == "portable":
+        with torch.no_grad():
+            assert torch.equal(dx.linear(x[:2], weight, bias), F.linear(x[:2], weight, bias))
+        return
+    alone = torch.cat([op(row[None], weight, bias, False) for row in x])
+    with torch.no_grad():
+        for count in (1, 2, 3, 9, FEW):
+            assert torch.equal(dx.linear(x[:count], weight, bias), alone[:count])
+            assert not torch.equal(F.linear(x[:count], weight, bias), alone[:count])
+        assert torch.equal(dx.linear(x[:6].view(2, 3, -1), weight, bias).flatten(0, 1), alone[:6])
+        assert torch.equal(dx.linear(x, weight, bias), F.linear(x, weight, bias))
+        small = weight[:-1]
+        assert torch.equal(dx.linear(x[:2], small), F.linear(x[:2], small))
+    assert torch.equal(dx.linear(x[:2], weight, bias), F.linear(x[:2], weight, bias))  # with a gradient
 
 
 @everywhere
