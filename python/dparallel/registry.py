@@ -204,7 +204,8 @@ def end_as_tokenizer(model: models.Model, directory: Path, tokenizer: Any) -> No
     A model that was tuned for chats may end with it alone, while config.json still has its base's. Raises
     ValueError if the model has no embedding for it, or a file of `directory` does not read.
     """
-    text = files.special_tokens(directory).get("eos_token")
+    with naming("model", "path"):
+        text = files.special_tokens(directory).get("eos_token")
     end, rows = tokenizer.token_to_id(text) if text else None, model.shape.embedding_size
     if end is not None and end >= rows:
         raise ValueError(
