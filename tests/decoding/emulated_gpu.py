@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dparallel_ext import backends
-from dparallel_ext.ops import inputs
+from dparallel_ext.ops import errors, inputs, streams
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 MOVES = {"aten::copy_", "aten::_has_compatible_shallow_copy_type"}
@@ -153,6 +153,9 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
     build = {**backends._C.build_info(), "backends": "cpu cuda"}
     patch.setattr(backends._C, "build_info", lambda: build)
     patch.setattr(inputs, "DEVICES", {"cpu", "cuda"})
+    # What is kept for a device goes with it.
+    patch.setattr(errors, "pending", {})
+    patch.setattr(streams, "counter_buffers", {})
     patch.setattr(torch.cuda, "device_count", lambda: 1)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.cuda, "device", lambda device: nullcontext())
