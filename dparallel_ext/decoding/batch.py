@@ -137,19 +137,14 @@ class Batch:
     @property
     def live(self) -> list[int]:
         """The lanes of the next pass."""
-        return [
-            b
-            for b, sequence in enumerate(self.sequences)
-            if not sequence.done and not sequence.between_blocks
-        ]
+        return [b for b, s in enumerate(self.sequences) if not s.done and not s.between_blocks]
 
     def _enter(self, b: int) -> None:
         """Begin the front block."""
         sequence = self.sequences[b]
         self.open_front(sequence)
-        if sequence.open and reads(
-            sequence, "response"
-        ):  # its rule may have filled some of the masks already
+        # Its rule may have filled some of the masks already.
+        if sequence.open and reads(sequence, "response"):
             block = sequence.open[0]
             ids = self.tokens[b, block.start : block.end].tolist()
             left = ids.count(self.mask_id)
@@ -181,9 +176,8 @@ class Batch:
         if not sequence.done:
             start, end = sequence.ahead, sequence.columns[-1] + 1
             self.tokens[b, start:end].fill_(self.pad_id)
-            if (
-                sequence.settings.record
-            ):  # passes may have committed some of them, in blocks behind the front one
+            if sequence.settings.record:
+                # Passes may have committed some of them, in blocks behind the front one.
                 self.runner.trajectory.clear(b, start, end)
             sequence.block_index, sequence.open = len(sequence.blocks), ()
 
@@ -225,19 +219,14 @@ class Batch:
     def _certain(self, live: list[int]) -> int:
         """How many passes can be issued in a row, such that no block can be complete before the last."""
         sequences = [self.sequences[b] for b in live]
-        free = [
-            sequence
-            for sequence in sequences
-            if sequence.settings.rule is not None and not sequence.settings.rule.by_row
-        ]
-        ending = any(sequence.settings.eos_ids for sequence in sequences)
+        rules = [s.settings.rule for s in sequences if s.settings.rule is not None]
+        free = any(not rule.by_row for rule in rules)
+        ending = any(s.settings.eos_ids for s in sequences)
         if self.schedule.first_mask_matters or free or ending:
             return 1
-        most = [policies.most(sequence.policy(sequence.open[0])) for sequence in sequences]
-        return min(
-            (max(1, math.ceil(sequence.masks_left / n)) for sequence, n in zip(sequences, most, strict=True)),
-            default=1,
-        )
+        most = [policies.most(s.policy(s.open[0])) for s in sequences]
+        passes = [max(1, math.ceil(s.masks_left / n)) for s, n in zip(sequences, most, strict=True)]
+        return min(passes, default=1)
 
     def _step(self, live: list[int], passes: int) -> list[int]:
         groups, results = self._groups(live), []
@@ -281,9 +270,8 @@ class Batch:
             if sequence.masks_left <= least:
                 states[0][b] = after
             else:
-                likely = (
-                    sequence.masks_left * (sequence.nfe - passes) <= sequence.decoded * passes
-                )  # at its pace so far
+                # At its pace so far.
+                likely = sequence.masks_left * (sequence.nfe - passes) <= sequence.decoded * passes
                 states.insert(0 if likely else 1, [*self.sequences[:b], after, *self.sequences[b + 1 :]])
         return states
 
@@ -299,9 +287,8 @@ class Batch:
     def _count_pass(self, sequence: SequenceState) -> None:
         """Count a pass over the sequence that was issued."""
         prefill_only = self.schedule.prefill_only(sequence)
-        sequence.nfe += (
-            sequence.masks_left > 0 or sequence.edits > 0
-        )  # a published loop's second pass over a block is none
+        # A published loop's second pass over a block is none.
+        sequence.nfe += sequence.masks_left > 0 or sequence.edits > 0
         sequence.published += not prefill_only
         sequence.step_in_block += not prefill_only
         sequence.open = tuple(block._replace(step=block.step + (not prefill_only)) for block in sequence.open)

@@ -143,11 +143,8 @@ def decode(
         size = len(prompts)
         batch = start(model, prompts, config, draft_size=draft_size)
         arguments.check_streamer(streamer, size)
-        run(
-            batch,
-            streamer,
-            progress_bar(progress, sum(len(sequence.columns) for sequence in batch.sequences), "decode"),
-        )
+        tokens = sum(len(sequence.columns) for sequence in batch.sequences)
+        run(batch, streamer, progress_bar(progress, tokens, "decode"))
     # Tensors made in inference mode cannot enter autograd later; their copies can.
     x, sequences = batch.tokens[:size].clone(), batch.sequences[:size]
     masked = torch.zeros(x.shape, dtype=torch.bool, device="cpu")

@@ -175,11 +175,7 @@ class InputPacker:
         """
         policy: list[float] = []
         progress: list[tuple[int, int, int, int, int]] = []
-        keys = [
-            (sequence.nfe + 1, *sequence.settings.key)
-            for sequence in sequences
-            for _ in range(self.windows_of_lane)
-        ]
+        keys = [(s.nfe + 1, *s.settings.key) for s in sequences for _ in range(self.windows_of_lane)]
         for b, sequence in enumerate(sequences):
             windows = work[b].windows if b in work else []
             for window in windows:
@@ -211,12 +207,7 @@ class InputPacker:
         self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]
     ) -> list[tuple[int, int]]:
         """Columns [start, end) of the blocks to count, the same number for each lane."""
-        most = max(
-            [
-                self.schedule.most_open,
-                *(len(sequence.blocks) for sequence in sequences if reads(sequence, "response")),
-            ]
-        )
+        most = max([self.schedule.most_open, *(len(s.blocks) for s in sequences if reads(s, "response"))])
         counted = [work[b].counted if b in work else [] for b in range(len(sequences))]
         return [edge for blocks in counted for edge in blocks + [(0, 0)] * (most - len(blocks))]
 
@@ -271,7 +262,7 @@ class InputPacker:
     def key_of(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> tuple[Any, ...]:
         """All that `pack` depends on, where shapes are static."""
         # A sequence keeps these objects while it lives; another sequence has others.
-        each = [(r.nfe, id(r.settings), id(r.layout), id(r.sampling)) for r in sequences]
+        each = [(s.nfe, id(s.settings), id(s.layout), id(s.sampling)) for s in sequences]
         blocks = [  # without their counts, which the pass before is about to change
             (w.start, w.end, w.must_move, w.block.start, w.block.held, w.block.step)
             for lane_work in work.values()

@@ -238,9 +238,8 @@ class EngineCore:
         if finished:
             self._stream(request)
             if sequence.done:
-                self.end(
-                    request, "stop" if sequence.stopped and sequence.kept < request.plan.asked else "length"
-                )
+                stopped = sequence.stopped and sequence.kept < request.plan.asked
+                self.end(request, "stop" if stopped else "length")
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self.batch.step(lanes)

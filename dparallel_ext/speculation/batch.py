@@ -273,9 +273,8 @@ class CausalBatch:
         ]
         drafts: list[Draft] = []
         with self._sizer.drafting():
-            for part in (
-                [slice(i, i + 1) for i in range(len(sequences))] if self.batch_invariant else [slice(None)]
-            ):
+            alone = [slice(i, i + 1) for i in range(len(sequences))]
+            for part in alone if self.batch_invariant else [slice(None)]:
                 proposed = self._session.propose(views[part], list(sizes.values())[part])
                 if not isinstance(proposed, Sequence):
                     raise ValueError(f"drafter: expected a list of drafts, got {type(proposed).__name__}")
@@ -322,9 +321,8 @@ class CausalBatch:
         # A pass that computes a prompt does not measure the cost of a draft's size.
         prefills = any(self.sequences[b].prefills for b in drafts)
         with nullcontext() if prefills else self._sizer.verifying():
-            if self._issued and [b for b in self._issued[0].drafts if not self.sequences[b].done] != [
-                *drafts
-            ]:
+            coming = [b for b in self._issued[0].drafts if not self.sequences[b].done] if self._issued else []
+            if coming != [*drafts]:
                 self._issued.clear()  # they were for other sequences
             if not self._issued:
                 self._issued.append(self._issue(drafts, tree))
