@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 from . import compat, diffusion_gemma, models, ops, policies, reference, rules, speculation
 from .automaton import Automaton
 from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
-from .engine import Completion, Draft, Engine, EngineFull, EngineStats, Handle
+from .engine import Completion, DraftEvent, Engine, EngineFull, EngineStats, Handle
 from .masks import MaskedPair, semi_autoregressive_masks
 from .ops import (
     accept,
@@ -57,7 +57,7 @@ __all__ = [
     "Completion",
     "DecodeConfig",
     "DecodeOutput",
-    "Draft",
+    "DraftEvent",
     "Engine",
     "EngineFull",
     "EngineStats",

@@ -1,6 +1,6 @@
 """Requests that come and go, decoded together: the engine, and the handle of a request."""
 
 from .engine import Engine, EngineFull, EngineStats
-from .handle import Completion, Draft, Handle
+from .handle import Completion, DraftEvent, Handle
 
-__all__ = ["Completion", "Draft", "Engine", "EngineFull", "EngineStats", "Handle"]
+__all__ = ["Completion", "DraftEvent", "Engine", "EngineFull", "EngineStats", "Handle"]

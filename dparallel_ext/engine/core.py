@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._C import Scheduler
 from ..cache import KVCache
-from .handle import Completion, Draft, Event, Events, Handle
+from .handle import Completion, DraftEvent, Event, Events, Handle
 from .kinds import AnyBatch, ModelKind, Region, RequestPlan
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Request:
     events: Events
     """The handle's events."""
     plan: RequestPlan
-    on_draft: Callable[[Draft], None] | None
+    on_draft: Callable[[DraftEvent], None] | None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     lane: int = -1
@@ -262,14 +262,14 @@ class EngineCore:
             self._kv_cache.assign(request.lane, [page], index)
         request.shared = stored
 
-    def _draft(self, request: Request, opened: Sequence[Region]) -> Draft:
+    def _draft(self, request: Request, opened: Sequence[Region]) -> DraftEvent:
         sequence = self.batch.sequences[request.lane]
         start, end = self._kind.draft_columns(sequence, opened)
         first, last = sequence.index(start), min(sequence.index(end), request.plan.asked)
         columns = sequence.columns[first:last]
         ids: list[int] = _at(self.batch.tokens[request.lane], columns)
         tokens = [None if token == self.batch.mask_id else token for token in ids]
-        draft = Draft(
+        draft = DraftEvent(
             self.batch.nfe[request.lane],
             first,
             tokens,

@@ -39,7 +39,7 @@ from ..decoding.fields import plain
 from ..models import Model, native, warn_beyond
 from ..speculation import Drafter
 from .core import EngineCore, Request
-from .handle import Draft, Events, Handle
+from .handle import DraftEvent, Events, Handle
 from .kinds import kind_of
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Engine:
         prompt: Prompts,
         config: DecodeConfig | None = None,
         *,
-        on_draft: Callable[[Draft], None] | None = None,
+        on_draft: Callable[[DraftEvent], None] | None = None,
         **keywords: Unpack[DecodeKeywords],
     ) -> Handle:
         """Request `gen_length` tokens after `prompt`, ids (P,) as a tensor, an array or a list, or a
@@ -264,8 +264,8 @@ class Engine:
 
         config: how the prompt is decoded; default: the engine's. The engine's own fields (cache, block_length
             and so on, see `Engine`) are left out or equal.
-        on_draft: called with a `Draft` after every pass over the request; if the pass completed a block, the
-            event of that block follows. It runs in the engine's thread, so it must be quick; if it raises
+        on_draft: called with a `DraftEvent` after every pass over the request; if the pass completed a block,
+            the event of that block follows. It runs in the engine's thread, so it must be quick; if it raises
             anything, the request fails. It does not change the tokens, and no draft is kept.
         keywords: fields of `DecodeConfig`; they replace the config's.
 

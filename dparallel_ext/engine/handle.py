@@ -45,7 +45,7 @@ Event = list[int] | Completion | Exception
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftEvent:
     """The open block after a pass; with an autoregressive model, or a verifier, the tokens of the pass, all
     of them final."""
 

@@ -103,7 +103,7 @@ class ModelKind(ABC):
 
     @abstractmethod
     def draft_columns(self, sequence: Any, opened: Sequence[Region]) -> tuple[int, int]:
-        """Columns [start, end) of a `Draft`, after a pass before which the regions `opened` were open."""
+        """Columns [start, end) of a `DraftEvent` after a pass, in front of which `opened` were open."""
 
 
 class Diffusion(ModelKind):

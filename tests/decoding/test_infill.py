@@ -216,7 +216,7 @@ def test_a_request_gets_what_decode_gives_it(name: str, cache: str) -> None:
         model, cache=cache, block_length=BLOCK, lanes=3, max_length=64, page_size=BLOCK, **sub_block
     ) as engine:
         each = list(zip(prompts, counts, itertools.cycle(ways)))
-        drafts: list[list[dx.Draft]] = [[] for _ in each]
+        drafts: list[list[dx.DraftEvent]] = [[] for _ in each]
         handles = [
             engine.submit(p, gen_length=n, on_draft=seen.append, **settings, **way)
             for (p, n, way), seen in zip(each, drafts, strict=True)

@@ -323,7 +323,7 @@ def test_an_engine_guesses_too(way: tuple[str, str]) -> None:
         with dx.Engine(model, draft_size=4, **size, **fixed) as engine:
             asked = []
             for prompt, own, *_ in requests:
-                drafts: list[dx.Draft] = []
+                drafts: list[dx.DraftEvent] = []
                 asked.append((drafts, engine.submit(prompt, on_draft=drafts.append, **own)))
             for (_, own, plain, alone), (drafts, handle) in zip(requests, asked, strict=True):
                 found = handle.result()

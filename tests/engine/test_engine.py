@@ -240,7 +240,7 @@ def test_drafts(name: str, cache: str) -> None:
         {"gen_length": 21, "threshold": 0.9, "selector": "confidence"},
     )
     prompts = some_prompts(1, 3)
-    seen: list[list[dx.Draft]] = [[] for _ in prompts]
+    seen: list[list[dx.DraftEvent]] = [[] for _ in prompts]
     with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=2, max_length=64) as engine:
         handles = [
             engine.submit(prompt, on_draft=drafts.append, **settings)
@@ -268,7 +268,7 @@ def test_drafts(name: str, cache: str) -> None:
 @pytest.mark.parametrize(("name", "cache"), [("llada_tiny_a", "dual"), ("sdar_tiny_a", "block")])
 def test_drafts_of_an_infill(name: str, cache: str) -> None:
     """The places that held masks, between given tokens and behind them."""
-    model, drafts = MODELS[name, torch.float32], list[dx.Draft]()
+    model, drafts = MODELS[name, torch.float32], list[dx.DraftEvent]()
     mask = model.mask_id
     assert mask is not None
     prompt = [1, mask, 2, 3, *[mask] * 9, 4, mask, 5]

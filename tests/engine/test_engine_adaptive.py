@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.decoding.settings import make_settings
-from dparallel_ext.engine import Draft
+from dparallel_ext.engine import DraftEvent
 from dparallel_ext.models import Model
 
 VERIFIER = model_of(vocab_size=500)
@@ -84,7 +84,7 @@ def test_a_request_gets_what_adaptive_decode_gives_it_alone(case: int) -> None:
 
 
 def test_a_draft_holds_the_tokens_of_a_pass() -> None:
-    prompt, drafts = some_prompts(3, 1)[0], list[Draft]()
+    prompt, drafts = some_prompts(3, 1)[0], list[DraftEvent]()
     with dx.Engine(LLADA, verifier=VERIFIER, mixture=0.9, eos_id=-1, lanes=1, max_length=64) as engine:
         done = engine.submit(prompt, gen_length=20, on_draft=drafts.append).result(60)
     assert [draft.nfe for draft in drafts] == list(range(1, done.nfe + 1))

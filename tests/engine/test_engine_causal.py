@@ -278,7 +278,7 @@ def test_every_pass_of_a_request_is_as_with_the_drafter_alone(kind: str) -> None
     own = [{**settings_of(rng), "logprobs": True} for _ in prompts]
     sizes: dict[str, Any] = {"max_length": 90, "page_size": 4, "pages": 48, "lanes": 2, "share": False}
     with dx.Engine(target, drafter=drafter, draft_size=9, **sizes) as engine:
-        seen: list[list[dx.Draft]] = [[] for _ in prompts]
+        seen: list[list[dx.DraftEvent]] = [[] for _ in prompts]
         handles = [
             engine.submit(prompt, on_draft=drafts.append, **settings)
             for prompt, settings, drafts in zip(prompts, own, seen, strict=True)
@@ -305,7 +305,7 @@ def test_streaming_and_drafts() -> None:
     prompts = prompts_of(3, 4)
     expected = [alone(prompt, gen_length=21, eos_id=-1)[0] for prompt in prompts]
     texts = [text_of(prompt, tokens) for prompt, tokens in zip(prompts, expected, strict=True)]
-    seen: list[list[dx.Draft]] = [[] for _ in prompts]
+    seen: list[list[dx.DraftEvent]] = [[] for _ in prompts]
     with dx.Engine(MODEL, drafter=Knowing(texts), draft_size=4, lanes=2, max_length=64, eos_id=-1) as engine:
         handles = [
             engine.submit(prompt, gen_length=21, on_draft=drafts.append)

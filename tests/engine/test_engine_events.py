@@ -240,7 +240,7 @@ def test_the_end_of_a_with_block(
         close(core, cancel)
         closing.set()
 
-    def at_a_pass(_: dx.Draft) -> None:
+    def at_a_pass(_: dx.DraftEvent) -> None:
         began.set()
         first = not closing.is_set()
         assert closing.wait(60)
@@ -301,7 +301,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_seconds_are_counted_from_the_submit_and_from_the_lane() -> None:
     goes_on, began, ends = threading.Event(), list[float](), list[Any]()
 
-    def hold(_: dx.Draft) -> None:
+    def hold(_: dx.DraftEvent) -> None:
         began.append(time.monotonic())
         assert goes_on.wait(60)
 

@@ -411,12 +411,12 @@ def test_a_slow_client_gets_the_newest_draft(student: tuple[Any, Any]) -> None:
         call = Call(aborted, metrics, [choice], 1, submit)
         on_draft, on_event = tell
         for nfe in range(1, 1001):
-            on_draft(dx.Draft(nfe, 0, [None, None]))
+            on_draft(dx.DraftEvent(nfe, 0, [None, None]))
         on_event(ids[:2])
         for nfe in range(1001, 1501):  # of a block that adds no token to the text
-            on_draft(dx.Draft(nfe, 2, [None, None]))
+            on_draft(dx.DraftEvent(nfe, 2, [None, None]))
         for nfe in range(1501, 2001):
-            on_draft(dx.Draft(nfe, 3, [None, None]))
+            on_draft(dx.DraftEvent(nfe, 3, [None, None]))
         on_event(ids[2:])
         on_event(dx.Completion(ids, "length", 2000, 2000, 1, 0, 0.0, 0.0))
         await asyncio.sleep(0)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 import dparallel_ext as dx
-from dparallel_ext import Draft
+from dparallel_ext import DraftEvent
 
 from .. import page, text
 from . import connections, protocol
@@ -280,7 +280,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     return JSONResponse(await written.whole(http))
 
 
-def draft_of(draft: Draft, length: int, texts: text.TokenTexts) -> dict[str, Any]:
+def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str, Any]:
     """The "draft" of a chunk, beside a choice's empty text, for a request with `stream_drafts`.
 
     pass: the number of passes over the response so far. start: the index in the response where the active

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dparallel_ext import Completion, Draft, Handle
+from dparallel_ext import Completion, DraftEvent, Handle
 
 from .. import text
 from .errors import ApiError, stopping
@@ -41,7 +41,7 @@ class Newest:
     """A place in the queue for a draft; a newer draft of the same block replaces it, so a slow client gets
     fewer."""
 
-    draft: Draft
+    draft: DraftEvent
 
 
 class Score(NamedTuple):
@@ -59,7 +59,7 @@ class Piece(NamedTuple):
     text: str = ""
     reason: str | None = None
     """The finish reason, at the choice's end."""
-    draft: Draft | None = None
+    draft: DraftEvent | None = None
     scores: Sequence[Score] = ()
     """Of the new tokens, if log-probabilities are requested."""
 
@@ -77,7 +77,7 @@ class Call:
         metrics: ModelMetrics,
         choices: list[Choice],
         each: int,
-        submit: Callable[[Choice, Callable[[Draft], None]], Handle],
+        submit: Callable[[Choice, Callable[[DraftEvent], None]], Handle],
     ):
         self.aborted, self.metrics, self.choices, self.each = aborted, metrics, choices, each
         self.began = time.perf_counter()
@@ -101,7 +101,7 @@ class Call:
 
     def _put(self, index: int, event: Any) -> None:
         choice = self.choices[index]
-        if not isinstance(event, Draft):
+        if not isinstance(event, DraftEvent):
             choice.draft = None
         elif choice.draft is not None and choice.draft.draft.start == event.start:
             choice.draft.draft = event

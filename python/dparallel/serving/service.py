@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dparallel_ext import Automaton, DecodeConfig, Draft, Engine, Handle, arguments
+from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments
 from dparallel_ext.decoding.config import with_ends
 
 from .. import page, registry, structured, text
@@ -250,7 +250,7 @@ class ModelService:
 
         mask_id = self.engine.mask_id
 
-        def submit(choice: Choice, tell: Callable[[Draft], None]) -> Handle:
+        def submit(choice: Choice, tell: Callable[[DraftEvent], None]) -> Handle:
             with self._engine_errors(param, request.form_name):
                 between = [mask_id] * choice.gen_length if choice.suffix and mask_id is not None else []
                 return self.engine.submit(
