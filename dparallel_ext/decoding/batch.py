@@ -22,7 +22,7 @@ from ..models import Model
 from .inputs import SequenceWork
 from .runner import Counts, Runner
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceState, Settings, lay_out, reads
+from .sequence import IDLE, SequenceSettings, SequenceState, lay_out, reads
 from .workspace import Workspace
 
 AHEAD = 8
@@ -88,7 +88,7 @@ class Batch:
         lane: int,
         prompt: Tensor,
         gen_length: int,
-        settings: Settings,
+        settings: SequenceSettings,
         *,
         masked: Sequence[int] = (),
         num_cached: int = 0,

@@ -19,7 +19,7 @@ from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
-from .sequence import Settings, whole_length
+from .sequence import SequenceSettings, whole_length
 from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 
@@ -222,7 +222,7 @@ def start(
 
 def checked(
     model: Any, config: DecodeConfig, size: int, draft_size: int | None
-) -> tuple[ResolvedConfig, list[Settings], int]:
+) -> tuple[ResolvedConfig, list[SequenceSettings], int]:
     """The cache mode and the like of a model under a config, the settings of `size` sequences, and the number
     of states that self-speculation guesses.
 

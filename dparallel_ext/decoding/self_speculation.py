@@ -43,7 +43,7 @@ from ..rules import Decision, Leading, Rule, Where
 from ..types import RowStats
 from .batch import Batch
 from .schedule import Schedule
-from .sequence import IDLE, SequenceState, Settings
+from .sequence import IDLE, SequenceSettings, SequenceState
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
     return min(size, max(1, schedule.block_length - 1))
 
 
-def check_draft(settings: Sequence[Settings], schedule: Schedule) -> None:
+def check_draft(settings: Sequence[SequenceSettings], schedule: Schedule) -> None:
     """Raise ValueError naming `draft_size` if states cannot be guessed."""
     for setting in settings:
         free = setting.rule is not None and not isinstance(setting.rule, Leading)
@@ -180,7 +180,7 @@ class SelfSpeculation(Batch):
         return [b, *range(first, first + self.draft_size)]
 
     def admit(
-        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **options: Any
+        self, lane: int, prompt: Tensor, gen_length: int, settings: SequenceSettings, **options: Any
     ) -> SequenceState:
         self._last[lane], self.passes[lane], self.canvases[lane] = LastPass(lane), 0, 0
         ranks = RankMemory(policies.score_of(settings.policy), isinstance(settings.rule, Leading))

@@ -20,7 +20,7 @@ NOTHING = (float(policies.SELECTORS["confidence"]), 1.0 + 2**-23, 0.0, math.inf,
 
 
 @dataclass(frozen=True)
-class Settings:
+class SequenceSettings:
     """How one sequence is decoded."""
 
     policy: tuple[float, ...]
@@ -179,9 +179,9 @@ class SequenceState:
 
     prompt: int
     layout: Layout
-    settings: Settings
+    settings: SequenceSettings
     sampling: SamplingGroup
-    """See `Settings.sampling`."""
+    """See `SequenceSettings.sampling`."""
     kept: int
     """Response tokens in front of EOS or a stop sequence, all where there is none."""
     block_index: int = 0
@@ -306,7 +306,7 @@ class SequenceState:
         return (chosen[0], float(max(1, share + (block.step < rest))), *chosen[2:])
 
 
-_SETTINGS = Settings((0.0, 0.0, 1.0, math.inf, 0.0))
+_SETTINGS = SequenceSettings((0.0, 0.0, 1.0, math.inf, 0.0))
 IDLE = SequenceState(0, Layout((), [], 0), _SETTINGS, _SETTINGS.sampling(None), 0)
 """What a lane without a sequence holds."""
 

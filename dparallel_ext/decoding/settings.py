@@ -17,7 +17,7 @@ from ..rules import Leading, Rule
 from ..rules.constrained import Constrained
 from .config import ACTIVE, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
-from .sequence import Settings
+from .sequence import SequenceSettings
 
 
 class ResolvedConfig(NamedTuple):
@@ -91,7 +91,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     return ResolvedConfig(cache, schedule, mask_id)
 
 
-def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[Settings]:
+def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> list[SequenceSettings]:
     """The settings of `size` sequences, for which the config has one value or one each.
 
     cache: the mode in force; "none" where an autoregressive model decodes from left to right. Raises
@@ -139,7 +139,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
         if isinstance(model, Model):
             check_ids("suppress", [suppress], model.shape.embedding_size)
     return [
-        Settings(
+        SequenceSettings(
             policy=tuple(numbers),
             steps=steps,
             temperature=temperature,
@@ -185,7 +185,7 @@ def drawn_seed(temperature: float) -> int:
     return int(torch.randint(2**62, (), device="cpu")) if temperature > 0 else 0
 
 
-def check_settings(model: Any, settings: Sequence[Settings], resolved: ResolvedConfig) -> None:
+def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: ResolvedConfig) -> None:
     """Raise ValueError for an EOS, a stop sequence or a rule's token that the model never decodes, a rule
     that does not fit the model, and a fixed schedule where blocks are filled part by part.
     """

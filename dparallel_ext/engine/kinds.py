@@ -20,7 +20,7 @@ from ..decoding.config import DecodeConfig
 from ..decoding.decode import masks
 from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
-from ..decoding.sequence import OpenBlock, SequenceState, Settings, lay_out, whole_length
+from ..decoding.sequence import OpenBlock, SequenceSettings, SequenceState, lay_out, whole_length
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
@@ -39,7 +39,7 @@ class RequestPlan:
     """Positions of prompt and response."""
     reusable: int
     """Positions, from 0 on, whose keys and values may come from other requests."""
-    settings: Settings
+    settings: SequenceSettings
     masked: Sequence[int] = ()
     """Columns of the prompt that are filled too."""
 
@@ -79,7 +79,7 @@ class ModelKind(ABC):
         """Raise ValueError for a field of a config that the model has no use for."""
 
     @abstractmethod
-    def settings(self, config: DecodeConfig) -> Settings:
+    def settings(self, config: DecodeConfig) -> SequenceSettings:
         """The settings of one sequence. Raises ValueError naming the field that does not fit the engine."""
 
     @abstractmethod
@@ -127,7 +127,7 @@ class Diffusion(ModelKind):
     def check(self, fields: Mapping[str, Any]) -> None:
         """A diffusion model uses every field."""
 
-    def settings(self, config: DecodeConfig) -> Settings:
+    def settings(self, config: DecodeConfig) -> SequenceSettings:
         (settings,) = make_settings(config, self._model, self._resolved.cache, 1)
         check_settings(self._model, [settings], self._resolved)
         if self._draft_size:
@@ -192,7 +192,7 @@ class LeftToRight(ModelKind):
     def length(self, prompt: int, gen_length: int) -> int:
         return prompt + gen_length
 
-    def settings(self, config: DecodeConfig) -> Settings:
+    def settings(self, config: DecodeConfig) -> SequenceSettings:
         (settings,) = make_settings(ending(self._model, config, self._mask_id), self._model, "none", 1)
         return settings
 
@@ -261,7 +261,7 @@ class Adaptive(LeftToRight):
     def check(self, fields: Mapping[str, Any]) -> None:
         adaptive.check_adaptive(fields)
 
-    def settings(self, config: DecodeConfig) -> Settings:
+    def settings(self, config: DecodeConfig) -> SequenceSettings:
         settings = super().settings(config)
         adaptive.check_known(self._verifier, [], settings.eos_ids)
         return settings

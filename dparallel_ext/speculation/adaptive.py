@@ -31,7 +31,7 @@ from .. import arguments
 from ..cache import KVCache
 from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
-from ..decoding.sequence import Settings
+from ..decoding.sequence import SequenceSettings
 from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model
@@ -265,7 +265,7 @@ class AdaptiveBatch(CausalBatch):
         self._passes = self._session
 
     def admit(
-        self, lane: int, prompt: Tensor, gen_length: int, settings: Settings, **more: Any
+        self, lane: int, prompt: Tensor, gen_length: int, settings: SequenceSettings, **more: Any
     ) -> CausalSequence:
         if settings.suppress is not None:  # of the ids that both models have
             known = settings.suppress[settings.suppress < self._passes.shared]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..decoding import padding
-from ..decoding.sequence import Settings
+from ..decoding.sequence import SequenceSettings
 from ..decoding.workspace import Workspace
 from ..models import Model
 from .draft import Draft, check_drafts, depths
@@ -156,7 +156,7 @@ class CausalBatch:
         lane: int,
         prompt: Tensor,
         gen_length: int,
-        settings: Settings,
+        settings: SequenceSettings,
         *,
         num_cached: int = 0,
     ) -> CausalSequence:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..decoding.sequence import SamplingGroup, Settings
+from ..decoding.sequence import SamplingGroup, SequenceSettings
 
 UNKNOWN = -1
 """The number in place of a token that is not known yet."""
@@ -40,9 +40,9 @@ class CausalSequence:
     """Tokens of the prompt."""
     length: int
     """The most tokens of prompt and response."""
-    settings: Settings
+    settings: SequenceSettings
     sampling: SamplingGroup
-    """See `Settings.sampling`."""
+    """See `SequenceSettings.sampling`."""
     state: int = 0
     """The state of the settings' automaton behind the known tokens."""
     known: int = 0
@@ -131,6 +131,6 @@ class CausalSequence:
         return begin, end
 
 
-_SETTINGS = Settings((0.0, 1.0, 1.0, 1.0, 0.0))
+_SETTINGS = SequenceSettings((0.0, 1.0, 1.0, 1.0, 0.0))
 IDLE = CausalSequence(0, 0, _SETTINGS, _SETTINGS.sampling(None), done=True)
 """What a lane without a sequence holds."""
