@@ -125,7 +125,7 @@ def test_every_pass_has_the_rows_that_are_asked_for(monkeypatch: pytest.MonkeyPa
 
     real = tune.Filler.propose
     monkeypatch.setattr(tune.Filler, "propose", propose)
-    settings = tune.Settings("builtin:causal", problems=3, repeats=1, gen_length=6, context=50, batch=2)
+    settings = tune.TuneSettings("builtin:causal", problems=3, repeats=1, gen_length=6, context=50, batch=2)
     _, rows = tune.measure_drafts(settings, None, [0, 7, 31], lambda text: None)
     assert [set(row) for row in rows] == [{"draft_size", "pass_ms"}] * 3
     assert set(seen) == {7, 31}
@@ -144,7 +144,7 @@ def test_without_a_drafter_it_says_that_nothing_is_chosen(tmp_path: Path) -> Non
 
 
 def test_tokens_of_riders_go_by_their_ranks() -> None:
-    settings = tune.Settings("builtin:causal", problems=2, repeats=1, gen_length=12)
+    settings = tune.TuneSettings("builtin:causal", problems=2, repeats=1, gen_length=12)
     _, rows = tune.measure_drafts(settings, "builtin:ppd", [0, 3, 15], lambda text: None)
     promised = speculation.load(registry.DRAFTERS["builtin:ppd"]).expected
     none, few, many = (row["tokens_per_forward"] - 1 for row in rows)

@@ -49,7 +49,7 @@ GRID: dict[str, tuple[Any, ...]] = {
 CHOSEN = ("drafter", "draft_size", *GRID)
 """Fields of a row that are settings."""
 TOLERANCE = 1.0
-"""Percentage points, see `Settings.tolerance`."""
+"""Percentage points, see `TuneSettings.tolerance`."""
 JUDGED = ("right", "same")
 """Shares that a diffusion model's rows are judged by: right answers, or texts equal to the reference's."""
 
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TuneSettings:
     """The settings of a measurement. Raises ValueError naming the number that does not fit."""
 
     model: str
@@ -99,7 +99,7 @@ class Work(NamedTuple):
     config: dx.DecodeConfig
 
 
-def load(settings: Settings) -> Work:
+def load(settings: TuneSettings) -> Work:
     """Load model and prompts. Raises ValueError and FileNotFoundError, naming the argument."""
     problems = None
     if settings.prompts is None:
@@ -203,7 +203,7 @@ def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
 
 
 def measure_drafts(
-    settings: Settings, drafter: str | None, sizes: Iterable[int] | None, report: Callable[[str], None]
+    settings: TuneSettings, drafter: str | None, sizes: Iterable[int] | None, report: Callable[[str], None]
 ) -> tuple[Work, list[Row]]:
     """Measure a row for each size of draft; without a drafter rows have only `pass_ms`, of meaningless
     drafts."""
@@ -282,7 +282,7 @@ def _passes(
 
 
 def measure_policies(
-    settings: Settings, grid: Mapping[str, Any], report: Callable[[str], None]
+    settings: TuneSettings, grid: Mapping[str, Any], report: Callable[[str], None]
 ) -> tuple[Work, list[Row]]:
     """Measure a row for each combination of the grid's values; grid: values for the names in `GRID`, None for
     the default. A combination that the model refuses is left out; raises ValueError if it refuses all."""
@@ -324,7 +324,7 @@ def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
     return {} if own is None else {"block_length": (own,), "cache": ("block",)}
 
 
-def _measured(settings: Settings, work: Work, row: Row) -> tuple[Row, list[str]]:
+def _measured(settings: TuneSettings, work: Work, row: Row) -> tuple[Row, list[str]]:
     """Measure decoding with a row's settings; return passes and rates, and the responses."""
     fields = {name: value for name, value in row.items() if name != "rule"}
     config = work.config.with_rule(row["rule"], **fields)
@@ -379,7 +379,7 @@ def choose(rows: Sequence[Row], tolerance: float = TOLERANCE) -> Row | None:
     return max(rows, key=lambda row: row["tokens_per_second"]) if "tokens_per_second" in rows[0] else None
 
 
-def content(settings: Settings, work: Work, rows: Sequence[Row], chosen: Row | None) -> Row:
+def content(settings: TuneSettings, work: Work, rows: Sequence[Row], chosen: Row | None) -> Row:
     """The content of the file; a mask token that was asked for is in it, as the choice is for it."""
     mask_id = settings.loading.mask_id
     return {

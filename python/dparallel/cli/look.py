@@ -347,7 +347,7 @@ def tune(
         options |= {"policy": policy, "block_length": block_length, "active_blocks": active_blocks}
         options |= {"cache": cache, "mask_id": mask_id, "tolerance": tolerance}
         check_kind(model, causal, **{name: None if each == [] else each for name, each in options.items()})
-        settings = tuning.Settings(
+        settings = tuning.TuneSettings(
             model,
             prompts=prompts,
             problems=problems,
