@@ -16,9 +16,8 @@ from dparallel.toy import tasks, train
 from dparallel.training import drafters
 from dparallel.training.drafters import adadecode, answers, blocks
 from dparallel.training.drafters.adadecode import ExitSettings
-from dparallel.training.drafters.blocks import BlockSettings as Settings
-from dparallel.training.drafters.common import Settings as AnySettings
-from dparallel.training.drafters.common import Target
+from dparallel.training.drafters.blocks import BlockSettings
+from dparallel.training.drafters.common import DrafterSettings, Target
 from dparallel.training.drafters.riders import PromptSettings, StridedSettings, TransferSettings
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,7 +31,7 @@ from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import DFlashOptions
 
 EXITS = ExitSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2)
-TINY = Settings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
+TINY = BlockSettings(steps=6, batch=4, anchors=3, layers=1, mlp_width=24, gen_length=12, warmup=2)
 OF_KIND: dict[str, Any] = {
     **{kind: replace(TINY, kind=kind) for kind in blocks.KINDS},
     "ppd": PromptSettings(steps=6, batch=4, anchors=3, gen_length=12, warmup=2),
@@ -50,7 +49,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train.train(out, settings, progress=False, evaluate=0)
 
 
-def run(target: Path, out: Path, settings: AnySettings = TINY, **more: Any) -> dict[str, Tensor]:
+def run(target: Path, out: Path, settings: DrafterSettings = TINY, **more: Any) -> dict[str, Tensor]:
     given = {"data": "builtin:40", "evaluate": 0, "save_every": 2, "progress": False, **more}
     drafters.run(str(target), out, settings=settings, **given)
     return load_file(out / drafters.KINDS[settings.kind].file)
@@ -382,7 +381,7 @@ def test_taps_where_none_are_named() -> None:
         with torch.device("meta"):
             model = models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=layers)))
         model.norm.weight, model.lm_head.weight = (torch.nn.Parameter(torch.ones(32)) for _ in range(2))
-        config = blocks.block_config(model, Settings(kind=kind), MASK, Origin(kind, None, None))
+        config = blocks.block_config(model, BlockSettings(kind=kind), MASK, Origin(kind, None, None))
         assert config["dflash_config"]["target_layer_ids"] == taps
 
 

@@ -5,7 +5,7 @@ module and its loss (`common.Trainee`). Muon trains the matrices, AdamW the rest
 the weights is saved.
 """
 
-from .common import Settings
+from .common import DrafterSettings
 from .runs import KINDS, judge, kept, lines, run, settings_of
 
-__all__ = ["KINDS", "Settings", "judge", "kept", "lines", "run", "settings_of"]
+__all__ = ["KINDS", "DrafterSettings", "judge", "kept", "lines", "run", "settings_of"]

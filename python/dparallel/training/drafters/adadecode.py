@@ -20,11 +20,11 @@ from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.speculation.adadecode import KIND, AdaDecode, AdaDecodeOptions, ExitHeads
 from dparallel_ext.speculation.drafter import check_layers
 
-from .common import Answer, Settings, Target, Trainee, drawn, places_of
+from .common import Answer, DrafterSettings, Target, Trainee, drawn, places_of
 
 
 @dataclass(frozen=True)
-class ExitSettings(Settings):
+class ExitSettings(DrafterSettings):
     KINDS = (KIND,)
     kind: str = KIND
     steps: int = 1000

@@ -24,7 +24,7 @@ from ...problems import Prompt, read_prompts
 from ...text import Encoder
 from ...toy import tasks
 from ..filter import hold_out
-from .common import Answer, Settings
+from .common import Answer, DrafterSettings
 
 BATCH = 128
 """Sequences answered at once."""
@@ -62,7 +62,7 @@ def answers_of(
     directory: Path,
     model: models.Model,
     prompts: list[Tensor],
-    settings: Settings,
+    settings: DrafterSettings,
     progress: bool,
 ) -> list[Answer]:
     """The target's answers, read from the directory if they are there; without those that are too short."""
@@ -107,7 +107,7 @@ def kept_answers(directory: Path) -> str | None:
 
 
 def answer_all(
-    model: models.Model, prompts: Sequence[Tensor], settings: Settings, first: int = 0
+    model: models.Model, prompts: Sequence[Tensor], settings: DrafterSettings, first: int = 0
 ) -> list[Answer]:
     """The target's answers, up to and with the end token; first: the number of the first prompt, for
     seeds."""

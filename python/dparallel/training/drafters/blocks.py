@@ -24,7 +24,7 @@ from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, DFlashOptions, default_taps
 from dparallel_ext.speculation.drafter import EMBEDDING, check_layers
 
-from .common import Answer, Settings, Target, Trainee, drawn, places_of
+from .common import Answer, DrafterSettings, Target, Trainee, drawn, places_of
 
 KINDS = {"dflash": {"layers": 3, "block": 16}, "parallelspec": {"layers": 1, "block": 7}}
 """Default layers, and rows of a block, the root included."""
@@ -34,7 +34,7 @@ LOSSES = ("d-pace", "exp")
 
 
 @dataclass(frozen=True)
-class BlockSettings(Settings):
+class BlockSettings(DrafterSettings):
     KINDS = tuple(KINDS)
     kind: str = "dflash"
     layers: int | None = None

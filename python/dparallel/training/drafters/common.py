@@ -29,7 +29,7 @@ Answer = tuple[Tensor, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TrainingSchedule):
+class DrafterSettings(TrainingSchedule):
     """The settings that all drafters have; the same settings and answers give the same drafter.
 
     Each kind has a subclass with settings of its own.
@@ -66,7 +66,9 @@ class Settings(TrainingSchedule):
         check_fields(self, ("temperature",), number, 0, 100)
 
 
-def drawn(answers: Sequence[Answer], settings: Settings, step: int) -> tuple[list[Answer], torch.Generator]:
+def drawn(
+    answers: Sequence[Answer], settings: DrafterSettings, step: int
+) -> tuple[list[Answer], torch.Generator]:
     """A step's answers, and the generator of its other random numbers. They depend only on the seed and the
     step, so that a resumed run gets the same."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
@@ -154,7 +156,7 @@ class Trainee(ABC):
     The constructor raises ValueError naming the setting that does not fit the target.
     """
 
-    SETTINGS: ClassVar[type[Settings]]
+    SETTINGS: ClassVar[type[DrafterSettings]]
     config: dict[str, Any]
     """The drafter's config.json."""
     file: ClassVar[str] = FILES[1]

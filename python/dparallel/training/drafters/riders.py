@@ -35,14 +35,14 @@ from dparallel_ext.speculation.drafter import Adapting, Riders
 from dparallel_ext.speculation.riders import GUESSES, rider_config
 
 from ..adapters import lora_names
-from .common import Answer, Saved, Settings, Target, Trainee, drawn, places_of
+from .common import Answer, DrafterSettings, Saved, Target, Trainee, drawn, places_of
 
 DECAY = 0.8
 """The weight of a rider relative to the one before it."""
 
 
 @dataclass(frozen=True)
-class RiderSettings(Settings):
+class RiderSettings(DrafterSettings):
     riders: int = 3
     """Riders of a node: the number of tokens beyond the next that are guessed."""
     soften: float = 1.0

@@ -24,7 +24,7 @@ from ...text import prompt_encoder
 from .. import loop
 from . import adadecode, blocks, riders
 from .answers import BATCH, answers_of, kept_answers, prompts_of
-from .common import Answer, Saved, Settings, Target, Trainee
+from .common import Answer, DrafterSettings, Saved, Target, Trainee
 
 TRAINEES: tuple[type[Trainee], ...] = (
     blocks.Blocks,
@@ -36,7 +36,7 @@ TRAINEES: tuple[type[Trainee], ...] = (
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
 
-def settings_of(kind: str, **fields: Any) -> Settings:
+def settings_of(kind: str, **fields: Any) -> DrafterSettings:
     """The settings of a kind of drafter. Raises ValueError for an unknown kind, and for other kinds'
     settings."""
     of_kind = KINDS[one_of("kind", kind, KINDS)].SETTINGS
@@ -51,7 +51,7 @@ def run(
     target: str,
     out: str | Path,
     data: str | None = None,
-    settings: Settings | None = None,
+    settings: DrafterSettings | None = None,
     *,
     prompt_field: str = "prompt",
     evaluate: int = 500,
@@ -138,7 +138,7 @@ def _frozen(model: models.Model) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _held_back(trainee: Trainee, settings: Settings, count: int) -> int:
+def _held_back(trainee: Trainee, settings: DrafterSettings, count: int) -> int:
     """The number of `count` answers that the trainee measures with. Raises ValueError for too few answers."""
     held_back = min(trainee.measured, count // 10)
     if trainee.measured and not held_back:
@@ -154,7 +154,7 @@ def _train(
     trainee: Trainee,
     device: torch.device,
     answers: list[Answer],
-    settings: Settings,
+    settings: DrafterSettings,
     save_every: int,
     progress: bool,
 ) -> tuple[Saved, dict[str, Any]]:
