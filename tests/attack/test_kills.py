@@ -153,7 +153,7 @@ def model(training: Saves) -> Path:
 @pytest.fixture(scope="module", params=["jsonl", "parquet"])
 def answering(request: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Saves:
     prompts = read_prompts("builtin:4")
-    settings = trajectories.Settings(
+    settings = trajectories.TrajectorySettings(
         str(model), checker=f"{__name__}:every", shard=2, gen_length=8, block_length=8, format=request.param
     )
     loaded = registry.load(str(model))
@@ -176,7 +176,7 @@ def test_answering_goes_on_from_every_state_of_a_save(answering: Saves, attack: 
 @pytest.fixture(scope="module")
 def answers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("few")
-    settings = trajectories.Settings(model=str(model), checker=f"{__name__}:every", gen_length=32)
+    settings = trajectories.TrajectorySettings(model=str(model), checker=f"{__name__}:every", gen_length=32)
     prompts = [Prompt(p.text, p.answer) for p in read_prompts("builtin:8")]
     return trajectories.generate(out, prompts, settings, progress=False)
 

@@ -178,7 +178,7 @@ def test_distill_and_merge_with_a_mask(instruct: Path, tmp_path: Path) -> None:
 
 def test_a_run_from_before_goes_on_without_the_template(instruct: Path, tmp_path: Path) -> None:
     prompts = [Prompt("x", "4")]
-    settings = trajectories.Settings(
+    settings = trajectories.TrajectorySettings(
         str(instruct), "quota:8", 8, 8, checker="none", format="jsonl", chat=False
     )
     trajectories.generate(tmp_path, prompts, settings, progress=False)
@@ -188,7 +188,10 @@ def test_a_run_from_before_goes_on_without_the_template(instruct: Path, tmp_path
     trajectories.generate(tmp_path, prompts, settings, progress=False)
     with pytest.raises(ValueError, match=r"run with other settings: \{'chat': False\}"):
         trajectories.generate(
-            tmp_path, prompts, trajectories.Settings(**{**vars(settings), "chat": None}), progress=False
+            tmp_path,
+            prompts,
+            trajectories.TrajectorySettings(**{**vars(settings), "chat": None}),
+            progress=False,
         )
 
 

@@ -218,7 +218,7 @@ def test_a_dry_run_counts_the_trainer_s_steps(epochs: float, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = trajectories.Settings(policy="entropy_bound:0.1", shard=1000)
+    settings = trajectories.TrajectorySettings(policy="entropy_bound:0.1", shard=1000)
     prompts = read_prompts("builtin:60:5")
     return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
 
@@ -459,7 +459,7 @@ def test_rows_of_like_length_can_go_together(answers: Path, tmp_path: Path):
 
 
 def test_no_right_answer_is_an_error(tmp_path: Path):
-    trajectories.generate(tmp_path / "none", [], trajectories.Settings(), progress=False)
+    trajectories.generate(tmp_path / "none", [], trajectories.TrajectorySettings(), progress=False)
     with pytest.raises(ValueError, match="holds no right answer"):
         distill.run(distill.read(RECIPES / "builtin.yaml"), tmp_path / "none", tmp_path / "out")
 

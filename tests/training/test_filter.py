@@ -177,7 +177,7 @@ def test_answers_of_a_block_causal_model_end_where_a_block_does() -> None:
 
 def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
     prompts = read_prompts("builtin:3")
-    settings = trajectories.Settings(str(tiny), "steps:2", checker="hashes", format="jsonl")
+    settings = trajectories.TrajectorySettings(str(tiny), "steps:2", checker="hashes", format="jsonl")
     answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
     with pytest.raises(ValueError, match=r"answers: .* holds no right answer"):
         filter.run(answers, tmp_path / "filter", progress=False)
@@ -185,7 +185,7 @@ def test_no_answer_is_no_filter(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_setting_of_the_answers_that_is_missing_is_named(tiny: Path, tmp_path: Path) -> None:
-    settings = trajectories.Settings(str(tiny), "steps:2", checker="none", format="jsonl")
+    settings = trajectories.TrajectorySettings(str(tiny), "steps:2", checker="none", format="jsonl")
     prompts = read_prompts("builtin:3")
     answers = trajectories.generate(tmp_path / "answers", prompts, settings, progress=False)
     content = json.loads((answers / "settings.json").read_text())

@@ -24,7 +24,7 @@ RECIPES = ROOT / "recipes"
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = trajectories.Settings(policy="entropy_bound:0.1", shard=1000)
+    settings = trajectories.TrajectorySettings(policy="entropy_bound:0.1", shard=1000)
     prompts = read_prompts("builtin:60:5")
     return trajectories.generate(tmp_path_factory.mktemp("answers"), prompts, settings, progress=False)
 

@@ -64,7 +64,7 @@ def test_references_without_a_number_are_told(checker: str, tmp_path: Path):
     said = f"checker: {checker} compares .* 2 of 4 answers are none, such as 'He has 12 cups.'"
     with pytest.warns(UserWarning, match=said):
         problems = from_file(file, checker)
-    settings = trajectories.Settings(checker=checker, block_length=0)
+    settings = trajectories.TrajectorySettings(checker=checker, block_length=0)
     with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="block_length"):
         trajectories.generate(tmp_path / "out", [*problems.prompts], settings)
     for other, count in ((checker, 2), ("boxed", None), ("none", None), ("operator:eq", None)):

@@ -21,13 +21,13 @@ from dparallel.cli import app
 from dparallel.problems import Prompt, read_prompts
 from dparallel.toy import tasks
 from dparallel.training import trajectories
-from dparallel.training.trajectories import Collator, Settings, Trajectories
+from dparallel.training.trajectories import Collator, Trajectories, TrajectorySettings
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
 
 DPARALLEL = str(Path(sys.executable).with_name("dparallel"))
-SMALL = Settings(policy="entropy_bound:0.1", shard=3)
+SMALL = TrajectorySettings(policy="entropy_bound:0.1", shard=3)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_answers_of_several_lengths(loaded: Any, tmp_path: Path) -> None:
     """A block-causal model fills its last block: how far depends on the prompt."""
     model, tokenizer = golden.model("sdar_tiny_a"), loaded[1]
     asked = [Prompt("cups " * count, "") for count in (3, 6, 5)]
-    settings = Settings(policy="quota:4", gen_length=8, checker="none")
+    settings = TrajectorySettings(policy="quota:4", gen_length=8, checker="none")
     trajectories.generate(tmp_path, asked, settings, loaded=(model, tokenizer), progress=False)
     rows = rows_of(tmp_path)
     assert [len(row["response_ids"]) for row in rows] == [13, 10, 11]

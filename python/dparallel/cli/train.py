@@ -96,7 +96,7 @@ def answer(
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
             whole("block_length", block_length, 1)
-        settings = trajectories.Settings(
+        settings = trajectories.TrajectorySettings(
             model, policy, length, block_length, cache, checker, shard, format, chat, mask_id, dtype
         )
         prompts = read_prompts(data, prompt_field, answer_field if compares(checker) else None)

@@ -119,7 +119,7 @@ class Stages:
 
     def answered(self) -> int:
         """Let the teacher answer the training problems; return the number of right answers."""
-        settings = trajectories.Settings(**{"model": self.base.model, **self.base.trajectories})
+        settings = trajectories.TrajectorySettings(**{"model": self.base.model, **self.base.trajectories})
         prompts = read_prompts(self.base.data)
         trajectories.generate(self.out / "answers", prompts, settings)
         count = len(trajectories.Trajectories(self.out / "answers"))

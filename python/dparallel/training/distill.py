@@ -39,7 +39,7 @@ class Recipe:
     data: str = ""
     """The source of prompts, see `problems.read_prompts`."""
     trajectories: dict[str, Any] = field(default_factory=dict)
-    """Fields of `trajectories.Settings`."""
+    """Fields of `trajectories.TrajectorySettings`."""
     collator: dict[str, Any] = field(default_factory=dict)
     """Fields of `trajectories.Collator`: total_length or response_length."""
     lora: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ class Recipe:
 
 SECTIONS: dict[str, set[str] | None] = {
     "training": None,  # `arguments` checks them
-    "trajectories": {f.name for f in fields(trajectories.Settings)},
+    "trajectories": {f.name for f in fields(trajectories.TrajectorySettings)},
     "collator": {f.name for f in fields(trajectories.Collator)} - {"eos_id", "ends", "block_length"},
     "lora": None,
     "architecture": None,
@@ -410,7 +410,7 @@ def plan(recipe: Recipe, *, processes: int = 1, answers: str | Path | None = Non
     else:
         steps = None if examples is None else math.ceil(-(-examples // batch) * args.num_train_epochs)
     collator = trajectories.Collator(0, **recipe.collator)
-    gen = whole("gen_length", trajectories.Settings(**recipe.trajectories).gen_length, 1)
+    gen = whole("gen_length", trajectories.TrajectorySettings(**recipe.trajectories).gen_length, 1)
     tokens = collator.total_length or 128 + (collator.response_length or gen)
     rows = 2 * micro * tokens  # both views
     checkpointed = any(getattr(args, name, False) for name in RENAMED[0])

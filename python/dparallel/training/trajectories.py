@@ -38,7 +38,7 @@ FORMATS = ("parquet", "jsonl")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrajectorySettings:
     """The settings of a run; it can be resumed only with the same."""
 
     model: str = registry.DEFAULT
@@ -83,7 +83,7 @@ class Settings:
 def generate(
     out: str | Path,
     prompts: list[Prompt],
-    settings: Settings | None = None,
+    settings: TrajectorySettings | None = None,
     *,
     batch: int = 100,
     device: str | None = None,
@@ -111,7 +111,7 @@ def generate(
             as `decode`. A run that is refused leaves nothing behind.
         ModuleNotFoundError: if `format` is "parquet" and pyarrow is not installed.
     """
-    settings = settings or Settings()
+    settings = settings or TrajectorySettings()
     for name, value in (("shard", settings.shard), ("batch", batch)):
         whole(name, value, 1)
     if one_of("format", settings.format, FORMATS) == "parquet":
@@ -137,7 +137,7 @@ def generate(
 def _generate(
     directory: Path,
     prompts: list[Prompt],
-    settings: Settings,
+    settings: TrajectorySettings,
     batch: int,
     device: str | None,
     loaded: tuple[Any, Any] | None,
@@ -243,7 +243,7 @@ def _shard(directory: Path, number: int, format: str) -> Path:
     return directory / f"part-{number:05d}.{format}"
 
 
-def _content(prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+def _content(prompts: list[Prompt], settings: TrajectorySettings) -> dict[str, Any]:
     """The content of settings.json, which identifies the run."""
     return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest_of(prompts)}
 
@@ -268,7 +268,7 @@ def _check(directory: Path, content: dict[str, Any]) -> None:
         raise ValueError(f"out: {directory} holds a run with other settings: {other}")
 
 
-def _is_whole(directory: Path, number: int, settings: Settings) -> bool:
+def _is_whole(directory: Path, number: int, settings: TrajectorySettings) -> bool:
     """Whether the shard exists, can be read to the end, and has rows of its own prompts alone."""
     file = _shard(directory, number, settings.format)
     if not file.exists():
@@ -289,7 +289,7 @@ def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dic
         yield row
 
 
-def _write(file: Path, rows: list[dict[str, Any]], settings: Settings) -> None:
+def _write(file: Path, rows: list[dict[str, Any]], settings: TrajectorySettings) -> None:
     if settings.format == "jsonl":
         # Without rows the file is an empty line, so that an empty file is a damaged one.
         files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows) or "\n")
