@@ -88,8 +88,10 @@ def test_prompts_are_held_out_whole() -> None:
 
 def test_settings_keep_plain_numbers() -> None:
     """They are written as JSON."""
-    settings = filter.Settings(steps=torch.tensor(3), tau=torch.tensor(0.5), hidden=torch.tensor(4))  # type: ignore[arg-type]
-    assert json.loads(json.dumps(asdict(settings))) == asdict(filter.Settings(steps=3, tau=0.5, hidden=4))
+    settings = filter.FilterSettings(steps=torch.tensor(3), tau=torch.tensor(0.5), hidden=torch.tensor(4))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(asdict(settings))) == asdict(
+        filter.FilterSettings(steps=3, tau=0.5, hidden=4)
+    )
 
 
 def test_training_learns_what_can_be_known_and_judges_by_held_out_prompts() -> None:
@@ -100,7 +102,7 @@ def test_training_learns_what_can_be_known_and_judges_by_held_out_prompts() -> N
     read[:, 6:] = False
     prompt = torch.arange(1500) // 3
     records = filter.Records(prompt, confidence, right & read, read, read)
-    held, settings = torch.arange(500) % 10 == 0, filter.Settings(steps=300, hidden=16, lr=0.02)
+    held, settings = torch.arange(500) % 10 == 0, filter.FilterSettings(steps=300, hidden=16, lr=0.02)
     net, report = filter.train(records, held, settings, progress=False)
     assert report["passes"] == [1350, 150]
     assert report["prompts"] == [450, 50]

@@ -137,7 +137,7 @@ def learn_filter(
 
     with plain_errors("train", begins_anew(out)):
         whole("batch", batch, 1)
-        settings = filtering.Settings(tau, steps, lr, hidden, held_out, seed)
+        settings = filtering.FilterSettings(tau, steps, lr, hidden, held_out, seed)
         report = filtering.run(answers, out, settings, model=model, batch=batch, device=device)
         for text in filtering.lines(report):
             typer.echo(text)

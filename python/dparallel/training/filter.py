@@ -36,7 +36,7 @@ TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
 
 @dataclass(frozen=True)
-class Settings:
+class FilterSettings:
     """The settings of a filter's training; the same settings and answers give the same filter."""
 
     tau: float = 0.95
@@ -172,7 +172,7 @@ def hold_out(prompts: Sequence[Tensor], share: float) -> Tensor:
 
 
 def train(
-    records: Records, held: Tensor, settings: Settings, *, progress: bool = True
+    records: Records, held: Tensor, settings: FilterSettings, *, progress: bool = True
 ) -> tuple[nn.Sequential, dict[str, Any]]:
     """A filter trained on the passes over prompts that are not `held` (n,) bool, and a report.
 
@@ -231,7 +231,7 @@ def _share(accepted: Tensor, among: Tensor) -> float:
 def run(
     answers: str | Path,
     out: str | Path,
-    settings: Settings | None = None,
+    settings: FilterSettings | None = None,
     *,
     model: str | None = None,
     batch: int = 100,
@@ -252,7 +252,7 @@ def run(
 
     Raises ValueError and FileNotFoundError as `Trajectories` and `registry.load`.
     """
-    settings = settings or Settings()
+    settings = settings or FilterSettings()
     whole("batch", batch, 1)
     out = files.writable("out", out)
     data = Trajectories(answers)
