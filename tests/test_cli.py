@@ -43,7 +43,7 @@ def run(*args: object, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("checkpoint")
-    settings = replace(train.Settings(), steps=1, batch=2, width=32, layers=1, heads=2, mlp_width=32)
+    settings = replace(train.ToySettings(), steps=1, batch=2, width=32, layers=1, heads=2, mlp_width=32)
     return train.train(out, settings, progress=False, evaluate=0)
 
 

@@ -192,7 +192,7 @@ def test_two_runs_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ):
             pass
         with pytest.raises(ValueError, match="another run"):
-            train.train(tmp_path, train.Settings(steps=1), progress=False)
+            train.train(tmp_path, train.ToySettings(steps=1), progress=False)
         with pytest.raises(ValueError, match="another run"):
             distill.run(distill.Recipe("builtin:teacher", {}), tmp_path, tmp_path)
         monkeypatch.setenv("RANK", "1")
@@ -217,7 +217,7 @@ def test_a_state_that_is_none_is_named(tmp_path: Path):
         state = tmp_path / "state.pt"
         state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
         with pytest.raises(ValueError, match=r"out: .*state\.pt is not the state of a run"):
-            train.train(tmp_path, train.Settings(steps=1), progress=False)
+            train.train(tmp_path, train.ToySettings(steps=1), progress=False)
 
 
 def test_saves_into_one_directory_wait_for_each_other(

@@ -22,7 +22,7 @@ from dparallel.training import adapters, distill, trajectories
 import dparallel_ext as dx
 from dparallel_ext import speculation
 
-TINY = train.Settings(steps=4, batch=2, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
+TINY = train.ToySettings(steps=4, batch=2, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir", "os.chmod")
 """Python's audit events of what changes files; what C++ and Rust write shows at the next of them."""
 

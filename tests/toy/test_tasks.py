@@ -71,7 +71,7 @@ def test_held_out_problems_never_occur_in_training():
     held_out_prompts = {p.prompt for p in some("held_out", 2000)}
     assert len(held_out) > 1500
     seen, prompts = set(), set()
-    for step in range(0, train.Settings().steps, 60):
+    for step in range(0, train.ToySettings().steps, 60):
         for problem in some("train", 200, seed=step):
             seen.add(chain(problem))
             prompts.add(problem.prompt)

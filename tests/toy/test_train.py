@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 import dparallel_ext as dx
 from dparallel_ext.rules import ONE
 
-TINY = train.Settings(steps=6, batch=4, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
+TINY = train.ToySettings(steps=6, batch=4, width=32, layers=1, heads=2, mlp_width=32, warmup=2)
 
 
-def run(out: Path, settings: train.Settings = TINY, **more: object) -> dict[str, torch.Tensor]:
+def run(out: Path, settings: train.ToySettings = TINY, **more: object) -> dict[str, torch.Tensor]:
     train.train(out, settings, progress=False, evaluate=0, **more)  # type: ignore[arg-type]
     return load_file(out / "model.safetensors")
 
@@ -51,7 +51,7 @@ def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp
     calls = itertools.count()
     original = train.batch_of
 
-    def stopping(settings: train.Settings, step: int) -> tuple[torch.Tensor, int]:
+    def stopping(settings: train.ToySettings, step: int) -> tuple[torch.Tensor, int]:
         if next(calls) == 5:
             raise KeyboardInterrupt
         return original(settings, step)
@@ -187,7 +187,7 @@ def test_mask_ratios_are_uniform():
 )
 def test_a_setting_that_does_not_fit_is_named(name: str, value: object):
     with pytest.raises(ValueError, match=f"^{name}: expected "):
-        train.Settings(**{name: value})  # type: ignore[arg-type]
+        train.ToySettings(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_the_shipped_model_is_right_and_has_passes_left_to_save():
     directory = registry.directory_of(registry.DEFAULT)
     assert sum(f.stat().st_size for f in directory.iterdir()) <= 8e6
     recorded = json.loads((directory / "training.json").read_text())
-    assert train.Settings(**recorded["settings"]) == train.Settings()
+    assert train.ToySettings(**recorded["settings"]) == train.ToySettings()
     assert recorded["held_out"]["problems"] == 2000
     assert recorded["held_out"]["nfe_mean"] == tasks.GEN_LENGTH
     assert recorded["held_out"]["accuracy"] >= 0.95
@@ -221,7 +221,7 @@ def test_its_autoregressive_sibling_and_the_drafters_that_ship() -> None:
     """The recorded figures, borne out by a fresh sample; transformers reads it, and gives the same text."""
     directory = registry.directory_of("builtin:causal")
     recorded = json.loads((directory / "training.json").read_text())
-    assert recorded["settings"] == asdict(train.Settings(steps=1500, causal=True))
+    assert recorded["settings"] == asdict(train.ToySettings(steps=1500, causal=True))
     assert recorded["held_out"]["problems"] == 2000
     assert recorded["held_out"]["accuracy"] >= 0.97
     loaded = registry.load("builtin:causal", dtype=torch.float32)

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import dparallel_ext as dx
 
-SIZES = train.Settings(width=32, layers=1, heads=2, mlp_width=32)
+SIZES = train.ToySettings(width=32, layers=1, heads=2, mlp_width=32)
 
 
 def model(seed: int = 0, dropout: float = 0.0) -> dx.models.LLaDA:

@@ -45,7 +45,7 @@ MASK = tasks.vocabulary().index(tasks.MASK)
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("target")
-    settings = train.Settings(steps=1, batch=2, width=32, layers=2, heads=2, mlp_width=32, causal=True)
+    settings = train.ToySettings(steps=1, batch=2, width=32, layers=2, heads=2, mlp_width=32, causal=True)
     return train.train(out, settings, progress=False, evaluate=0)
 
 
@@ -151,7 +151,7 @@ def test_the_target_is_loaded_in_the_dtype(
 def test_it_learns_what_can_be_known(tmp_path: Path, kind: str) -> None:
     """The target says a token after its last one alone, round and round."""
     torch.manual_seed(0)
-    sizes = train.Settings(width=32, heads=2, layers=2, mlp_width=32)
+    sizes = train.ToySettings(width=32, heads=2, layers=2, mlp_width=32)
     model = models.Qwen3(train.causal_config(sizes)).eval()
     with torch.no_grad():
         model.embed.weight.normal_()
@@ -328,7 +328,7 @@ def test_answers_are_the_targets_own(target: Path, tmp_path: Path) -> None:
 def test_blocks_are_packed_as_a_loop_would() -> None:
     texts = [(torch.arange(100, 100 + n), p) for n, p in ((12, 3), (9, 7), (20, 2))]
     config = blocks.block_config(
-        models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=2))),
+        models.Qwen3(train.causal_config(train.ToySettings(width=32, heads=2, layers=2))),
         TINY,
         MASK,
         Origin("dflash", None, None),
@@ -379,7 +379,7 @@ def test_taps_where_none_are_named() -> None:
         (4, "parallelspec", [-1, 3]),
     ):
         with torch.device("meta"):
-            model = models.Qwen3(train.causal_config(train.Settings(width=32, heads=2, layers=layers)))
+            model = models.Qwen3(train.causal_config(train.ToySettings(width=32, heads=2, layers=layers)))
         model.norm.weight, model.lm_head.weight = (torch.nn.Parameter(torch.ones(32)) for _ in range(2))
         config = blocks.block_config(model, BlockSettings(kind=kind), MASK, Origin(kind, None, None))
         assert config["dflash_config"]["target_layer_ids"] == taps

@@ -118,7 +118,7 @@ def test_training_learns_what_can_be_known_and_judges_by_held_out_prompts() -> N
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny")
-    settings = train.Settings(steps=1, batch=2, width=32, layers=1, heads=2, mlp_width=32)
+    settings = train.ToySettings(steps=1, batch=2, width=32, layers=1, heads=2, mlp_width=32)
     return train.train(out, settings, progress=False, evaluate=0)
 
 

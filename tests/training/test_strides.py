@@ -155,7 +155,7 @@ def test_it_begins_as_the_model_and_learns() -> None:
 
 def test_by_the_command(tmp_path: Path) -> None:
     """Its path is a drafter, of trees of the guesses that were measured, with "strided:" before it or not."""
-    settings = train.Settings(steps=1, batch=2, width=32, layers=2, heads=2, mlp_width=32, causal=True)
+    settings = train.ToySettings(steps=1, batch=2, width=32, layers=2, heads=2, mlp_width=32, causal=True)
     target, out = train.train(tmp_path / "target", settings, progress=False, evaluate=0), tmp_path / "out"
     options = {"kind": "strided", "riders": 2, "rank": 5, "target-modules": "q_proj,down", "mask-id": 7}
     options |= {

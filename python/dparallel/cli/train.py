@@ -50,7 +50,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the built-in model from scratch (76 minutes on two cores; with --causal 56)."""
-    from ..toy.train import Settings
+    from ..toy.train import ToySettings
     from ..toy.train import train as run
     from ..training import loop
 
@@ -58,7 +58,7 @@ def train(
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
         fields: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
         shipped = {"steps": 1500} if causal else {}
-        settings = Settings(**fields | (shipped if steps is None else {"steps": steps}))
+        settings = ToySettings(**fields | (shipped if steps is None else {"steps": steps}))
         run(out, settings, save_every=save_every, evaluate=evaluate)
         if evaluate:
             measured = json.loads((out / "training.json").read_text())["held_out"]

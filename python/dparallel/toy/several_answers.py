@@ -68,7 +68,7 @@ def finetune(model: Any, tokenizer: Any, steps: int = 300, problems: int = 48, s
     """Train by LLaDA's objective with a share of masks for each slot, so that later slots may be decoded
     first."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    optimizers = loop.make_optimizers(model, matrices, train.Settings(muon_lr=1e-3, adam_lr=5e-4))
+    optimizers = loop.make_optimizers(model, matrices, train.ToySettings(muon_lr=1e-3, adam_lr=5e-4))
     data = ProblemStream(tokenizer, model.eos_id, seed + 7)
     generator = torch.Generator().manual_seed(seed)
     average = torch.optim.swa_utils.AveragedModel(

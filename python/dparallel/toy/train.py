@@ -29,7 +29,7 @@ from . import tasks
 
 
 @dataclass(frozen=True)
-class Settings(loop.TrainingSchedule):
+class ToySettings(loop.TrainingSchedule):
     """The settings of a training run; the same settings give the same model."""
 
     steps: int = 7000
@@ -79,7 +79,7 @@ def save_tokenizer(directory: Path) -> None:
     files.write_json(directory / "tokenizer_config.json", config)
 
 
-def model_config(settings: Settings) -> dict[str, Any]:
+def model_config(settings: ToySettings) -> dict[str, Any]:
     """config.json in the layout of LLaDA's checkpoints."""
     vocabulary = tasks.vocabulary()
     return {
@@ -118,7 +118,7 @@ def model_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def causal_config(settings: Settings) -> dict[str, Any]:
+def causal_config(settings: ToySettings) -> dict[str, Any]:
     """config.json in the layout of Qwen3's checkpoints."""
     vocabulary = tasks.vocabulary()
     return {
@@ -145,7 +145,7 @@ def causal_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def batch_of(settings: Settings, step: int) -> tuple[Tensor, int]:
+def batch_of(settings: ToySettings, step: int) -> tuple[Tensor, int]:
     """Token ids (batch, prompt + GEN_LENGTH) of training problems of one length, and the prompt's length.
 
     They depend only on the seed and the step, so that a resumed run gets the same batches.
@@ -193,7 +193,7 @@ def next_token_loss(model: models.Model, ids: Tensor, prompt: int, eos_id: int) 
 
 def train(
     out: str | Path,
-    settings: Settings | None = None,
+    settings: ToySettings | None = None,
     *,
     save_every: int = 500,
     evaluate: int = 2000,
@@ -209,7 +209,7 @@ def train(
     Raises ValueError naming the argument that does not fit, also if `out` holds a run with other settings or
     another run is writing there; OSError if the disk is full.
     """
-    settings = settings or Settings()
+    settings = settings or ToySettings()
     for name, value, least in (("save_every", save_every, 1), ("evaluate", evaluate, 0)):
         whole(name, value, least)
     with files.run_directory(out) as directory:
@@ -231,7 +231,7 @@ def train(
             loss_of,
             settings,
             asdict(settings),
-            defaults=asdict(Settings()),
+            defaults=asdict(ToySettings()),
             save_every=save_every,
             report_every=100,
             described="train",
