@@ -18,7 +18,7 @@ from dparallel import registry
 from dparallel.serving.app import Gate
 from dparallel.serving.runner import Server, listen, make_server
 from dparallel.serving.service import Service
-from dparallel.serving.settings import Settings
+from dparallel.serving.settings import ServerSettings
 
 import dparallel_ext as dx
 
@@ -143,7 +143,7 @@ def serving(
     """
     model, tokenizer = loaded or registry.load(MODEL)
     settings = {"max_length": 256, "grace": 0.5, **settings}
-    service, running = Service(Settings(**settings)), []
+    service, running = Service(ServerSettings(**settings)), []
 
     def add(name: str, model: Any, tokenizer: Any, place: Path, engine: dict[str, Any]) -> None:
         defaults: dict[str, Any] = {"gen_length": 64, "lanes": 4, "max_waiting": 64}

@@ -19,7 +19,7 @@ from asking import (
 )
 from dparallel.serving.app import Gate
 from dparallel.serving.errors import ApiError
-from dparallel.serving.settings import Settings
+from dparallel.serving.settings import ServerSettings
 from prometheus_client import Counter
 from server_here import Here, serving
 
@@ -218,7 +218,7 @@ def test_a_body_must_arrive_in_time() -> None:
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        settings = Settings(body_seconds=0.05)
+        settings = ServerSettings(body_seconds=0.05)
         service: Any = SimpleNamespace(settings=settings, page={}, aborted=loop.create_future())
         service.metrics = SimpleNamespace(http=Counter("x", "x", ["path", "status"], registry=None))
         gate = Gate(inner, service)

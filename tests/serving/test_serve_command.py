@@ -17,7 +17,7 @@ from dparallel.cli import app
 from dparallel.registry import VERIFIER
 from dparallel.serving import runner
 from dparallel.serving.runner import listen, unusable
-from dparallel.serving.settings import KEY_VARIABLE, Settings, find_keys, read_keys
+from dparallel.serving.settings import KEY_VARIABLE, ServerSettings, find_keys, read_keys
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
@@ -180,7 +180,7 @@ def test_what_fails_leaves_no_engine_behind(monkeypatch: pytest.MonkeyPatch, fai
         for name, each in (("a", dx.DecodeConfig(gen_length=16)), ("b", config))
     ]
     error, said = (ValueError, "cache: ") if fails == "the second model" else (RuntimeError, "no server")
-    settings = Settings(max_length=64)
+    settings = ServerSettings(max_length=64)
     with pytest.raises(error, match=said):
         runner.run(models, settings, host="127.0.0.1", port=0, log_level="error", lanes=2, max_waiting=4)
     assert len(made) == 1 + (fails == "the server")

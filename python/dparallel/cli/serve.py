@@ -170,7 +170,7 @@ def serve(
             replace(served, name=called)
             for served, called in zip(models, name or [f.name for f in models], strict=True)
         ]
-        server_settings = settings.Settings(
+        server_settings = settings.ServerSettings(
             keys=keys,
             page=page,
             max_length=max_length,

@@ -28,7 +28,7 @@ from .. import registry
 from . import connections
 from .app import make_app
 from .service import Service
-from .settings import MAX_LENGTH, Settings
+from .settings import MAX_LENGTH, ServerSettings
 
 
 class Server(uvicorn.Server):
@@ -146,7 +146,7 @@ class Model:
 
 def run(
     models: Sequence[Model],
-    settings: Settings,
+    settings: ServerSettings,
     *,
     host: str,
     port: int,

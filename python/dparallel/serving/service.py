@@ -22,7 +22,7 @@ from .call import Call, Choice
 from .errors import ApiError, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, Form, Options
-from .settings import Settings
+from .settings import ServerSettings
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ FORMS = 32
 class Service:
     """The served models by their names in requests, and what they share: metrics, threads, a sandbox."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.models: dict[str, ModelService] = {}
         self.metrics = Metrics()

@@ -22,7 +22,7 @@ MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """The server's settings that do not depend on its models. Raises ValueError naming the field."""
 
     keys: tuple[str, ...] = ()
