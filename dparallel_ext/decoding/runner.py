@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata
-from ..models import Model, logits_of, own_precision
+from ..models import Model, Stream, logits_of, own_precision, soft_embeddings
 from ..ops import commit_
 from ..ops.errors import Cell, explain
 from ..packed import unpack
@@ -26,7 +26,7 @@ from .graphs import run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
 from .sampler import Decided, Predicted, decide
 from .schedule import Schedule
-from .sequence import SequenceState, eos_ids
+from .sequence import SamplingGroup, SequenceState, eos_ids
 from .workspace import Workspace
 
 
@@ -161,7 +161,11 @@ class Runner:
                     known |= ids != self.mask_id
                 metadata = metadata.known_first(known, both_ways=bool(shift))
             with own_precision(self.model, self.tokens.device):
-                x = self.model.step(ids, self.kv_cache, metadata)
+                if any(group.rule is not None and group.rule.soft for group in key.groups):
+                    stream = self._soft(ids, metadata, key.groups, edges)
+                    x = self.model.final_norm(self.model.run_layers(stream, self.kv_cache, metadata))
+                else:
+                    x = self.model.step(ids, self.kv_cache, metadata)
                 x = x[source]
                 logits, hidden = self.model.head(x)[: len(positions)], x[: len(positions)]
         else:
@@ -181,7 +185,7 @@ class Runner:
             )
             for group, windows in zip(key.groups, edges, strict=True)
         ]
-        counts = self._commit(positions, decided, counted)
+        counts = self._complete(self._commit(positions, decided, counted), decided)
         if before is not None:
             self._record(before, positions, keys[0, :: self.windows_of_lane], decided)
         error = functools.reduce(torch.minimum, [each.error for each in decided])
@@ -213,6 +217,34 @@ class Runner:
             end=counted[1],
             check=False,
         )
+
+    def _soft(
+        self, ids: Tensor, metadata: AttentionMetadata, groups: Sequence[SamplingGroup], edges: Tensor
+    ) -> Stream:
+        """The first layer's input for ids (N,), in which tokens are soft in the cells that soft rules read.
+
+        edges: (groups, 4, W) int64, see `sampler.decide`.
+        """
+        share = torch.zeros(ids.shape, device=ids.device)
+        for group, windows in zip(groups, edges, strict=True):
+            if group.rule is not None and group.rule.soft:
+                # A rule that edits has one block open, and so its lane's first window.
+                first, last = windows[2:, :: self.windows_of_lane][:, metadata.rows]
+                inside = (metadata.positions >= first) & (metadata.positions < last)
+                of_rule = self.states[group.rule][0][metadata.rows, metadata.positions]
+                share = torch.where(inside, of_rule, share)
+        mask = self.model.embedded(ids.new_full((1,), self.mask_id)).sum
+        return Stream(soft_embeddings(self.model.embedded(ids).sum, mask, share))
+
+    def _complete(self, counts: CommitOutput, decided: Sequence[Decided]) -> CommitOutput:
+        """`counts` without the changes in blocks that need no further pass."""
+        for each in decided:
+            if each.complete is not None:
+                lanes = len(self.tokens)
+                done = each.complete.view(lanes, -1)[:, :1]  # such a rule has one block open
+                changed = counts.changed.view(lanes, -1).masked_fill(done, 0).flatten()
+                counts = counts._replace(changed=changed)
+        return counts
 
     def _lane_of(self, each: int) -> Tensor | None:
         """(lanes * each,) int64: the lane of each window; None where each lane has one window."""

@@ -52,6 +52,8 @@ class Decided(NamedTuple):
     """(N,) int64 tokens to write."""
     remask: Tensor | None = None
     """(N,) bool: rows whose tokens become masks again, none of `commit`; None: no rows."""
+    complete: Tensor | None = None
+    """(W,) bool: windows whose blocks need no further pass once they have no mask; None: no windows."""
 
 
 def decide(
@@ -164,7 +166,8 @@ def _by_rule(
     if token is not None:
         stats = _of_tokens(stats, chosen, logits, group.temperature)
     back = None if remask is None else grid.gather(remask, False)
-    return Decided(stats, errors, grid.gather(commit, False), chosen, back)
+    complete = None if decision.complete is None else decision.complete & (first < last)  # of this group
+    return Decided(stats, errors, grid.gather(commit, False), chosen, back, complete)
 
 
 def _allowed(
@@ -183,7 +186,7 @@ def _allowed(
     """
     if not isinstance(decision, Decision):
         raise ValueError(f"{type(rule).__name__}: decide: expected a Decision, got {type(decision).__name__}")
-    commit, token, edit, remask, _ = decision
+    commit, token, edit, remask, complete, _ = decision
     if commit is None:
         commit = where.by_policy(stats)
     expect(f"{type(rule).__name__}: commit", commit, where.masked)
@@ -198,9 +201,10 @@ def _allowed(
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
     commit |= where.must_move & ~(commit & where.masked).any(1, keepdim=True) & best
-    for name, cells in (("edit", edit), ("remask", remask)):
+    for name, cells in (("edit", edit), ("remask", remask), ("complete", complete)):
         if cells is not None:
-            expect(f"{type(rule).__name__}: {name}", cells, where.masked)
+            like = where.masked[:, 0] if name == "complete" else where.masked
+            expect(f"{type(rule).__name__}: {name}", cells, like)
             if not rule.edits:
                 raise ValueError(f"{type(rule).__name__}: {name}: expected None of a rule whose edits are 0")
     if remask is not None:

@@ -204,9 +204,10 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
                 f"with {type(model).__name__}: {schedule.in_which_parts}"
             )
         check_decodable("rule", rule.tokens, vocabulary(model), resolved.mask_id)
-        if rule.hidden and not isinstance(model, Model):
+        if (rule.hidden or rule.soft) and not isinstance(model, Model):
+            does = "reads hidden states" if rule.hidden else "makes soft tokens"
             raise ValueError(
-                f"rule: {type(rule).__name__} reads hidden states, which needs one of dparallel_ext.models "
+                f"rule: {type(rule).__name__} {does}, which needs one of dparallel_ext.models "
                 "(models.load, or models.wrap for a loaded Hugging Face model), "
                 f"got {type(model).__name__}"
             )

@@ -15,7 +15,7 @@ from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
 from .mistral import Ministral3, Mistral
-from .modules import Stream, Taps
+from .modules import Stream, Taps, soft_embeddings
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
@@ -79,6 +79,7 @@ __all__ = [
     "native",
     "own_precision",
     "save",
+    "soft_embeddings",
     "stored_traits",
     "traits",
     "unwrap",

@@ -121,6 +121,22 @@ class Stream(NamedTuple):
         return self.x if self.delta is None else self.x + self.delta
 
 
+def soft_embeddings(tokens: Tensor, mask: Tensor, share: Tensor) -> Tensor:
+    """Mixtures (N, width) of the embeddings `tokens` (N, width) and the mask token's, `mask` (1, width).
+
+    share: (N,) float32, the mask's share s of each: (1 - s) e + s m, as long as the mixture of the lengths,
+    (1 - s) |e| + s |m| (DMax, arXiv 2604.08302). A token whose share is 0 keeps its embedding.
+    """
+    e, m, s = tokens.float(), mask.float(), share[:, None]
+
+    def length(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+    mixed = (1 - s) * e + s * m
+    mixed = mixed * (((1 - s) * length(e) + s * length(m)) / (length(mixed) + 1e-6))
+    return torch.where(s > 0, mixed.to(tokens.dtype), tokens)
+
+
 def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
     """The stream's sum and the sum's norm, each (..., width); `norm` may be an adapter's module."""
     x, delta = stream

@@ -8,6 +8,7 @@ from .end_of_text import EndOfText
 from .leading import Leading
 from .learned import Learned
 from .protocol import Decision, Function, FunctionRule, Rule, Where
+from .soft import Soft
 from .spec import KINDS, ONE, Kind, describe, file_of, menu, parse
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Prophet",
     "Rule",
     "SchED",
+    "Soft",
     "Where",
     "describe",
     "file_of",

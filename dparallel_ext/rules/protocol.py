@@ -157,6 +157,9 @@ class Decision(NamedTuple):
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens become masks again, from left to right
     as long as they are fewer than the masks that the pass commits in the block, so that every pass leaves
     fewer masks. A pass over a block without a mask may remask any of its cells."""
+    complete: Tensor | None = None
+    """(W,) bool, for a rule that `edits`: windows whose block needs no further pass if this one leaves no
+    mask in it. None: a block needs further passes until one changes nothing."""
     impossible: Tensor | None = None
     """(W,) bool: windows without a possible decision: the error of a row that leaves no token to choose."""
 
@@ -177,6 +180,10 @@ class Rule:
     """0: committed tokens stay. N > 0: they may change, or become masks again, while their block is open; a
     block without a mask is complete once a pass changes nothing, or after N such passes. The rule then needs
     `reads` "block"."""
+    soft: bool = False
+    """Whether the model sees soft tokens, see `models.soft_embeddings`, in the cells that the rule reads: the
+    first tensor of its state, (lanes, columns) float32, is the mask's share of each cell's embedding, from 0,
+    the token as it is, to 1. Only models of `dparallel_ext.models` take them."""
     hidden: bool = False
     """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
     in_order: bool = False

@@ -17,6 +17,7 @@ from .filter_file import NAMED
 from .leading import Leading
 from .learned import Learned
 from .protocol import Function, Rule
+from .soft import Soft
 
 ONE = "one"
 """The name of the policy that commits one token a pass, the most confident."""
@@ -63,6 +64,12 @@ KINDS: dict[str, Kind] = {
         (("mask", float), ("edit", float), ("edits", int)),
         0,
         "may change decoded tokens while their block is open (LLaDA2.1)",
+    ),
+    "soft": Kind(
+        Soft,
+        (("threshold", float), ("accept", float), ("edits", int)),
+        0,
+        "keeps decoded tokens soft, and predicts them anew while their block is open (DMax)",
     ),
     "sched": Kind(
         SchED,

@@ -235,7 +235,14 @@ WAYS: dict[str, Way] = {
     "a function": decoded(of("llada_tiny_a"), rule=lambda stats, masked, step: stats.confidence > 0.02),
     **{
         rule: decoded(of("llada_tiny_a"), rule=rule, cache="dual", eos_id=5)
-        for rule in ("credit+entropy:3.5", "sched:0.4,0.1", "edit:0.03,0.05,4", "prophet:4", "eot:5")
+        for rule in (
+            "credit+entropy:3.5",
+            "sched:0.4,0.1",
+            "edit:0.03,0.05,4",
+            "soft:0.05,0.9,6",
+            "prophet:4",
+            "eot:5",
+        )
     },
     **{
         f"{selector}, a policy": decoded(of("llada_tiny_a"), selector=selector, threshold=0.05)

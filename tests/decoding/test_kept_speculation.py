@@ -75,6 +75,7 @@ def lost(made: list[Graphs]) -> list[str]:
         {"threshold": 2.0, "active_blocks": 3},
         {"rule": "credit+confidence:0.03", "active_blocks": 2},
         {"rule": "edit:0.03,0.05,4"},
+        {"rule": "soft:0.05,0.9,6"},
         {"threshold": 0.1, "suppress": [3, 77], "eos_id": 5, "temperature": 0.7},
         {"threshold": 4.0, "automaton": 3},
         {"threshold": 2.0, "cache": "block"},

@@ -109,6 +109,7 @@ class Told:
         {"threshold": 2.0, "active_blocks": 3},
         {"rule": "credit+confidence:0.03"},
         {"rule": "edit:0.03,0.05,4"},
+        {"rule": "soft:0.05,0.9,6"},
         {"rule": "prophet:6"},
         {"threshold": 2.0, "sub_block_length": 4},
     ],

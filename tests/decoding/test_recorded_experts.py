@@ -31,6 +31,7 @@ MIXTURES: list[tuple[str, dict[str, Any]]] = [
     ("lladamoe", {"cache": "dual", "draft_size": 3}),
     ("rnd1", {"cache": "dual", "threshold": 3.0}),
     ("llada2_moe", {"cache": "block", "rule": "edit:0.03,0.03"}),
+    ("llada2_moe", {"cache": "block", "rule": "soft:0.05,0.9,6"}),
     ("llada2_moe", {"cache": "block", "threshold": 3.0}),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"drafter": "ngram", "draft_size": 4}),

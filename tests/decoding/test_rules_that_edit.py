@@ -93,7 +93,8 @@ class Doubtful(Backtrack):
     also: bool = False
 
     def decide(self, stats: Any, where: Where, state: Any) -> Decision:
-        commit, _, _, back, _ = super().decide(stats, where, state)
+        decision = super().decide(stats, where, state)
+        commit, back = decision.commit, decision.remask
         assert commit is not None
         assert back is not None
         back = back & where.decoded & (commit.sum(1, keepdim=True) > 1)

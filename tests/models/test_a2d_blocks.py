@@ -191,6 +191,7 @@ def test_a_causal_class_with_its_traits_is_decoded_adaptively_alike(both: tuple[
     "way",
     [
         *({"rule": "edit:0.2,0.3,4"}, {"rule": "credit+entropy:3"}, {"rule": "sched:0.4,0.1", "steps": 48}),
+        {"rule": "soft:0.2,0.9,6"},
         *({"rule": "prophet:3"}, {"steps": 12}, {"threshold": 3.0, "active_blocks": 2}, {"draft_size": 2}),
         {"threshold": 4.0, "temperature": 0.8, "seed": 4, "top_p": 0.9},
     ],

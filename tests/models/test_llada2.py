@@ -53,8 +53,13 @@ def stored(model: LLaDA2, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def plain(w: dict[str, Tensor], x: Tensor, block: int = BLOCK, **changes: Any) -> Tensor:
-    """The logits (L, V) of one sequence x (L,), from the tensors of a file in float64."""
+def plain(
+    w: dict[str, Tensor], x: Tensor, block: int = BLOCK, soft: Tensor | None = None, **changes: Any
+) -> Tensor:
+    """The logits (L, V) of one sequence x (L,), from the tensors of a file in float64.
+
+    soft: embeddings (S, D) of its last S tokens, in place of theirs.
+    """
     c = {**CONFIG, **changes}
     heads, size = c["num_attention_heads"], c["head_dim"]
     kv_heads, turned = c["num_key_value_heads"] or heads, int(size * c["partial_rotary_factor"])
@@ -97,6 +102,8 @@ def plain(w: dict[str, Tensor], x: Tensor, block: int = BLOCK, **changes: Any) -
         return mixed + mlp(y, name + ".shared_experts") if c["num_shared_experts"] else mixed
 
     y = w["model.word_embeddings.weight"][x]
+    if soft is not None:
+        y = torch.cat((y[: len(y) - len(soft)], soft))
     for layer in range(c["num_hidden_layers"]):
         name = f"model.layers.{layer}."
         z = product(norm(y, name + "input_layernorm"), name + "attention.query_key_value")
@@ -202,6 +209,65 @@ def test_tokens_and_passes_are_those_of_the_published_loop(tmp_path: Path) -> No
                 assert int(out.nfe) == passes
             changed += threshold == 0.3 and tokens != unedited
     assert changed > 2
+
+
+def published_soft(
+    w: dict[str, Tensor], prompt: Tensor, gen_length: int, threshold: float, accept: float
+) -> tuple[list[int], int]:
+    """DMax's loop for one sequence, `decode_uniform` in its dInfer: its tokens, and passes over blocks.
+
+    As ever here, the mask token is not decoded.
+    """
+    embeddings, length, passes = w["model.word_embeddings.weight"], len(prompt), 0
+    end = -(-(length + gen_length) // BLOCK) * BLOCK
+    x = torch.cat((prompt, torch.full((end - length,), MASK)))
+    for first in range(length // BLOCK * BLOCK, end, BLOCK):
+        block = x[first : first + BLOCK]
+        active, soft = block == MASK, embeddings[block]
+        for _ in range(BLOCK):
+            logits = plain(w, x[: first + BLOCK], soft=soft)[first:]
+            passes += 1
+            share = logits.softmax(-1)
+            logits[:, MASK] = -torch.inf
+            token = logits.argmax(-1)
+            sure = share.gather(1, token[:, None])[:, 0]
+            masked, before = block == MASK, block.clone()
+            for at in range(BLOCK):
+                if active[at] and not masked[at]:
+                    block[at] = token[at]
+            for at in masked.nonzero()[:, 0].tolist():
+                leftmost = at == masked.nonzero()[0, 0]
+                if sure[at] < threshold and not leftmost:
+                    break
+                block[at] = token[at]
+                if sure[at] < threshold:
+                    break
+            if (sure[active] >= accept).all() or torch.equal(block, before):
+                break
+            for at in (active & (block != MASK)).nonzero()[:, 0].tolist():
+                p, of_token, of_mask = sure[at], embeddings[token[at]], embeddings[MASK]
+                mixed = p * of_token + (1 - p) * of_mask
+                norm = p * of_token.norm() + (1 - p) * of_mask.norm()
+                soft[at] = mixed * norm / (mixed.norm() + 1e-6)
+    return x[length:].tolist(), passes
+
+
+@torch.no_grad()
+def test_soft_tokens_are_those_of_the_published_loop(tmp_path: Path) -> None:
+    model, changed = model_of(), 0
+    weights = {name: tensor.double() for name, tensor in stored(model, tmp_path).items()}
+    for case in range(4):
+        prompt = ids(3 + 7 * case, seed=case)
+        for threshold, accept in ((0.15, 0.2), (0.3, 0.3), (0.0, 0.9)):
+            tokens, passes = published_soft(weights, prompt, 14, threshold, accept)
+            rule = f"soft:{threshold},{accept},{BLOCK}"
+            for cache in ("none", "block"):
+                out = dx.decode(model, prompt, gen_length=14, cache=cache, rule=rule)
+                assert out.responses[0].tolist() == tokens, (case, threshold, accept, cache)
+                assert int(out.nfe) == passes
+            plainly = dx.decode(model, prompt, gen_length=14, cache="block", threshold=threshold)
+            changed += plainly.responses[0].tolist() != tokens
+    assert changed > 4
 
 
 @torch.no_grad()
