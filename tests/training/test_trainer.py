@@ -14,7 +14,8 @@ import run_trainer
 import torch
 import yaml
 from conftest import ROOT, golden
-from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer, plain_head
+from dparallel.training.heads import plain_head
+from dparallel.training.trainer import CertaintyForcingArguments, CertaintyForcingTrainer
 from dparallel.training.trajectories import Collator
 from safetensors.torch import load_file
 from torch import Tensor, nn

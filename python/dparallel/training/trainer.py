@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from dparallel_ext.arguments import check_fields, is_number, number, one_of, war
 from dparallel_ext.models import Model
 from dparallel_ext.ops.certainty_forcing_loss import check_temperature
 
+from .heads import forward_of, plain_head
 from .trajectories import Collator
 
 
@@ -420,28 +420,3 @@ def default_collator(model: nn.Module) -> Collator:
 def by_view(values: Tensor) -> Tensor:
     """The sums (2,) over the first and the second half of the rows (2B, T)."""
     return values.view(2, -1).sum(1, dtype=values.dtype if values.is_floating_point() else torch.float64)
-
-
-def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output embedding, if its output are the logits without further changes; else None."""
-    if isinstance(model, Model):
-        head: Any = model.lm_head
-        unscaled = model.shape.logit_scale == 1.0
-    else:
-        get = getattr(model, "get_output_embeddings", None)
-        head, config = get() if get is not None else None, getattr(model, "config", None)
-        unscaled = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
-    return head if unscaled and type(head) is nn.Linear and head.bias is None else None
-
-
-@contextmanager
-def forward_of(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A context in which `module` computes `function`; its hooks stay."""
-    if module is None:
-        yield
-        return
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
