@@ -71,6 +71,7 @@ def run(
         "optim": "sgd",
         "max_grad_norm": 1e9,
         "block_length": 4,
+        "on_policy": 0.3,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],

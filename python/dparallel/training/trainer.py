@@ -14,6 +14,9 @@ The objectives of the paper's ablation are special cases:
     confidence-aware (CAP)   temperature=1, as LLaDA2.0 (arXiv 2512.15745)
     no semi-autoregression   block_length=None: the whole response is one block (Dream as published)
     mask ratios              mask_ratio=0.25, 0.75, 1; (0, 1) is random
+
+With `on_policy` some states hold the model's own predictions in place of masks, so that it learns to correct
+itself: On-Policy Uniform Training of DMax (arXiv 2604.08302), whose decoding is the rule "soft".
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import dparallel_ext as dx
 from dparallel_ext.arguments import check_fields, is_number, number, one_of, warn, whole
 from dparallel_ext.models import Model
 from dparallel_ext.ops.certainty_forcing_loss import check_temperature
+from dparallel_ext.ops.head import chunks, rows_of_chunk
 
 from .heads import forward_of, plain_head
 from .trajectories import Collator
@@ -56,6 +60,9 @@ class CertaintyForcingArguments(TrainingArguments):
     mask_ratio: Any = 0.5
     """The probability that a token of the active block is masked; or [low, high]: drawn uniformly for each
     row, then cut to 1, so that a high above 1 gives a share of fully masked blocks."""
+    on_policy: float = 0.0
+    """The probability that in a row's states the masks of the active block hold what the model predicts there
+    by the weights of the step. Of such a state the whole block is active, since any token may be wrong."""
     remove_unused_columns: bool = False
     """It must stay False: the collator needs the columns."""
 
@@ -66,6 +73,7 @@ class CertaintyForcingArguments(TrainingArguments):
             raise ValueError(f"mask_ratio: expected 0 <= low <= 1 and low <= high, got {self.mask_ratio!r}")
         check_fields(self, ("entropy_weight", "ce_weight", "temperature"), number)
         check_temperature("temperature", self.temperature)
+        self.on_policy = number("on_policy", self.on_policy, 0, 1)
         check_fields(self, ("per_device_train_batch_size", "gradient_accumulation_steps"), whole, 1)
         if self.block_length is not None:
             check_fields(self, ("block_length",), whole, 1)
@@ -172,6 +180,8 @@ class CertaintyForcingTrainer(Trainer):
         views = [self.views(batch, self.state.global_step) for batch in batches]
         if views:
             self.leave_out_repeated(views[-1])
+        for view in views:
+            self.fill(self.model_wrapped, view)
         counts = torch.zeros(2, dtype=torch.float64)
         for view in views:
             counts += by_view(view["active"])
@@ -205,6 +215,8 @@ class CertaintyForcingTrainer(Trainer):
         low, high = ratio_bounds(self.args.mask_ratio)
         generators = [torch.Generator().manual_seed(self._key(step, int(i))) for i in batch["index"]]
         ratio = [low + (high - low) * float(torch.rand((), generator=g)) for g in generators]
+        share = self.args.on_policy
+        own = [share > 0 and float(torch.rand((), generator=g)) < share for g in generators]
         assert self.traits.mask_id is not None
         pair = dx.semi_autoregressive_masks(
             ids,
@@ -216,14 +228,19 @@ class CertaintyForcingTrainer(Trainer):
             lengths=lengths,
             generator=generators,
         )
+        masked = torch.cat((pair.active, pair.reverse_active))
+        filled = torch.tensor(own, dtype=torch.bool).repeat(2)[:, None]
+        whole_block = torch.cat((pair.active | pair.reverse_active,) * 2)
         stacked: dict[str, Any] = {
             "input_ids": torch.cat((pair.input_ids, pair.reverse_input_ids)),
             "labels": torch.cat((ids, ids)),
-            "active": torch.cat((pair.active, pair.reverse_active)),
+            "active": torch.where(filled, whole_block, masked),
+            "filled": masked & filled,
             "seed": self._key(step, -1 - int(batch["index"][0])),  # of no row's masks
         }
         if self.traits.shift:
-            stacked["active"][:, :1] = False  # no row of logits comes before a sequence's first token
+            for name in ("active", "filled"):  # no row of logits comes before a sequence's first token
+                stacked[name][:, :1] = False
         if len(lengths) and int(lengths.min()) < ids.shape[1]:
             if not self.takes_attention_mask:
                 raise ValueError(
@@ -233,6 +250,42 @@ class CertaintyForcingTrainer(Trainer):
             seen = torch.arange(ids.shape[1]) < lengths[:, None]
             stacked["attention_mask"] = torch.cat((seen, seen))
         return stacked
+
+    def fill(self, model: nn.Module, view: dict[str, Any]) -> None:
+        """Put the model's predictions into the view's states, in place of the masks that are to be filled.
+
+        Every process computes as many passes.
+        """
+        if not self.args.on_policy:
+            return
+        inputs = self._prepare_inputs(view)
+        filled, training = inputs["filled"], model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            tokens = self.predictions(model, inputs, filled)
+        model.train(training)
+        view["input_ids"] = torch.where(filled, tokens, inputs["input_ids"])
+
+    def predictions(self, model: nn.Module, inputs: Mapping[str, Any], at: Tensor) -> Tensor:
+        """(2B, T) int64: the most probable token but the mask token in each place of `at` (2B, T) bool."""
+        shift, mask_id = self.traits.shift, self.traits.mask_id
+        rows = torch.cat((at[:, 1:], at[:, :1]), 1) if shift else at  # where the logits for these places are
+
+        def of_hidden(hidden: Tensor) -> Tensor:
+            assert self.lm_head is not None
+            weight, tokens = self.lm_head.weight, rows.long().flatten()
+            states = hidden.to(weight.dtype).flatten(0, 1)
+            for some, _, logits in chunks(states, weight, rows.flatten(), 0.0, rows_of_chunk(None, weight)):
+                logits[:, mask_id] = -torch.inf
+                tokens[some] = logits.argmax(-1)
+            return tokens.view(rows.shape)
+
+        with forward_of(self.lm_head, of_hidden):
+            tokens = model(**self._arguments(inputs)).logits
+        if tokens.ndim == 3:  # logits: the model has no plain head
+            tokens[..., mask_id] = -torch.inf
+            tokens = tokens.argmax(-1)
+        return torch.cat((tokens[:, :1], tokens[:, :-1]), 1) if shift else tokens
 
     def _key(self, step: int, index: int) -> int:
         """A generator's seed, from the run's seed, the step and the row."""
@@ -288,12 +341,11 @@ class CertaintyForcingTrainer(Trainer):
             )
             return torch.stack((out.nll, out.entropy, out.correct.to(out.nll.dtype)), -1)
 
-        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         device = self.args.device
         forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
         with forward_of(self.lm_head, of_hidden), forked:
             torch.manual_seed(inputs["seed"])
-            logits = model(**arguments).logits
+            logits = model(**self._arguments(inputs)).logits
         if replaced:
             nll, entropy, right = logits.unbind(-1)
             correct = right.bool()
@@ -302,6 +354,11 @@ class CertaintyForcingTrainer(Trainer):
                 logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
             _, nll, entropy, correct = dx.certainty_forcing_loss(logits, labels, active, **settings)
         return nll, entropy, correct if self.args.gate == "correct" else active, correct
+
+    @staticmethod
+    def _arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's arguments among a view's tensors."""
+        return {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
 
     # --- other methods of Trainer ---------------------------------------------------------------
 
@@ -329,7 +386,9 @@ class CertaintyForcingTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Adds the rows' sums to those of the evaluation; the loss that it returns counts for nothing."""
-        views = self._prepare_inputs(self.views(inputs, -1))
+        views = self.views(inputs, -1)
+        self.fill(model, views)
+        views = self._prepare_inputs(views)
         with torch.no_grad(), self.compute_loss_context_manager():
             nll, entropy, gated, _correct = self.rows(model, views)
         of_row = torch.stack((nll, entropy * gated, views["active"], gated)).double().sum(-1)  # (4, 2B)
