@@ -80,9 +80,12 @@ def check_fields(
     instance: object, names: Iterable[str], check: Callable[..., int | float], *bounds: int | float
 ) -> None:
     """Check fields of a dataclass, frozen or not, by `whole` or `number`, and keep what these return: a
-    tensor would make equal objects' hashes differ, and could change later."""
+    tensor would make equal objects' hashes differ, and could change later. A field may be None if that is
+    its default."""
     for name in names:
-        object.__setattr__(instance, name, check(name, getattr(instance, name), *bounds))
+        value, default = getattr(instance, name), getattr(type(instance), name, ...)
+        if value is not None or default is not None:
+            object.__setattr__(instance, name, check(name, value, *bounds))
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import instance, shown, whole
+from ..arguments import check_fields, instance, shown, whole
 from . import files
 from .rope import QueryScaling, RopeScaling
 
@@ -189,9 +189,7 @@ class Traits:
         for name in ("shift", "causal", "block_causal_too", "aligned_blocks", "onward"):
             instance(name, getattr(self, name), bool)
         instance("strict", self.strict, frozenset)
-        for name in ("block_length", "sub_block_length", "window"):
-            if (size := getattr(self, name)) is not None:
-                object.__setattr__(self, name, whole(name, size, 1))
+        check_fields(self, ("block_length", "sub_block_length", "window"), whole, 1)
         for name in ("causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
             if self.window is not None and (value := getattr(self, name)):
                 raise ValueError(

@@ -82,9 +82,8 @@ class TuneSettings:
     def __post_init__(self) -> None:
         check_fields(self, ("problems", "batch", "repeats"), whole, 1)
         check_fields(self, ("tolerance",), number)
-        for name, least in (("gen_length", 2), ("context", 1)):
-            if getattr(self, name) is not None:
-                check_fields(self, (name,), whole, least)
+        check_fields(self, ("gen_length",), whole, 2)
+        check_fields(self, ("context",), whole, 1)
 
 
 class Work(NamedTuple):

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dparallel_ext.arguments import whole
+from dparallel_ext.arguments import check_fields, whole
 
 from .. import files
 from .protocol import MOST_PROMPTS
@@ -49,16 +49,10 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not all(key.strip() for key in self.keys):
             raise ValueError("api_key: expected a key, got an empty one")
-        bounds = {
-            "max_length": (1, 2**20),
-            "max_choices": (1, MOST_PROMPTS),
-            "max_body": (1, 2**31),
-            "max_connections": (2, 2**20),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None:
-                whole(name, value, low, high)
+        check_fields(self, ("max_length",), whole, 1, 2**20)
+        check_fields(self, ("max_choices",), whole, 1, MOST_PROMPTS)
+        check_fields(self, ("max_body",), whole, 1, 2**31)
+        check_fields(self, ("max_connections",), whole, 2, 2**20)
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
         for origin in self.cors_origins:

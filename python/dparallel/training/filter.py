@@ -50,10 +50,8 @@ class FilterSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, ("steps",), whole, 1)
+        check_fields(self, ("steps", "hidden"), whole, 1)
         check_fields(self, ("seed",), whole, 0)
-        if self.hidden is not None:
-            check_fields(self, ("hidden",), whole, 1)
         shares = ("tau", "held_out", "lr")
         check_fields(self, shares, number)
         for name in shares:

@@ -416,9 +416,7 @@ class Collator:
     block_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("total_length", "response_length"):
-            if getattr(self, name) is not None:
-                check_fields(self, (name,), whole, 1)
+        check_fields(self, ("total_length", "response_length"), whole, 1)
         if self.total_length is not None and self.response_length is not None:
             raise ValueError(
                 f"total_length, response_length: expected one of them, got {self.total_length} and "

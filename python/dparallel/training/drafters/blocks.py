@@ -57,8 +57,7 @@ class BlockSettings(DrafterSettings):
             ("mlp_width", 1, MLP_WIDTH.most),
             ("mask_id", 0, VOCABULARY.most),
         ):
-            if getattr(self, name) is not None:
-                check_fields(self, (name,), whole, least, int(most))
+            check_fields(self, (name,), whole, least, int(most))
 
 
 class Blocks(Trainee):

@@ -75,8 +75,7 @@ class TransferSettings(RiderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is not None:
-            check_fields(self, ("layer",), whole, 1)
+        check_fields(self, ("layer",), whole, 1)
 
 
 @dataclass(frozen=True)
