@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -408,7 +408,7 @@ def _stored(
     """The tensors in the files; `opened` closes the files."""
     seen: dict[str, Path] = {}
     for file, index in shards.items():
-        with _readable(file):
+        with files.readable(file):
             files.refuse_pointer(file)
             shard = opened.enter_context(safe_open(file, framework="pt", device=device))
             for name in shard.keys():  # noqa: SIM118 (no mapping)
@@ -427,18 +427,9 @@ def _stored(
 
 def fetch(file: Path, shard: Any, name: str) -> Tensor:
     """A tensor of an open safetensors file. Raises ValueError naming the file if it cannot be read."""
-    with _readable(file):
+    with files.readable(file):
         tensor: Tensor = shard.get_tensor(name)
     return tensor
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """A context that turns errors of safetensors and the system into a ValueError that names the file."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
 
 
 def _same(tensor: Tensor) -> Tensor:

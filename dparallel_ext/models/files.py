@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..arguments import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -176,6 +178,16 @@ def refuse_pointer(file: Path) -> None:
         raise ValueError(f"path: {file} cannot be read: {error.strerror}") from error
     if start == b"version https://git-lfs.github.com/spec/v1":
         raise ValueError(f"path: {file} is a Git LFS pointer; `git lfs pull` fetches the file itself")
+
+
+@contextmanager
+def readable(file: Path, argument: str = "path") -> Iterator[None]:
+    """A context that turns errors of safetensors and the system into a ValueError that names argument and
+    file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{argument}: {file} is not a readable safetensors file: {error}") from error
 
 
 def special_tokens(directory: Path) -> dict[str, str]:

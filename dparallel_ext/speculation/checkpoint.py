@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -108,13 +108,10 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         hint = f"; {others[0]} is not read, safetensors.torch.save_file writes its tensors" if others else ""
         raise FileNotFoundError(f"path: no file {file!s:.200}{hint}")
     files.refuse_pointer(file)
-    try:
-        # Tensors made outside inference mode can be trained or copied anywhere.
-        with torch.inference_mode(False), safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {file} is not a readable safetensors file: {error}") from error
+    # Tensors made outside inference mode can be trained or copied anywhere.
+    with files.readable(file), torch.inference_mode(False), safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     if is_file:
         config = _of_metadata(file, metadata, METADATA)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
+from dparallel_ext.models import files as checkpoints
 from dparallel_ext.speculation.checkpoint import OURS
 
 from .. import files, registry
@@ -127,7 +128,7 @@ def merge(
 def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
     """The `LoraConfig` and the tensors in an adapter's directory. Raises as `merge`."""
     from peft import LoraConfig
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for file in FILES:
         if not (adapter / file).is_file():
@@ -145,12 +146,9 @@ def _read(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
             "models.save writes it"
         )
     weights = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(weights, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"adapter: {weights} is not a readable safetensors file: {error}") from error
+    with checkpoints.readable(weights, "adapter"), safe_open(weights, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     if OURS in metadata:
         raise ValueError(
             f"adapter: {adapter} is a drafter, whose weights take part in drafts alone; --drafter takes it"

@@ -12,12 +12,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.models import files as checkpoints
 
 from ... import files
 from ...problems import Prompt, read_prompts
@@ -128,12 +129,9 @@ def _read_answers(file: Path, content: str) -> list[Answer] | None:
     """The answers in a file; None if it does not exist. Raises ValueError for a file of another run."""
     if not file.exists():
         return None
-    try:
-        with safe_open(file, framework="pt") as opened:
-            identity = (opened.metadata() or {}).get("of")
-            ids, prompt, length = (opened.get_tensor(name) for name in ("ids", "prompt", "length"))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"out: {file} is not a readable file of answers: {error}") from error
+    with checkpoints.readable(file, "out"), safe_open(file, framework="pt") as opened:
+        identity = (opened.metadata() or {}).get("of")
+        ids, prompt, length = (opened.get_tensor(name) for name in ("ids", "prompt", "length"))
     if identity != content:
         raise ValueError(f"out: {file} holds answers of another run: {identity}, expected {content}")
     return list(zip(ids.long().split(length.tolist()), prompt.tolist(), strict=True))
