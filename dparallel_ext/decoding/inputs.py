@@ -51,19 +51,9 @@ class GraphKey(NamedTuple):
     groups: tuple[SamplingGroup, ...]
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """It as a key of recordings, which may hold no tensors."""
-        return (*self[:-1], tuple(group.key for group in self.groups))
-
-    @property
     def recorded(self) -> bool:
         """Whether the launches can be recorded."""
         return all(group.rule is None or group.rule.recorded for group in self.groups)
-
-    @property
-    def rows(self) -> int:
-        """Packed tokens that the pass computes."""
-        return self.shapes[0][0]
 
 
 class InputPacker:

@@ -22,7 +22,7 @@ from ..rules import Rule
 from ..rules.protocol import state_of
 from ..types import CommitOutput
 from . import padding
-from .graphs import run_pass
+from .graphs import recorded_key, run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
 from .sampler import Decided, Predicted, decide
 from .schedule import Schedule
@@ -114,8 +114,8 @@ class Runner:
         ready = next((each for each in prepared if each.inputs_key == inputs_key), None)
         inputs, key = self.packer.pack(sequences, work) if ready is None else (ready.inputs, ready.key)
         compute = functools.partial(self._compute, key, work)
-        may = key.rows <= self.recorded_rows and key.recorded
-        device, graph_key = self.tokens.device, key.key if may else None
+        device = self.tokens.device
+        graph_key = recorded_key(key, self.recorded_rows) if key.recorded else None
         held = key, self.lane  # recordings outlive this runner
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=held)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import shown
 from ..automaton import Automaton
 from ..cache import AttentionMetadata, KVCache
-from ..decoding.graphs import run_pass
+from ..decoding.graphs import recorded_key, run_pass
 from ..decoding.padding import recorded_rows, row_padding
 from ..decoding.sequence import SamplingGroup
 from ..decoding.workspace import graphs_on
@@ -178,10 +178,6 @@ class DraftKey(NamedTuple):
     """Further numbers that the drafter's `_compute` reads."""
     groups: tuple[SamplingGroup, ...]
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:-1], tuple(group.key for group in self.groups))
-
     def suppressed(self, vocabulary: int) -> dict[int, Tensor]:
         """The number of each group that suppresses ids -> (vocabulary,) bool: which. Part of the pass."""
         return {
@@ -233,8 +229,8 @@ class RecordedSession(DraftSession):
         if device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
         compute = functools.partial(self._compute, key)
-        few = key.shapes[0][0] <= self._recorded_rows
-        return run_pass(self.graphs, key.key if few else None, inputs, compute, device=device, held=key)
+        graph_key = recorded_key(key, self._recorded_rows)
+        return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """The work of a pass on the device, which may be recorded."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..automaton import NOWHERE, Automaton
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
-from ..decoding.graphs import run_pass
+from ..decoding.graphs import recorded_key, run_pass
 from ..decoding.sequence import SamplingGroup
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
@@ -52,10 +52,6 @@ class PassKey(NamedTuple):
     automata: tuple[Automaton, ...]
     """The forms of some lanes' responses."""
     groups: tuple[SamplingGroup, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (*self[:-1], tuple(group.key for group in self.groups))
 
 
 class Emitted(NamedTuple):
@@ -244,9 +240,8 @@ class CausalRunner:
             self.graphs.drop_stale(self.model.addresses(), *of_drafter)
         inputs, key = self._inputs(sequences, drafts, tree, coming)
         compute = functools.partial(self._compute, key)
-        few = key.shapes[0][0] <= self._recorded_rows
-        device, graph_key = self.device, key.key if few else None
-        result = run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
+        graph_key = recorded_key(key, self._recorded_rows)
+        result = run_pass(self.graphs, graph_key, inputs, compute, device=self.device, held=key)
         there = None
         if self.device.type == "cuda":
             # Copied now, into pinned memory: a copy issued later would wait for later passes.
