@@ -41,21 +41,17 @@ class Model(Expected):
 
     NAMES: ClassVar[Mapping[str, str]]
     """Our name of a module -> the checkpoint's; `{}` stands for the layer."""
-    shift: ClassVar[bool] = False
-    """The logits for position p are produced at position max(p - 1, 0)."""
-    causal: ClassVar[bool] = False
-    """Position p sees the positions up to p, and its logits are for position p + 1."""
-    strict: ClassVar[frozenset[str]] = frozenset()
-    """Selectors whose threshold this family's published decoder compares strictly (p > tau, not p >= tau)."""
-    sub_block_length: ClassVar[int | None] = None
-    """The part of a block that this family's published decoder fills at a time; None: all of it."""
     published_mask_id: ClassVar[int | None] = None
     """The mask token of this family's released checkpoints, used if a config names none."""
+    shift: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    strict: ClassVar[frozenset[str]] = frozenset()
+    sub_block_length: ClassVar[int | None] = None
     block_causal_too: ClassVar[bool] = False
     aligned_blocks: ClassVar[bool] = True
     onward: ClassVar[bool] = False
     window: int | None = None
-    """See `Traits`; the family's, unless the config says another."""
+    """The family's traits, see `Traits`; a config may say another window."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
 
