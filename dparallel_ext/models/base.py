@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,7 @@ from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, config_ids
 from .expected import Expected
 from .fp8 import Fp8Linear
-from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, norm_of_sum, rotate
+from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, attention, norm_of_sum, rotate
 
 
 class Model(Expected):
@@ -188,12 +187,7 @@ class Model(Expected):
             q, k = (rotate(t.to(rope_dtype), cos, sin).to(v.dtype) for t in (q, k))
             if query_scale is not None:
                 q = q * query_scale[:, None, None].to(q.dtype)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            grouped = s.kv_heads != s.heads
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=triangle, enable_gqa=grouped
-            )
-            return y.transpose(1, 2)
+            return attention(q, k, v, visible, causal=triangle)
 
         checkpointing = self.checkpointing if self.training else None
         if checkpointing and checkpointing["use_reentrant"] and torch.is_grad_enabled():

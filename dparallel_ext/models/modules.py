@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -172,6 +173,18 @@ class Taps(dict[int, Tensor]):
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries (..., heads, D), keys and values (..., kv_heads, D), before RoPE -> (..., heads, D)."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, causal: bool = False) -> Tensor:
+    """Attention (B, N, heads, D) of q (B, N, heads, D) to k and v (B, M, kv_heads, D), after RoPE.
+
+    visible: bool, to broadcast to (B, heads, N, M); None: each row sees all of them, or if `causal` those up
+    to itself.
+    """
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 class HeadNorms(NamedTuple):

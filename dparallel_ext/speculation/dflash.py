@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import instance
@@ -35,7 +34,7 @@ from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
-from ..models.modules import Block, RMSNorm, Stream, norm_of_sum, rotate, shapes_only
+from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
 from .blocks import BlockSession, Chains
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
@@ -149,17 +148,13 @@ class DraftModel(nn.Module):
         length = feature.shape[1]
         of_rows = [t[positions][:, :, None] for t in (cos, sin)]  # (B, M, 1, head_dim / 2)
         of_context = [t[:length, None] for t in (cos, sin)]  # (L, 1, head_dim / 2)
-        s = self.options.shape
         for layer, block in enumerate(self.layers):
             known = self.context(layer, feature)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, known: tuple[Tensor, Tensor] = known) -> Tensor:
                 k = torch.cat((rotate(known[0], *of_context), rotate(k, *of_rows)), 1).to(v.dtype)
                 q, v = rotate(q, *of_rows).to(v.dtype), torch.cat((known[1], v), 1)
-                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-                grouped = s.heads != s.kv_heads
-                y = F.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=grouped)
-                return y.transpose(1, 2)
+                return attention(q, k, v, visible[:, None])
 
             x = block(x, attend)
         return self.norm(x)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.models import IDLM, rope
-from dparallel_ext.models.modules import rotate
+from dparallel_ext.models.modules import attention, rotate
 from dparallel_ext.speculation import HiddenTransfer, PromptTokens, RiderDrafter, StridedDrafter, strided
 from dparallel_ext.speculation.adapter import Adapter, LowRank
 from dparallel_ext.speculation.checkpoint import ADAPTER_FILES, DraftCheckpoint
@@ -274,15 +274,6 @@ def logits_of(riders: Riders, model: models.Model, placed: PlacedAnswers) -> tup
     return student, teacher, true
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention (B, N, heads, D) of q (B, N, heads, D) to k and v (B, M, kv_heads, D), after RoPE. visible:
-    None: causal."""
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
-
-
 def context_of(
     model: models.Model, ids: Tensor, layer: int, cos: Tensor, sin: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
@@ -294,7 +285,7 @@ def context_of(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = (rotate(t.to(turn[0].dtype), *turn).to(v.dtype) for t in (q, k))
         known.append((k, v))
-        return attention(q, k, v, None)
+        return attention(q, k, v, None, causal=True)
 
     x = stream = model.embed(ids)
     for index, block in enumerate(model.blocks):
