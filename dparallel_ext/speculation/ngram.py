@@ -17,32 +17,30 @@ from .drafter import DraftSession, Lane
 
 class NGram:
     """Prompt lookup decoding: drafts the tokens that followed the latest earlier occurrence of the last
-    `longest` tokens; if there is none, of the last `longest` - 1 tokens, and so on down to `shortest`.
+    `longest` tokens; if there is none, of the last `longest` - 1 tokens, and so on.
 
     most: the most tokens of a draft.
     """
 
     apart: Literal[True] = True
 
-    def __init__(self, longest: int = 3, *, shortest: int = 1, most: int = 16) -> None:
+    def __init__(self, longest: int = 3, *, most: int = 16) -> None:
         self.longest = whole("longest", longest, 1)
-        self.shortest = whole("shortest", shortest, 1, self.longest)
         self.most = whole("most", most, 1)
 
     def __repr__(self) -> str:
-        return f"NGram({self.longest}, shortest={self.shortest}, most={self.most})"
+        return f"NGram({self.longest}, most={self.most})"
 
     def check(self, model: Model) -> None:
         """Do nothing: it goes with every model."""
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
-        return _Session(self, lanes)
+        return _Session(self.longest, lanes)
 
 
 class _Session(DraftSession):
-    def __init__(self, drafter: NGram, lanes: int) -> None:
-        self._drafter = drafter
-        self._sizes = range(drafter.longest, drafter.shortest - 1, -1)
+    def __init__(self, longest: int, lanes: int) -> None:
+        self._sizes = range(longest, 0, -1)
         self._ids: list[list[int]] = [[] for _ in range(lanes)]
         """For each lane, the tokens that are indexed."""
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(lanes)]
