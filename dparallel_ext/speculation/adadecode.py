@@ -258,8 +258,7 @@ class _Session(RecordedSession):
         read = self._put_sources(packing, source)
         packing.padded(keys, 0, read, 3)
         packing.padded(numbers, 0, read)
-        inputs, shapes = packing.pack()
-        result = self._run_pass(DraftKey(shapes, (max_q_len, max_kv_len, head), groups), inputs)
+        result = self._run_pass(packing, (max_q_len, max_kv_len, head), groups)
         guesses = iter(result.tolist())  # waits for the device
         return [None if queue.full or (guess := next(guesses)) < 0 else guess for queue in queues]
 

@@ -115,8 +115,7 @@ class AdaptiveSession(RecordedSession):
         for group in range(len(groups)):
             at = [place for place, number in enumerate(numbers) if number == group]
             packing.padded(at, at[0], self._padded(len(at)))
-        inputs, shapes = packing.pack()
-        return self._run_pass(DraftKey(shapes, longest, groups), inputs)[:, : len(places)].cpu()
+        return self._run_pass(packing, longest, groups)[:, : len(places)].cpu()
 
     def _padded(self, count: int) -> int:
         """The number that a number of places is padded to: no more than either model has rows of logits."""

@@ -223,9 +223,12 @@ class RecordedSession(DraftSession):
         packing.padded(source, 0, count)
         return count
 
-    def _run_pass(self, key: DraftKey, inputs: Tensor) -> Tensor:
-        """The result of a pass; inputs: (n,) int64 on the CPU, as `_compute` reads them."""
-        device = self.model.device
+    def _run_pass(
+        self, packing: Packing, numbers: tuple[int, ...], groups: tuple[SamplingGroup, ...]
+    ) -> Tensor:
+        """The result of a pass with these inputs. numbers, groups: see `DraftKey`."""
+        inputs, shapes = packing.pack()
+        key, device = DraftKey(shapes, numbers, groups), self.model.device
         if device.type == "cuda":
             inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
         compute = functools.partial(self._compute, key)

@@ -349,8 +349,7 @@ class _Session(RecordedSession):
             repeated = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
             packing.padded(repeated, -1, end)
             order = list(range(len(source)))
-        inputs, shapes = packing.pack()
-        best = self._run_pass(DraftKey(shapes, (about, *bounds), groups), inputs)
+        best = self._run_pass(packing, (about, *bounds), groups)
         for lane in lanes:
             self._computed[lane.lane] = len(lane.tokens) - 1
         tokens, bits = best.cpu()[:, order].flatten(1)

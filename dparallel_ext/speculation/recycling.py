@@ -90,8 +90,7 @@ class _Session(RecordedSession):
         count = len(lanes) if self._pad_to is None else self._pad_to(len(lanes))
         packing.padded([int(lane.tokens[-1]) for lane in lanes], -1, count)
         packing.padded(numbers, -1, count)
-        inputs, shapes = packing.pack()
-        trees = self._run_pass(DraftKey(shapes, (), groups), inputs).tolist()
+        trees = self._run_pass(packing, (), groups).tolist()
         return [self._draft(tree, size) for tree, size in zip(trees, sizes, strict=False)]
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
