@@ -6,11 +6,11 @@
 from .adadecode import AdaDecode
 from .adaptive import AdaptiveBatch, AdaptiveOutput, adaptive_decode
 from .batch import CausalBatch
-from .ddtree import SelfTrees, TreeDrafter
+from .ddtree import TreeDrafter
 from .dflash import BlockDrafter, DraftModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, Observation
-from .eagle import EagleDrafter, EagleTrees
+from .eagle import EagleDrafter
 from .hidden_transfer import HiddenTransfer
 from .jump_forward import JumpForward
 from .loading import NAMED, drafter_of, load
@@ -36,7 +36,6 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "EagleDrafter",
-    "EagleTrees",
     "Fixed",
     "HiddenTransfer",
     "JumpForward",
@@ -49,7 +48,6 @@ __all__ = [
     "Recycling",
     "RiderDrafter",
     "SelfDrafter",
-    "SelfTrees",
     "Sizer",
     "SpeculateOutput",
     "StridedDrafter",

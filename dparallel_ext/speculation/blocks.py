@@ -6,7 +6,7 @@ tokens there, whatever stands in front, make a chain or a tree (`ddtree`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence import grouped
 from ..models import Model, own_precision
 from ..ops import row_topk
+from ..ops.row_topk import MOST
 from ..packed import Packing, bits_of, floats_of, unpack
 from .draft import Draft
-from .drafter import DraftKey, Lane, RecordedSession
+from .drafter import Drafter, DraftKey, Lane, RecordedSession
 
 
 class Chains:
-    """The drafts of a drafter of blocks."""
+    """How a drafter of blocks makes drafts of its guesses: chains of the likeliest."""
 
     width = 1
     """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
@@ -30,6 +31,18 @@ class Chains:
     def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
         """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
         return Draft(tuple(guesses[cell] for cell in tree.cells))
+
+
+class GuessesBlocks(Drafter):
+    """A drafter of blocks."""
+
+    drafting = Chains()
+    """How its sessions make drafts, see also `ddtree`."""
+    guesses = MOST
+    """The most guesses of a row."""
+
+    def check_trees(self) -> None:
+        """Raise ValueError if a row's guesses depend on those in front of it, so that there are no trees."""
 
 
 class BlockSession(RecordedSession):
@@ -40,8 +53,7 @@ class BlockSession(RecordedSession):
         kv_cache: the cache that the rows see, and write behind the root.
         block: rows of a block, the root among them.
         causal: a row of the block sees only the rows in front of it.
-        width: the number of a row's likeliest guesses from which `draft` makes the draft.
-        draft: makes the draft of a tree and the token of each of its cells.
+        drafting: makes drafts of the guesses.
     """
 
     def __init__(
@@ -53,14 +65,13 @@ class BlockSession(RecordedSession):
         block: int,
         mask_id: int,
         causal: bool = False,
-        width: int,
-        draft: Callable[[DraftTree, Sequence[int]], Draft],
+        drafting: Chains,
         graphs: bool = True,
     ) -> None:
         super().__init__(weights, model, graphs)
         self.kv_cache = kv_cache
         self._block, self._mask_id, self._causal = block, mask_id, causal
-        self._width, self._draft = width, draft
+        self._drafts, self._width = drafting, min(drafting.width, model.shape.embedding_size)
 
     def hidden(self, ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Hidden states (N, width of the target) after the final norm, of the packed rows ids (N,) int64.
@@ -94,7 +105,7 @@ class BlockSession(RecordedSession):
         tokens, bits = best[:, : len(source)].flatten(1).cpu()
         guesses, scores = tokens.tolist(), floats_of(bits).tolist()
         trees = draft_trees(scores, self._width, counts, list(sizes))
-        return [self._draft(tree, guesses) for tree in trees]
+        return [self._drafts.draft(tree, guesses) for tree in trees]
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of

@@ -14,16 +14,16 @@ other's choice: the marginals are of texts that may differ, and a path may mix t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from .._C import DraftTree
-from ..arguments import whole
-from ..ops.row_topk import MOST as WIDEST
-from .adapter import Adapter
-from .blocks import Chains
-from .dflash import BlockDrafter, DraftModel
+from ..arguments import instance, whole
+from ..cache import KVCache
+from ..models import Model
+from .blocks import Chains, GuessesBlocks
 from .draft import Draft
-from .self_drafter import BLOCK, SelfDrafter
+from .drafter import DraftSession
 
 NODES = 64
 """The most nodes of a draft."""
@@ -31,19 +31,39 @@ WIDTH = 8
 """The default number of guesses of a row."""
 
 
-class Trees(Chains):
-    """A base in front of a drafter of blocks: the drafts become trees.
+class TreeDrafter(Chains):
+    """Drafts trees of the guesses of a drafter of blocks.
 
-    width: from 1 to `most`, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
-    Raises ValueError for another width.
+    Args:
+        blocks: a `BlockDrafter`, a `SelfDrafter`, or an `EagleDrafter` of P-EAGLE.
+        width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
+
+    Raises ValueError for another width, for more guesses than the drafter's vocabulary has tokens, and for
+    EAGLE-3, of which each guess depends on the one before.
     """
 
-    def grow(self, width: int, most: int = WIDEST) -> None:
-        self.width, self.most = whole("width", width, 1, most), NODES
+    most = NODES
+
+    def __init__(self, blocks: GuessesBlocks, *, width: int = WIDTH) -> None:
+        instance("blocks", blocks, GuessesBlocks)
+        blocks.check_trees()
+        self.blocks, self.width = blocks, whole("width", width, 1, blocks.guesses)
         self._trees = [0] * NODES
         """For each n, the number of trees that had an n-th node ..."""
         self._chances = [0.0] * NODES
         """... and the sum of that node's chances of being accepted."""
+
+    def __repr__(self) -> str:
+        return f"TreeDrafter({self.blocks!r}, width={self.width})"
+
+    def check(self, model: Model) -> None:
+        """Raise as the check of `blocks`."""
+        self.blocks.check(model)
+
+    def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
+        blocks = copy.copy(self.blocks)
+        blocks.drafting = self
+        return blocks.session(model, kv_cache, lanes, graphs=graphs)
 
     def expected(self, size: int) -> float:
         """Tokens of a pass whose draft has `size` nodes, as the chances of the trees so far predict them."""
@@ -55,29 +75,3 @@ class Trees(Chains):
             self._trees[at] += 1
             self._chances[at] += chance
         return super().draft(tree, guesses)._replace(parents=tuple(tree.parents))
-
-
-class TreeDrafter(Trees, BlockDrafter):
-    """Drafts trees from the blocks of a drafter's weights.
-
-    Args:
-        model, source: see `BlockDrafter`.
-        width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
-
-    Raises ValueError for another width, or more guesses than the vocabulary has tokens.
-    """
-
-    def __init__(self, model: DraftModel, source: str = "drafter", *, width: int = WIDTH) -> None:
-        super().__init__(model, source)
-        self.grow(width, min(WIDEST, self.options.shape.embedding_size))
-
-
-class SelfTrees(Trees, SelfDrafter):
-    """Drafts trees from the masks of the model itself, see `SelfDrafter`.
-
-    width: see `TreeDrafter`; a smaller vocabulary bounds it.
-    """
-
-    def __init__(self, block: int = BLOCK, adapter: Adapter | None = None, *, width: int = WIDTH) -> None:
-        super().__init__(block, adapter)
-        self.grow(width)

@@ -36,7 +36,7 @@ from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
-from .blocks import BlockSession, Chains
+from .blocks import BlockSession, GuessesBlocks
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .drafter import EMBEDDING, Observation, Placed, RecordedSession, check_layers
 
@@ -160,7 +160,7 @@ class DraftModel(nn.Module):
         return self.norm(x)
 
 
-class BlockDrafter(Chains):
+class BlockDrafter(GuessesBlocks):
     """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
@@ -175,6 +175,7 @@ class BlockDrafter(Chains):
         self.model, self.source = model.eval().requires_grad_(False), source
         self.options = model.options
         self.most = self.options.block - 1
+        self.guesses = min(self.guesses, self.options.shape.embedding_size)
         self.on = Placed(self.model)
 
     def __repr__(self) -> str:
@@ -229,8 +230,7 @@ class _Session(BlockSession):
             block=options.block,
             mask_id=options.mask_id,
             causal=CAUSAL[options.kind],
-            width=drafter.width,
-            draft=drafter.draft,
+            drafting=drafter.drafting,
             graphs=graphs,
         )
         self.taps, self.size = options.taps, slots.nbytes

@@ -37,8 +37,6 @@ from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes
 from ..ops import row_topk
 from ..packed import Packing, bits_of, floats_of, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target
-from .ddtree import WIDTH as GUESSES
-from .ddtree import TreeDrafter
 from .dflash import BlockDrafter
 from .draft import Draft
 from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
@@ -224,18 +222,12 @@ class EagleDrafter(BlockDrafter):
         check_target(self.source, Origin(), model, **sizes)
         self.options.taps_of(model.shape.layers)
 
+    def check_trees(self) -> None:
+        if self.options.mask_id is None:
+            raise ValueError(f"drafter: {self.source} is EAGLE-3, expected P-EAGLE for trees")
+
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, lanes, graphs)
-
-
-class EagleTrees(TreeDrafter, EagleDrafter):
-    """Drafts trees of P-EAGLE's guesses, see `ddtree`. Raises ValueError for EAGLE-3, of which each guess
-    depends on the one before."""
-
-    def __init__(self, model: EagleModel, source: str = "drafter", *, width: int = GUESSES) -> None:
-        super().__init__(cast(Any, model), source, width=width)
-        if model.options.mask_id is None:
-            raise ValueError(f"drafter: {source} is EAGLE-3, expected P-EAGLE for trees")
 
 
 def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
@@ -313,8 +305,8 @@ class _Session(RecordedSession):
         counts = [min(size, self._drafter.options.block - 1) for size in sizes]
         going = [(lane, count) for lane, count in zip(lanes, counts, strict=True) if count]
         guesses, scores = self._guesses(*zip(*going, strict=True)) if going else ([], [])
-        trees = draft_trees(scores, self._drafter.width, counts, sizes)
-        return [self._drafter.draft(tree, guesses) for tree in trees]
+        drafting = self._drafter.drafting
+        return [drafting.draft(tree, guesses) for tree in draft_trees(scores, drafting.width, counts, sizes)]
 
     def _guesses(self, lanes: Sequence[Lane], counts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The tokens of each lane's `counts` rows, `width` of each, and their log-probabilities."""
@@ -410,7 +402,7 @@ class _Session(RecordedSession):
                 logits = layers.lm_head(y)
             for number, tokens in never.items():
                 logits.masked_fill_((group == number)[:, None] & tokens, -torch.inf)
-            best = row_topk(logits, self._drafter.width, check=False)
+            best = row_topk(logits, self._drafter.drafting.width, check=False)
             ids = targets[best.token.clamp(min=0)]  # a row without a choice has none behind it either
             results.append(torch.stack((ids, bits_of(best.logprob))))
         return torch.cat(results, 1)

@@ -16,11 +16,10 @@ from ..models import load as load_model
 from ..models.files import locate, read_json
 from . import adadecode, dflash, eagle, strided
 from .adapter import Adapter
+from .blocks import GuessesBlocks
 from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
-from .ddtree import SelfTrees, TreeDrafter
-from .dflash import BlockDrafter
+from .ddtree import TreeDrafter
 from .drafter import Apart, Drafter, Expecting
-from .eagle import EagleDrafter, EagleTrees
 from .hidden_transfer import HiddenTransfer
 from .jump_forward import JumpForward
 from .ngram import NGram
@@ -105,15 +104,11 @@ def drafter_of(
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:
             blocks = drafter_of(argument, device)
-            if isinstance(blocks, SelfDrafter):
-                return SelfTrees(blocks.block, blocks.adapter)
-            if not isinstance(blocks, BlockDrafter):
+            if not isinstance(blocks, GuessesBlocks):
                 raise ValueError(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
                 )
-            if isinstance(blocks, EagleDrafter):
-                return EagleTrees(blocks.model, blocks.source)
-            return TreeDrafter(blocks.model, blocks.source)
+            return TreeDrafter(blocks)
         if name == "strided" and argument:
             of = drafter_of(argument, device)
             adapter = getattr(of, "adapter", None)

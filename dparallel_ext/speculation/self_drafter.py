@@ -15,13 +15,13 @@ from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, traits
 from .adapter import Adapter, adapted
-from .blocks import BlockSession, Chains
+from .blocks import BlockSession, GuessesBlocks
 
 BLOCK = 32
 """Rows of a block in the published code, as in training."""
 
 
-class SelfDrafter(Chains):
+class SelfDrafter(GuessesBlocks):
     """Drafts with the model itself, a block of masks in one pass: the published `linear_spec_generate`.
 
     Args:
@@ -69,8 +69,7 @@ class _Session(BlockSession):
             kv_cache,
             block=drafter.block,
             mask_id=model.mask_id,
-            width=min(drafter.width, model.shape.embedding_size),
-            draft=drafter.draft,
+            drafting=drafter.drafting,
             graphs=graphs,
         )
         self.begin()

@@ -219,7 +219,7 @@ DRAFTERS = {
     "model": ModelDrafter(model_of("llama", vocab_size=512, num_hidden_layers=1), most=4),
     "canvas": ModelDrafter(MODELS["llada_tiny_a"], most=4),
     "exits": exits((1,), 0.1, target=MODELS["causal"]),
-    "tree": TreeDrafter(drafter_with("dflash", MODELS["causal"]).model),
+    "tree": TreeDrafter(drafter_with("dflash", MODELS["causal"])),
     **{kind: drafter_with(kind, MODELS["causal"]) for kind in KINDS},
     **{kind: riding(kind, MODELS["causal"]) for kind in RIDING},
     **{kind: eagle(kind, MODELS["causal"]) for kind in EAGLES},

@@ -28,7 +28,7 @@ import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import EagleTrees, TreeDrafter
+from dparallel_ext.speculation import TreeDrafter
 
 pytest_plugins = ["taping"]
 
@@ -194,12 +194,8 @@ def trained(kind: str) -> Way:
     return way
 
 
-def of_class(kind: type, name: str) -> Callable[[str], Any]:
-    return lambda device: kind(drafters.eagle(name).model)
-
-
 def trees(device: str) -> TreeDrafter:
-    return TreeDrafter(drafters.drafter_with("dflash").model)
+    return TreeDrafter(drafters.drafter_with("dflash"))
 
 
 DRAFTERS: dict[str, Callable[[str], Any]] = {
@@ -208,7 +204,7 @@ DRAFTERS: dict[str, Callable[[str], Any]] = {
     "recycling": lambda device: "recycling",
     "a model": lambda device: moved(drafters.model_of("llama"), device),
     "trees": trees,
-    "trees of eagle": of_class(EagleTrees, "p-eagle"),
+    "trees of eagle": lambda device: TreeDrafter(drafters.eagle("p-eagle")),
     "strided": lambda device: drafters.strided(),
     **{kind: (lambda device, kind=kind: drafters.drafter_with(kind)) for kind in drafters.KINDS},
     **{kind: (lambda device, kind=kind: drafters.eagle(kind)) for kind in ("eagle3", "p-eagle")},

@@ -271,7 +271,7 @@ def test_every_pass_of_a_request_is_as_with_the_drafter_alone(kind: str) -> None
         "ppd": lambda: riding("ppd"),
         "hidden_transfer": lambda: riding("hidden_transfer"),
         "adadecode": lambda: exits((1, 3), 0.2),
-        **{f"tree:{of}": lambda of=of: TreeDrafter(drafter_with(of).model, width=5) for of in KINDS},
+        **{f"tree:{of}": lambda of=of: TreeDrafter(drafter_with(of), width=5) for of in KINDS},
     }
     drafter = makers.get(kind, lambda: drafters_of(kind))()
     prompts = [prompt.repeat(rng.choice([1, 2])) for prompt in prompts_of(5, 6)]

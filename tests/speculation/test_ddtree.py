@@ -28,7 +28,7 @@ pytest_plugins = ["taping"]
 
 
 def tree_of(kind: str, target: Model = MODEL, width: int = 4, **changes: Any) -> TreeDrafter:
-    return TreeDrafter(drafter_with(kind, target, **changes).model, width=width)
+    return TreeDrafter(drafter_with(kind, target, **changes), width=width)
 
 
 # --- the tree -------------------------------------------------------------------------------------
@@ -113,9 +113,10 @@ class Grown(Heard):
         """Nodes: each tree has the best scores that the plain computation gives any tree of its size."""
         count = 0
         for tokens, size, length, draft in self.heard:
-            rows = min(self.inner.options.block, length - len(tokens) + 1)
-            scores = guessed(self.inner, target, tokens, rows).log_softmax(-1)
-            scores[:, self.inner.options.mask_id] = -math.inf
+            blocks = self.inner.blocks
+            rows = min(blocks.options.block, length - len(tokens) + 1)
+            scores = guessed(blocks, target, tokens, rows).log_softmax(-1)
+            scores[:, blocks.options.mask_id] = -math.inf
             best = scores.topk(self.inner.width).values.tolist()
             expected = [score for *_, score in best_paths(best, size)]
             assert draft.parents is not None
@@ -242,14 +243,14 @@ def test_trees_of_the_drafter_that_ships_bring_more_tokens_a_pass() -> None:
 
 
 def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
-    tree_of("dflash").save(tmp_path / "drafter.safetensors", torch.float32)
+    drafter_with("dflash").save(tmp_path / "drafter.safetensors", torch.float32)
     for path in (tmp_path, tmp_path / "drafter.safetensors"):
         if path == tmp_path:
             drafter_with("dflash").save(tmp_path, torch.float32)
         found = drafter_of(f"tree:{path}")
         assert isinstance(found, TreeDrafter)
         assert (found.most, found.width) == (64, 8)
-        assert "TreeDrafter(dflash, block=9" in repr(found)
+        assert "TreeDrafter(BlockDrafter(dflash, block=9" in repr(found)
         asked = plain(drafter=f"tree:{path}", draft_size=16)
         assert torch.equal(asked.accepted, plain(drafter=tree_of("dflash", width=8), draft_size=16).accepted)
     for given, message in (
@@ -267,7 +268,7 @@ def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
     ("kind", "expected"),
     [
         (BlockDrafter, "model: expected DraftModel"),
-        (TreeDrafter, "model: expected DraftModel"),
+        (TreeDrafter, "blocks: expected GuessesBlocks"),
         (RiderDrafter, "model: expected RiderModel"),
         (AdaDecode, "heads: expected ExitHeads"),
     ],

@@ -60,7 +60,7 @@ def test_sizes_follow_what_passes_take_and_bring() -> None:
 def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -> None:
     """Of a name, also where the object is made anew, and of an object while there is this object."""
     model = model_of()
-    name, made = f"tree:{tmp_path}", drafter_with("dflash", model).model
+    name, made = f"tree:{tmp_path}", drafter_with("dflash", model)
     first = measured(model, name, TreeDrafter(made))
     for _ in range(2 * len(first.sizes)):
         first.size(1)
