@@ -39,21 +39,28 @@ CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
 // The caches and tables of a pass, as kv_write and linear_kv_write take them; q (N, H, D) is given
 // or made. A cache of other strides than the kernels write is copied, and written back at the end.
 struct Written {
-  Tensor &k_cache, &v_cache;
+  Tensor &k_cache, &v_cache, &positions, &slot_mapping, &cos, &sin;
   Tensor k_rows, v_rows;
   KvWriteArgs args;  // no q, k and v yet
 
   Written(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
           Tensor& slot_mapping, Tensor& cos, Tensor& sin)
-      : k_cache(k_cache), v_cache(v_cache), k_rows(k_cache), v_rows(v_cache), args{} {
+      : k_cache(k_cache),
+        v_cache(v_cache),
+        positions(positions),
+        slot_mapping(slot_mapping),
+        cos(cos),
+        sin(sin),
+        k_rows(k_cache),
+        v_rows(v_cache),
+        args{} {
     args.dtype = dtype_of(q, "q");
     args.k_layout = layout_of(k_rows, "k_cache", q);
     check_form(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
     args.v_layout = layout_of(v_rows, "v_cache", q);
     own_memory(k_cache, "k_cache");
     own_memory(v_cache, "v_cache");
-    const int64_t size = element_size(args.dtype);
-    own_memory(Memory(v_cache, "v_cache", size), Memory(k_cache, "k_cache", size));
+    own_memory(Memory(v_cache, "v_cache"), {{k_cache, "k_cache"}});
     const int64_t dim = q.size(2);
     args.count = q.size(0);
     args.q_heads = q.size(1);
@@ -74,14 +81,17 @@ struct Written {
     args.k_cache = k_rows.data_ptr();
     args.v_cache = v_rows.data_ptr();
   }
-  // `others`: what else the op reads or writes.
+  // What the op changes shares no memory with its tables, nor with `others`.
+  void check_apart(const Memory& changed, std::initializer_list<Memory> others) const {
+    own_memory(
+        changed,
+        {{positions, "positions"}, {slot_mapping, "slot_mapping"}, {cos, "cos"}, {sin, "sin"}});
+    own_memory(changed, others);
+  }
+  // The same of the caches; `others`: what else the op reads or writes.
   void check_apart(std::initializer_list<Memory> others) const {
-    const int64_t size = element_size(args.dtype);
-    const Memory keys(k_cache, "k_cache", size), values(v_cache, "v_cache", size);
-    for (const Memory& other : others) {
-      own_memory(keys, other);
-      own_memory(values, other);
-    }
+    check_apart({k_cache, "k_cache"}, others);
+    check_apart({v_cache, "v_cache"}, others);
   }
   void write_back() {
     dparallel::write_back(k_cache, k_rows);
@@ -107,11 +117,6 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   expect_heads(q_rows, "q", count, q.size(1), dim, q);
   expect_heads(k, "k", count, heads, dim, q);
   expect_heads(v, "v", count, heads, dim, q);
-  const int64_t size = element_size(args.dtype);
-  const Memory queries(q, "q", size), keys(k, "k", size), values(v, "v", size);
-  own_memory(queries, keys);
-  own_memory(queries, values);
-  written.check_apart({queries, keys, values});
   args.q = q_rows.data_ptr();
   args.k = k.data_ptr();
   args.v = v.data_ptr();
@@ -127,6 +132,10 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
     args.k_norm = k_norm->data_ptr();
     args.eps = static_cast<float>(eps);
   }
+  const Memory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
+      k_weight(k_norm, "k_norm");
+  written.check_apart(queries, {keys, values, q_weight, k_weight});
+  written.check_apart({queries, keys, values, q_weight, k_weight});
   if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::kv_write, cuda::kv_write>("kv_write", args, q);
   write_back(q, q_rows);
@@ -154,7 +163,7 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
   Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  written.check_apart({Memory(x, "x", element_size(written.args.dtype))});
+  written.check_apart({{x, "x"}, {weight, "weight"}, {scale, "scale"}, {bias, "bias"}});
   if constexpr (Backend::kHostReads) check_contents(written.args);
   Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
                            cuda::linear_kv_write_scratch>(
@@ -209,6 +218,7 @@ void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
            count);
   expect(source, "source", ScalarType::Long, {lanes, count}, kv_cache);
   expect(target, "target", ScalarType::Long, {lanes, count}, kv_cache);
+  own_memory({kv_cache, "kv_cache"}, {{source, "source"}, {target, "target"}});
   Tensor rows = kv_cache;
   make_rows(rows);
   const KvMoveArgs args{rows.data_ptr(),

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -124,20 +125,23 @@ inline void own_memory(const Tensor& t, const char* name) {
 
 // The bytes from a tensor's first element to its last, with other tensors' between them.
 struct Memory {
-  const Tensor& tensor;
+  const Tensor* tensor;
   const char* name;
-  int64_t element_size;
-  const char *begin, *end;  // null of an empty tensor
+  int64_t element_size = 1;
+  const char *begin = nullptr, *end = nullptr;  // equal of an empty tensor, and of none
 
-  Memory(const Tensor& t, const char* name, int64_t element_size)
-      : tensor(t),
+  Memory(const Tensor& t, const char* name)
+      : tensor(&t),
         name(name),
-        element_size(element_size),
+        element_size(static_cast<int64_t>(t.element_size())),
         begin(static_cast<const char*>(t.data_ptr())),
         end(begin) {
     if (t.numel() == 0) return;
     end += element_size;
     for (int64_t d = 0; d < t.dim(); ++d) end += (t.size(d) - 1) * t.stride(d) * element_size;
+  }
+  Memory(const std::optional<Tensor>& t, const char* name) : tensor(nullptr), name(name) {
+    if (t.has_value()) *this = Memory(*t, name);
   }
 };
 
@@ -179,9 +183,9 @@ class StepsBetween {
   };
 
   void add(const Memory& memory, int64_t sign) {
-    for (int64_t d = 0; d < memory.tensor.dim(); ++d) {
-      const int64_t stride = memory.tensor.stride(d) * memory.element_size,
-                    count = memory.tensor.size(d) - 1;
+    for (int64_t d = 0; d < memory.tensor->dim(); ++d) {
+      const int64_t stride = memory.tensor->stride(d) * memory.element_size,
+                    count = memory.tensor->size(d) - 1;
       if (stride == 0 || count == 0) continue;
       size_t at = 0;
       while (at < count_ && steps_[at].stride != stride) ++at;
@@ -194,11 +198,14 @@ class StepsBetween {
   size_t count_ = 0;
 };
 
-// What is changed in place shares no element with another argument; both of at most 6 dimensions.
-inline void own_memory(const Memory& changed, const Memory& other) {
-  if (changed.end <= other.begin || other.end <= changed.begin) return;
-  DP_CHECK(!StepsBetween(changed, other).make(other.begin - changed.begin), changed.name,
-           ": expected memory of its own, which is changed in place, got some of ", other.name);
+// What is changed in place shares no element with other arguments, of any dtype; all of at most 6
+// dimensions. Indices that change after they were checked would lead anywhere.
+inline void own_memory(const Memory& changed, std::initializer_list<Memory> others) {
+  for (const Memory& other : others) {
+    if (changed.end <= other.begin || other.end <= changed.begin) continue;
+    DP_CHECK(!StepsBetween(changed, other).make(other.begin - changed.begin), changed.name,
+             ": expected memory of its own, which is changed in place, got some of ", other.name);
+  }
 }
 
 // `rows`: `t`, or the copy that a kernel has changed in its place.

@@ -255,10 +255,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<
     count = positions.has_value() ? length_of(*positions, "positions") : all.batch * all.length;
     expect(*commit, "commit", ScalarType::Bool, {count}, tokens);
     expect(*token, "token", ScalarType::Long, {count}, tokens);
-    own_memory(Memory(tokens, "tokens", sizeof(int64_t)), Memory(*token, "token", sizeof(int64_t)));
   }
   if (positions.has_value()) expect(*positions, "positions", ScalarType::Long, {count}, tokens);
   const Windows windows = windows_of(lane, start, end, all.batch, tokens);
+  own_memory({tokens, "tokens"}, {{positions, "positions"},
+                                  {commit, "commit"},
+                                  {token, "token"},
+                                  {lane, "lane"},
+                                  {start, "start"},
+                                  {end, "end"}});
   const auto of_windows = [&] {
     return torch::stable::new_empty(tokens, {windows.count}, ScalarType::Long);
   };
@@ -345,6 +350,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
       data<int64_t>(remaining),
       data<bool>(done),
       out.output()};
+  own_memory({tokens, "tokens"}, {{logits, "logits"},
+                                  {positions, "positions"},
+                                  {lane, "lane"},
+                                  {start, "start"},
+                                  {end, "end"},
+                                  {policy, "policy"},
+                                  {suppress, "suppress"},
+                                  {keys, "keys"}});
   if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::unmask, cuda::unmask, cuda::unmask_scratch, cuda::unmask_counters>(
       "unmask_", args, logits, counters);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -191,10 +193,12 @@ def _in_float64(
     if ancestors is not None:
         within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
     out, page_size = torch.zeros_like(q), k_cache.shape[2]
-    segments = zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True)
+    segments = list(zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True))
+    _check_apart([(first, last) for first, last, *_ in segments])
     for first, last, length, table in segments:
-        if first >= last or not length:
+        if first == last or not length:
             continue
+        within("block_table", table[: -(-length // page_size)], 0, len(k_cache))
         slot = torch.arange(length, device=q.device)
         page, offset = table[slot // page_size], slot % page_size
         k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
@@ -208,6 +212,20 @@ def _in_float64(
         )
         out[first:last] = y[0].transpose(0, 1).masked_fill(~seen.any(1)[:, None, None], 0)
     return out
+
+
+def _check_apart(segments: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError for rows [start, end) of a segment that end before they start, or are another's
+    too."""
+    for at, (start, end) in enumerate(segments):
+        if start > end:
+            raise ValueError(f"q_start: expected no larger than q_end, got {start} above {end} at {at}")
+    ordered = sorted((start, end) for start, end in segments if start < end)
+    for (first, end), (start, last) in itertools.pairwise(ordered):
+        if start < end:
+            raise ValueError(
+                f"q_start: expected segments that do not overlap, got [{first}, {end}) and [{start}, {last})"
+            )
 
 
 @register_fake("block_attention")

@@ -33,7 +33,7 @@ def commit_(
     It is the last step from logits to tokens: `row_stats` reads, a rule decides, `commit_` writes.
 
     Args:
-        tokens: (B, L) int64, any strides; changed in place.
+        tokens: (B, L) int64, any strides; changed in place, in memory of their own.
         positions: (N,) int64 strictly ascending flat positions b * L + l of the rows below; None: every
             position, N = B * L.
         commit: (N,) bool, or (B, L) without `positions`: whether the row's token is written.

@@ -115,7 +115,7 @@ def check_errors(device: torch.device | str | None = None) -> None:
 def report(error: Tensor, where: PositionName, texts: Mapping[int, str] = ERRORS) -> None:
     """Raise ValueError for the least of the errors (N,) int64, see `explain`; on a GPU keep it for
     `check_errors`, without waiting."""
-    if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(error, torch._subclasses.FakeTensor) or error.is_meta:
         return
     device = error.device
     if not waits(device):

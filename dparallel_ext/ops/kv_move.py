@@ -26,8 +26,8 @@ def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:
 
     Args:
         kv_cache: (layers, 2, pages, Hkv, page_size, D) float32, bfloat16, float16 or float64, keys and values
-            as in `KVCache.slots`; changed in place. Any strides without overlaps; a last dimension that is
-            not contiguous is copied.
+            as in `KVCache.slots`; changed in place, in memory of its own. Any strides without overlaps; a
+            last dimension that is not contiguous is copied.
         source, target: (B, M) int64, M <= 2048, page * page_size + offset; an entry with a negative number is
             skipped. Lanes share no slot, and a lane's targets are distinct.
 

@@ -17,6 +17,7 @@ from ..arguments import described, number, whole
 from .fake import register_fake
 from .inputs import check_caches, check_heads, check_like, expect, on_device_of_q, within
 from .kernel import kernel
+from .memory import own_memory
 
 _kv_write = kernel("kv_write")
 
@@ -131,6 +132,11 @@ def write_checked(
         within("positions", positions, 0, len(cos))
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
         norms = q_norm, k_norm, eps
+        tables = {"positions": positions, "slot_mapping": slot_mapping, "cos": cos, "sin": sin}
+        own_memory(
+            {"v_cache": v_cache, "k_cache": k_cache, "q": q},
+            {"k": k, "v": v, **tables, "q_norm": q_norm, "k_norm": k_norm},
+        )
         return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, *norms)
     _kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
 

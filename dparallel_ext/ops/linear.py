@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .._C import simd_level
@@ -103,7 +104,7 @@ def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return False
     if not (_is_faster_on_gpu(x) if x.is_cuda else _is_faster_on_cpu(x, weight)):
         return False

@@ -61,7 +61,8 @@ def unmask_(
     by its own policy row, independently of the others.
 
     Args:
-        tokens: (B, L) int64, any strides (a view such as `x[:, s:e]` will do); changed in place.
+        tokens: (B, L) int64, any strides (a view such as `x[:, s:e]` will do); changed in place, in memory of
+            their own.
         logits: (B, L, V) float32, bfloat16 or float16; or (N, V) with `positions`.
         mask_id: the mask token; it is never committed.
         lane: (W,) int64: the sequence of each window; None: window w is of sequence w, and W = B. Windows of

@@ -269,9 +269,20 @@ def test_a_word_too_few_is_refused(dtype: torch.dtype) -> None:
         dx.block_attention(q, k, v, **segment, ancestors=torch.ones(65, 1, dtype=torch.int64))
 
 
-def test_pages_out_of_bounds_are_refused() -> None:
-    q, k, v, arguments = case(1, torch.float32, [5, 30], 2, 2, 16, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_indices_out_of_bounds_are_refused(dtype: torch.dtype) -> None:
+    q, k, v, arguments = case(1, dtype, [5, 30], 2, 2, 16, 8)
     for page in (-1, len(k)):
-        arguments["block_table"] = torch.full_like(arguments["block_table"], page)
-        with pytest.raises(ValueError, match=rf"block_table: expected in \[0, {len(k)}\), got {page} at 0"):
-            dx.block_attention(q, k, v, **arguments)
+        table = {"block_table": torch.full_like(arguments["block_table"], page)}
+        with pytest.raises(ValueError, match=rf"block_table: expected in \[0, {len(k)}\), got {page} "):
+            dx.block_attention(q, k, v, **{**arguments, **table})
+    for start, end, message in (
+        ([2, 0], [1, 1], "q_start: expected no larger than q_end, got 2 above 1 at 0"),
+        ([1, 0], [3, 2], r"q_start: expected segments that do not overlap, got \["),
+        ([0, 1], [1, len(q) + 1], r"q_end: expected in \[0, "),
+    ):
+        rows = {"q_start": torch.tensor(start), "q_end": torch.tensor(end)}
+        with pytest.raises(ValueError, match=message):
+            dx.block_attention(q, k, v, **{**arguments, **rows})
+    touching = {"q_start": torch.tensor([1, 0]), "q_end": torch.tensor([3, 1])}
+    assert dx.block_attention(q, k, v, **{**arguments, **touching})[:3].any(-1).all()

@@ -82,6 +82,14 @@ def test_more_kinds_than_words(waiting: None) -> None:
     dx.check_errors()
 
 
+def test_what_has_no_numbers_waits_for_nobody(waiting: None) -> None:
+    """Else nobody could look any more: an error on the device "meta" cannot be read."""
+    before = dict(errors.pending)
+    dx.row_stats(torch.empty(2, 5, device="meta"))
+    assert errors.pending == before
+    dx.check_errors()
+
+
 def test_cuda_is_every_gpu(waiting: None) -> None:
     gpus = [torch.device("cuda", index) for index in (0, 1)]
     for asked, index, raises in (("cuda", 1, True), ("cuda:1", 1, True), ("cuda:0", 1, False)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import EMULATED, every_level, everywhere, golden
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import dparallel_ext as dx
 from dparallel_ext import reference
@@ -110,6 +111,9 @@ def test_float32_on_a_cpu_is_the_kernels_for_few_rows_of_large_weights() -> None
         assert torch.equal(dx.linear(x, weight, bias), F.linear(x, weight, bias))
         small = weight[:-1]
         assert torch.equal(dx.linear(x[:2], small), F.linear(x[:2], small))
+        with forward_ad.dual_level():  # which has a derivative of torch's product alone
+            y = dx.linear(forward_ad.make_dual(x[:2], x[1:3]), weight)
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, F.linear(x[1:3], weight))
     assert torch.equal(dx.linear(x[:2], weight, bias), F.linear(x[:2], weight, bias))  # with a gradient
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,44 @@ def test_memory_that_overlaps_is_not_changed(name: str, argument: str) -> None:
 
 
 @everywhere
-def test_arguments_of_kv_write_do_not_share_memory() -> None:
+def test_no_other_argument_has_the_memory_of_one_that_is_changed() -> None:
+    """Not even of another dtype: indices that change after they were checked would lead anywhere."""
+    pairs = 0
+    for name, given in examples(torch.float32).items():
+        arguments = zip(op_of(name).default._schema.arguments, given, strict=False)
+        tensors = [
+            (place, a.is_write)
+            for place, (a, value) in enumerate(arguments)
+            if isinstance(value, torch.Tensor) and a.name != "counters"
+        ]
+        for (place, is_changed), (its, _) in itertools.permutations(tensors, 2):
+            if not is_changed:
+                continue
+            call = copied(given)
+            memory = torch.zeros(call[place].nbytes + call[its].nbytes, dtype=torch.uint8)
+            for at in (place, its):  # the later values are whole
+                values = call[at]
+                call[at] = memory[: values.nbytes].view(values.dtype).view(values.shape).copy_(values)
+            with pytest.raises(OF_AN_OP, match=r"\w+: expected memory of its own, .* got some of \w+"):
+                op_of(name)(*call)
+            pairs += 1
+    assert pairs > 60
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def of_kv_write(dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of kv_write."""
     _, given = documented(torch.float32)["kv_write"]
+    heads = ("q", "k", "v", "k_cache", "v_cache", "q_norm", "k_norm")
+    return {name: value.to(dtype) if name in heads else value for name, value in given.items()}
+
+
+@DTYPES
+@everywhere
+def test_arguments_of_kv_write_do_not_share_memory(dtype: torch.dtype) -> None:
+    given = of_kv_write(dtype)
     with pytest.raises(ValueError, match="v_cache: expected memory of its own"):
         dx.kv_write(**{**given, "v_cache": given["k_cache"]})
     with pytest.raises(ValueError, match=r"q: expected memory of its own, .* got some of k"):
@@ -58,14 +95,14 @@ def test_tokens_that_overlap_are_refused_by_the_function() -> None:
         dx.unmask_(tokens, torch.randn(2, 3, 9), mask_id=MASK)
 
 
+@DTYPES
 @everywhere
-def test_arguments_of_kv_write_share_no_element() -> None:
-    _, given = documented(torch.float32)["kv_write"]
+def test_arguments_of_kv_write_share_no_element(dtype: torch.dtype) -> None:
+    given = of_kv_write(dtype)
     pages, heads, size, dim = given["k_cache"].shape
-    whole = torch.zeros(2 * pages + 1, heads, size, dim)
-    rows = torch.zeros(
-        len(given["q"]) + 1, given["q"].shape[1], dim
-    )  # a row behind the other's, or half of one
+    whole = torch.zeros(2 * pages + 1, heads, size, dim, dtype=dtype)
+    # A row behind the other's, or half of one.
+    rows = torch.zeros(len(given["q"]) + 1, given["q"].shape[1], dim, dtype=dtype)
     for changed, name, of in (
         ({"k_cache": whole[: pages + 1][:pages], "v_cache": whole[1 : pages + 1]}, "v_cache", "k_cache"),
         ({"q": rows[1:], "k": rows[:-1, : given["k"].shape[1]]}, "q", "k"),
@@ -80,24 +117,25 @@ def test_arguments_of_kv_write_share_no_element() -> None:
             place = whole[:pages].flatten()[4 : 4 + given[name].numel()].view_as(given[name])
             with pytest.raises(ValueError, match=rf"{cache}: expected memory of its own, .* some of {name}"):
                 dx.kv_write(**{**given, cache: whole[:pages], name: place})
-    wide = torch.zeros(pages, heads, size, dim, 2)
+    wide = torch.zeros(pages, heads, size, dim, 2, dtype=dtype)
     place = wide.flatten()[: given["q"].numel()].view_as(given["q"])
     with pytest.raises(ValueError, match=r"k_cache: expected memory of its own, .* some of q"):
         dx.kv_write(**{**given, "k_cache": wide[..., 0], "q": place})
     # Rows of one buffer, and pages that take turns, have no element in common.
-    fused = torch.randn(len(given["q"]), given["q"].shape[1] + 2 * heads, dim)
+    fused = torch.randn(len(given["q"]), given["q"].shape[1] + 2 * heads, dim, dtype=dtype)
     q, k, v = fused.split((given["q"].shape[1], heads, heads), 1)
     dx.kv_write(**{**given, "q": q, "k": k, "v": v, "k_cache": whole[:-1:2], "v_cache": whole[1::2]})
 
 
+@DTYPES
 @everywhere
-def test_whatever_strides_the_arguments_of_kv_write_have() -> None:
+def test_whatever_strides_the_arguments_of_kv_write_have(dtype: torch.dtype) -> None:
     """Their elements, one by one, say whether they overlap."""
     rng, refused = random.Random(5), 0
     where = {"positions": torch.arange(3), "slot_mapping": torch.arange(3)}
     where["cos"], where["sin"] = dx.rope_table(9, 2, device=where["positions"].device)
     for _ in range(300):
-        memory = torch.zeros(400)
+        memory = torch.zeros(400, dtype=dtype)
         views = []
         for heads in (4, 2):
             strides = rng.choice(
@@ -112,9 +150,10 @@ def test_whatever_strides_the_arguments_of_kv_write_have() -> None:
             for view in views
         ]
         q, k = views
-        call = functools.partial(dx.kv_write, v=torch.zeros(3, 2, 2), **where)
-        caches = {"k_cache": torch.zeros(1, 2, 3, 2), "v_cache": torch.zeros(1, 2, 3, 2)}
-        contiguous = k.stride(2) == 1 and k.stride(1) == 2  # else it is copied, and nothing is shared
+        call = functools.partial(dx.kv_write, v=torch.zeros(3, 2, 2, dtype=dtype), **where)
+        caches = {name: torch.zeros(1, 2, 3, 2, dtype=dtype) for name in ("k_cache", "v_cache")}
+        # Else the kernel has a copy, and nothing is shared.
+        contiguous = (k.stride(2) == 1 and k.stride(1) == 2) or dtype == torch.float64
         if numbers[0].isdisjoint(numbers[1]) or not contiguous:
             call(q, k, **caches)
             continue
