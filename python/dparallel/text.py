@@ -13,6 +13,10 @@ from . import sandbox as sandboxes
 from .sandbox import Refused, Sandbox
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+LONGEST = 4
+"""The most tokens of a character: the bytes of UTF-8."""
+LONG = 16
+"""Pending tokens beyond which most of them can be no part of a character: a run of bytes that are no text."""
 
 
 def unicode(value: str) -> str:
@@ -39,7 +43,7 @@ class TextStream:
 
     A character may take several tokens (byte-level BPE, byte fallback), so an incomplete character at the end
     is held back, and so is text that may begin a stop string. Only the tokens since the last complete
-    character are decoded again, so the work is linear in the number of tokens.
+    character are decoded again, and of these the last ones, so the work is linear in the number of tokens.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
@@ -59,6 +63,7 @@ class TextStream:
         self._before: list[int] = []  # tokens whose text is complete; a decoder may look back on them
         self._pending: list[int] = []
         self._emitted = 0  # characters of _pending's text that are complete
+        self._in_run = False  # whether pending tokens were left out since the last complete character
         self._length = 0  # characters of all complete text, stop strings included
         self._held = ""
 
@@ -87,17 +92,43 @@ class TextStream:
         return self._until_stop(self._complete(last=True), last=True)
 
     def _complete(self, last: bool = False) -> str:
-        before, both = (self.tokenizer.decode(ids) for ids in (self._before, self._before + self._pending))
-        # After bytes that are no text, a decoder may change earlier text; returned text stays.
-        text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(self._pending)
+        before = self._before
+        text = self._following(before, self._pending)
+        if (
+            text is None
+        ):  # after bytes that are no text, a decoder may change earlier text; returned text stays
+            before, text = [], self.tokenizer.decode(self._pending)
         end = len(text) if last else len(text.rstrip(INCOMPLETE))
+        left_out = 0 if end == len(text) else self._shorten(before, text)
+        end = max(end, left_out)
         fresh = text[self._emitted : end]
-        self._emitted = end
+        self._emitted = end - left_out
         if end == len(text):
             # Decoders drop a space in front of the first token, so the context must have some text.
             self._before = self._pending if text else self._before + self._pending
-            self._pending, self._emitted = [], 0
+            self._pending, self._emitted, self._in_run = [], 0, False
         return fresh
+
+    def _following(self, before: list[int], tokens: list[int]) -> str | None:
+        """The text that `tokens` add to that of the tokens before; None where that changes."""
+        text, both = self.tokenizer.decode(before), self.tokenizer.decode(before + tokens)
+        return both[len(text) :] if both.startswith(text) else None
+
+    def _shorten(self, before: list[int], text: str) -> int:
+        """Leave out the first of many pending tokens, whose text behind the tokens `before` is `text`; return
+        how many characters these have, which no later token changes."""
+        if len(self._pending) <= LONG:
+            return 0
+        head, tail = self._pending[:-LONGEST], self._pending[-LONGEST:]
+        first = self._following(before, head)
+        if first is None or not text.startswith(first):  # the last character began in the head
+            return 0
+        # Where a single bad byte makes all bytes beside it bad (byte fallback), it is among the first.
+        for context in [before, head] if self._in_run else [head]:
+            if self._following(context, tail) == text[len(first) :]:
+                self._before, self._pending, self._in_run = context, tail, True
+                return len(first)
+        return 0
 
     def _until_stop(self, fresh: str, last: bool = False) -> str:
         text = self._held + fresh

@@ -110,6 +110,45 @@ def test_bytes_that_are_no_text_do_not_depend_on_the_cuts(codes: list[str], cuts
     assert "".join(whole) == "".join(single)
 
 
+def byte_ids(name: str, values: list[int]) -> list[int]:
+    """The tokens of single bytes."""
+    tokenizer = TOKENIZERS[name]
+    if name == "byte fallback":
+        return [tokenizer.token_to_id(f"<0x{value:02X}>") for value in values]
+    shown = {number: number for number in (*range(33, 127), *range(161, 173), *range(174, 256))}  # as GPT-2's
+    others = (number for number in range(256) if number not in shown)
+    shown |= {number: 256 + at for at, number in enumerate(others)}
+    return [tokenizer.token_to_id(chr(shown[value])) for value in values]
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@given(st.lists(st.sampled_from([0x41, 0x80, 0xA0, 0xBD, 0xE4, 0xF0, 0xFF]), min_size=15, max_size=70))
+def test_long_runs_of_bytes_that_are_no_text_stream_as_they_decode(name: str, values: list[int]) -> None:
+    """Though most of them are left out once no later token can change them."""
+    ids = byte_ids(name, [0xFF, *values])
+    assert "".join(pieces(TOKENIZERS[name], ids, [*range(len(ids))], [])[0]) == TOKENIZERS[name].decode(ids)
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+@pytest.mark.parametrize("values", [[0xFF], [0x80], [0xE4], [0xE4, 0xBD], [0xFF, 0xE4, 0xBD, 0xA0]])
+def test_long_runs_take_no_more_work_a_token_than_short_ones(name: str, values: list[int]) -> None:
+    class Counting:
+        get_added_tokens_decoder = TOKENIZERS[name].get_added_tokens_decoder
+        tokens = 0
+
+        def decode(self, ids: list[int]) -> str:
+            self.tokens += len(ids)
+            return TOKENIZERS[name].decode(ids)
+
+    tokenizer, each = Counting(), []
+    for length in (100, 1000):
+        tokenizer.tokens = 0
+        stream, ids = TextStream(tokenizer), byte_ids(name, (values * length)[:length])
+        assert stream.put(ids) + stream.finish() == TOKENIZERS[name].decode(ids)
+        each.append(tokenizer.tokens / length)
+    assert each[1] < 1.2 * each[0]
+
+
 @pytest.mark.parametrize("name", ["byte level", "words"])
 @given(st.data())
 def test_tokens_start_where_the_text_before_them_ends(name: str, data: st.DataObject) -> None:
