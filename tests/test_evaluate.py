@@ -410,4 +410,5 @@ def test_passes_to_the_end_of_a_block_causal_model(tmp_path: Path, loaded: tuple
     assert row["nfe_to_eos"] == pytest.approx((first + int(out.nfe[1:].sum())) / 3)
     assert row["nfe_to_eos"] < row["nfe_mean"]
     # The third answer fills its last block beyond the tokens that were asked for.
+    assert row["padded_tokens_per_forward"] == pytest.approx(3 * 21 / int(out.nfe.sum()))
     assert row["tokens_per_forward"] == pytest.approx((11 + 21 + 21) / int(out.nfe.sum()))

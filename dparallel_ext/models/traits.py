@@ -141,11 +141,11 @@ def fingerprint(model: Any) -> str | None:
     return _FINGERPRINTS[inner]
 
 
-def warn_beyond(model: Any, positions: int) -> None:
-    """Warn, naming gen_length, if a sequence has more positions than the model was made for."""
+def warn_beyond(model: Any, positions: int, name: str = "gen_length") -> None:
+    """Warn, naming the argument, if a sequence has more positions than the model was made for."""
     most = max_positions(model)
     if most is not None and positions > most:
         warn(
-            f"gen_length: {positions} positions of prompt and response, but the model's config says {most}; "
+            f"{name}: {positions} positions of prompt and response, but the model's config says {most}; "
             "text beyond them may be senseless"
         )

@@ -6,6 +6,7 @@ the first one whose probability reaches a floor ends it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,29 +19,35 @@ from .protocol import Decision, Rule, Where
 @dataclass(frozen=True)
 class EndOfText(Rule):
     """Fills all masks with `eos`, from the first mask on that has `eos` predicted with a probability >=
-    `floor`.
+    `floor`. Of several ends that mask gets its own, and the masks behind it the first of `eos`.
 
     It sees the masks that the pass has logits for; with the caches "none" and "prefix" also those of later
     blocks. It saves passes over blocks without text; with `eos_id` the sequence then ends.
     """
 
-    eos: int
+    eos: int | tuple[int, ...]
     floor: float = 0.9
 
     reads = "response"
     greedy = True
 
     def __post_init__(self) -> None:
-        check_fields(self, ("eos",), whole, 0)
+        if isinstance(self.eos, (tuple, list)) and self.eos:
+            object.__setattr__(self, "eos", tuple(whole("eos", id, 0) for id in self.eos))
+        else:
+            check_fields(self, ("eos",), whole, 0)
         check_fields(self, ("floor",), number, 0, 1)
 
     @property
     def tokens(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The end of text."""
-        return (self.eos,)
+        """The ends of text."""
+        return self.eos if isinstance(self.eos, tuple) else (self.eos,)
 
     def decide(self, stats: RowStats, where: Where, state: tuple[torch.Tensor, ...]) -> Decision:
-        ends = where.open & (stats.token == self.eos) & (stats.confidence >= self.floor)
-        behind = where.open & (ends.cumsum(1) > 0)
-        token = torch.where(behind, self.eos, stats.token)
+        is_end = functools.reduce(torch.logical_or, [stats.token == id for id in self.tokens])
+        count = (where.open & is_end & (stats.confidence >= self.floor)).cumsum(1)
+        behind = where.open & (count > 0)
+        # Masks in front of the first end, and itself, keep their tokens.
+        filled = behind & (count.cumsum(1) > 1)
+        token = torch.where(filled, self.tokens[0], stats.token)
         return Decision(where.by_policy(stats) | behind, token)

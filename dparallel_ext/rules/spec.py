@@ -25,6 +25,12 @@ ROWS = {ONE: "", "steps": "N", **{name: line.parameter for name, line in policie
 """Words that the text of a policy row, or of the fixed schedule, begins with -> the parameter behind them."""
 
 
+def ids_of(text: str) -> int | tuple[int, ...]:
+    """The id in "2", or the ids in "2/7"."""
+    first, *others = map(int, text.split("/"))
+    return (first, *others) if others else first
+
+
 class Kind(NamedTuple):
     """A rule that a text can name."""
 
@@ -85,7 +91,7 @@ KINDS: dict[str, Kind] = {
     ),
     "eot": Kind(
         EndOfText,
-        (("eos", int), ("floor", float)),
+        (("eos", ids_of), ("floor", float)),
         1,
         "fills all from the first EOS on whose probability is at least FLOOR (Learn2PD)",
     ),
@@ -166,12 +172,16 @@ def text_of(rule: Rule | Function, *, own_row: bool = True) -> str:
     """
     for name, kind in _kinds().items():
         if type(rule) is kind.make:
-            values = [str(getattr(rule, parameter)) for parameter, _ in kind.parameters]
+            values = [_text(getattr(rule, parameter)) for parameter, _ in kind.parameters]
             text = f"{name}:{','.join(values)}"
             if parse(text)[0] == rule:
                 return text if own_row or rule.row is None else f"{text}+{ONE}"
     got = "a function" if not isinstance(rule, Rule) else shown(rule)
     raise ValueError(f"rule: expected one of {list(KINDS)} with the parameters that its text has, got {got}")
+
+
+def _text(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def row_of(rule: Rule) -> dict[str, Any]:
@@ -212,7 +222,7 @@ def _value(name: str, of: Callable[[str], Any], text: str) -> Any:
     try:
         return of(text)
     except ValueError:
-        expected = "a whole number" if of is int else "a number"
+        expected = {int: "a whole number", ids_of: "whole numbers, as 2 or 2/7"}.get(of, "a number")
         raise ValueError(f"{name}: expected {expected}, got {shown(text)}") from None
 
 

@@ -310,7 +310,8 @@ def _answered(
         totals.right += sum(map(task.problems.checker, (each.prompt.answer for each in part), texts))
         totals.passes += int(out.nfe.sum())
         totals.tokens += sum(kept)
-        totals.generated += int(out.generated.sum())
+        # Without the rest of the last block, which a block-causal model fills.
+        totals.generated += int(out.generated.clamp(max=task.length).sum())
         yield part, out
     if answers is not None:
         answers += [by_number[number] for number in range(len(by_number))]

@@ -209,6 +209,8 @@ def test_prompts_without_a_token() -> None:
         ({"top_p": torch.zeros((), device="meta")}, "top_p: expected values, got tensor.*meta"),
         ({"graphs": [torch.zeros((), device="meta")]}, "graphs: expected values, got .*meta"),
         ({"rule": "eot:512"}, "rule: expected one of the model's 512 token ids, got 512"),
+        ({"rule": "eot:5/512"}, "rule: expected one of the model's 512 token ids, got 512"),
+        ({"rule": "eot:5/x"}, r"\(eos: expected whole numbers, as 2 or 2/7, got '5/x'\)"),
         ({"rule": "eot:511"}, "rule: expected a token that can be decoded, got the mask token 511"),
     ],
 )

@@ -219,6 +219,7 @@ def test_rules_keep_plain_numbers() -> None:
         (Credit(half, half, half, two), Credit(0.5, 0.5, 0.5, 2)),  # type: ignore[arg-type]
         (Edit(half, half, two), Edit(0.5, 0.5, 2)),  # type: ignore[arg-type]
         (rules.EndOfText(two, half), rules.EndOfText(2, 0.5)),  # type: ignore[arg-type]
+        (rules.EndOfText([two, 7]), rules.EndOfText((2, 7))),  # type: ignore[arg-type, list-item]
     ):
         assert rule == expected
         assert hash(rule) == hash(expected)
@@ -236,6 +237,9 @@ def test_names() -> None:
     assert rules.parse("credit") == (Credit(), {"selector": "confidence", "threshold": 0.9})
     assert rules.parse("credit:0.5+entropy:0.4") == (Credit(0.5), {"selector": "entropy", "threshold": 0.4})
     assert rules.parse("sched:7.5,0,exponential,16") == (SchED(7.5, 0.0, "exponential", 16.0), {})
+    for text, ends in (("eot:2/7,0.5", (2, 7)), ("eot:2,0.5", 2)):
+        assert rules.parse(text) == (rules.EndOfText(ends, 0.5), {})
+        assert rules.spec.text_of(rules.EndOfText(ends, 0.5)) == text
     assert rules.parse("edit:0.8,0.95,4") == (Edit(0.8, 0.95, 4), {})
     assert rules.parse("prophet:203") == (Prophet(203), {})
     assert rules.parse("sched:5+steps:16") == (SchED(5.0), {"steps": 16})

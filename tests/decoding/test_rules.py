@@ -276,29 +276,34 @@ def test_a_rule_may_have_nothing_to_read() -> None:
     assert windows == [1, 0] * 3
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("cache", ["none", "prefix"])
-def test_end_of_text_is_its_formula(llada: models.Model, cache: str) -> None:
+def test_end_of_text_is_its_formula(llada: models.Model, cache: str, several: bool) -> None:
     """All masks from the first sure EOS on become EOS, in later blocks too, and the rest follows the row."""
     floor, fired = 0.02, 0
     for prompt in PROMPTS:
         full = dx.decode(llada, prompt, gen_length=32, block_length=16, rule="entropy:3")
-        eos = int(full.responses[0][12])
+        eos = [int(full.responses[0][at]) for at in ([20, 12] if several else [12])]
 
-        def decide(z: Tensor, x: Tensor, masked: Tensor, step: int, eos: int = eos) -> tuple[Tensor, Tensor]:
+        def decide(
+            z: Tensor, x: Tensor, masked: Tensor, step: int, eos: list[int] = eos
+        ) -> tuple[Tensor, Tensor]:
             nonlocal fired
             p, token = z.softmax(1), argmax(z)
             confidence, entropy = p.gather(1, token[:, None])[:, 0], -(p * z.log_softmax(1)).sum(1)
             commit = masked & (entropy <= 3) | best(-entropy, masked)
-            ends = ((x == MASK) & (token == eos) & (confidence >= floor)).nonzero()[:, 0]
+            is_end = torch.isin(token, torch.tensor(eos))
+            ends = ((x == MASK) & is_end & (confidence >= floor)).nonzero()[:, 0]
             if len(ends):
                 fired += 1
                 behind = (x == MASK) & (torch.arange(len(x)) >= ends[0])
-                commit, token = commit | behind, torch.where(behind, eos, token)
+                own = token[ends[0]].clone()
+                commit, token = commit | behind, torch.where(behind, eos[0], token)
+                token[ends[0]] = own
             return commit, token
 
-        out = dx.decode(
-            llada, prompt, gen_length=32, block_length=16, rule=f"eot:{eos},{floor}+entropy:3", cache=cache
-        )
+        rule = f"eot:{'/'.join(map(str, eos))},{floor}+entropy:3"
+        out = dx.decode(llada, prompt, gen_length=32, block_length=16, rule=rule, cache=cache)
         if cache == "none":
             expected, passes = plain(llada, prompt, 32, 16, decide)
             assert torch.equal(out.sequences[0], expected)

@@ -446,6 +446,23 @@ def test_lengths_and_adapters_that_make_no_sense_are_named(answers: Path, tmp_pa
     ):
         with pytest.raises(ValueError, match=said):
             distill.run(replace(recipe, **changes), answers, tmp_path, progress=False)
+    most = 256 - max(prompt for _, prompt, _ in trajectories.Trajectories(answers).bounds)
+    for name, length, beyond in (
+        ("total_length", 256, False),
+        ("total_length", 257, True),
+        ("response_length", most, False),
+        ("response_length", most + 1, True),
+    ):
+        changes = {"collator": {name: length}, "lora": {"bias": "most"}}  # stops before it trains
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with pytest.raises(ValueError, match="lora"):
+                distill.run(replace(recipe, **changes), answers, tmp_path, progress=False)
+        said = [str(w.message) for w in told if "positions" in str(w.message)]
+        expected = (
+            f"{name}: 257 positions of prompt and response, but the model's config says 256; text beyond"
+        )
+        assert [text.startswith(expected) for text in said] == [True] * beyond
 
 
 def test_rows_of_like_length_can_go_together(answers: Path, tmp_path: Path):

@@ -294,6 +294,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     collator = trajectories.Collator(
         model.eos_id, ends=model.eos_ids, block_length=model.block_length, **recipe.collator
     )
+    dx.models.warn_beyond(model, *_longest(collator, rows))
     if recipe.lora is not None:
         torch.manual_seed(args.seed)
         model = adapters.with_lora(model, recipe.lora, str(source))
@@ -352,6 +353,15 @@ def _rows(recipe: Recipe, answers: str | Path, model_tokenizer: Any) -> trajecto
     if total is not None and all(prompt >= total for _, prompt, _ in rows.bounds):
         raise ValueError(f"total_length: expected more tokens than the shortest prompt has, got {total}")
     return rows
+
+
+def _longest(collator: trajectories.Collator, rows: trajectories.Trajectories) -> tuple[int, str]:
+    """The most positions of a collated row, and the name of what decides about them."""
+    if collator.total_length is not None:
+        return collator.total_length, "total_length"
+    if collator.response_length is not None:
+        return max(prompt for _, prompt, _ in rows.bounds) + collator.response_length, "response_length"
+    return max(length for *_, length in rows.bounds), "answers"
 
 
 def finish(trainer: Any) -> None:
