@@ -235,8 +235,7 @@ def _ranked(logits: Tensor, rows: Tensor, options: _Options, seed: int, step: in
         z = z / options.temperature
     top_p, top_k = options.top_p, options.top_k
     if (top_p is not None and top_p < 1) or top_k:
-        z[:, options.mask] = -torch.inf  # else the mask token could be the only id left
-        z = _nucleus(z, top_p, top_k)
+        z = _nucleus(z, top_p, top_k, options.mask)
     stats, error = read_rows(
         z,
         mask_id=options.mask,
@@ -249,19 +248,27 @@ def _ranked(logits: Tensor, rows: Tensor, options: _Options, seed: int, step: in
     report_rows(error, b, column, rows.shape[1])
     # With one id left, H is 0, as published: the kernels count each other id as e^-87, 1e-31 in all.
     entropy = stats.entropy.masked_fill(stats.entropy < 1e-30, 0.0)
-    rank = {"topk_margin": stats.margin, "entropy": -entropy}.get(options.alg, stats.confidence)
+    if options.alg == "topk_margin":
+        # The mask token is a rival of the likeliest, as published; `stats.margin` compares admissible ids.
+        mask = z[:, options.mask].clamp(max=torch.finfo(z.dtype).max)
+        over_mask = (stats.top1 - stats.lse).exp() - (mask - stats.lse).exp()
+        rank = torch.minimum(stats.margin, over_mask)
+    else:
+        rank = -entropy if options.alg == "entropy" else stats.confidence
     ranks = rank.new_full(rows.shape, -torch.inf).index_put_((b, column), rank)
     return ranks, stats.sample.new_zeros(rows.shape).index_put_((b, column), stats.sample)
 
 
-def _nucleus(z: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """z (N, V) with -inf for the ids that top_p and top_k leave out; ties go to the lowest id."""
+def _nucleus(z: Tensor, top_p: float | None, top_k: int | None, mask: int) -> Tensor:
+    """z (N, V) with -inf for the ids that top_p and top_k leave out; ties go to the lowest id. The
+    likeliest id stays, and if that is the mask token, which is never decoded, the next one too."""
     ordered, order = z.sort(dim=1, descending=True, stable=True)
     p = ordered.softmax(1)
     out = p.cumsum(1) - p > (1.0 if top_p is None else top_p)
     if top_k:
         out[:, top_k:] = True
     out[:, 0] = False
+    out[:, :2] &= order[:, :1] != mask
     return z.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
 
 

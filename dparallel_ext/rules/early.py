@@ -39,9 +39,9 @@ class Prophet(Rule):
     """Fills all masks once the mean gap over the answer's columns reaches 7.5, 5.0 or 2.5 logits, in the
     first, second and last third of the schedule.
 
-    The answer's columns are [start, start + width) of the response, masked or not. Published: five columns,
-    from the second after "The answer is", which the caller puts into the response beforehand (`infill`). A
-    pass without logits for one of these columns does not end early.
+    The answer's columns are [start, start + width) of the response, as far as it goes, masked or not.
+    Published: five columns, from the second after "The answer is", which the caller puts into the response
+    beforehand (`infill`). A pass without logits for one of these columns does not end early.
     """
 
     start: int
@@ -58,9 +58,10 @@ class Prophet(Rule):
         object.__setattr__(self, "bars", tuple(number("bars", bar, -math.inf) for bar in self.bars))
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        at = where.column - where.first[:, None]
-        answer = (at >= self.start) & (at < self.start + self.width)
-        seen = (where.read & answer).sum(1) == self.width
+        begin = where.first + self.start
+        end = torch.minimum(begin + self.width, where.last)
+        answer = (where.column >= begin[:, None]) & (where.column < end[:, None])
+        seen = (begin < end) & ((where.read & answer).sum(1) == end - begin)
         progress = where.step / where.steps
         high, middle, low = self.bars
         bar = torch.where(progress < 0.33, high, torch.where(progress < 0.67, middle, low))

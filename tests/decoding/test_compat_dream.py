@@ -22,6 +22,7 @@ def dream_loop(
     eps: float = 1e-3,
     top_p: float | None = None,
     top_k: int | None = None,
+    rivalled: bool = False,
 ) -> list[torch.Tensor]:
     """Dream's published loop, greedy, over one or more prompts of one length; the state after each step."""
     mask, states = 511, []
@@ -31,6 +32,8 @@ def dream_loop(
         masked = x == mask
         logits = model(x).logits
         logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)[masked]  # (N, V)
+        if rivalled:
+            logits = mask_in_second_place(logits)
         if top_p is not None:
             ordered, order = logits.sort(descending=True)
             remove = ordered.softmax(-1).cumsum(-1) > top_p
@@ -101,6 +104,46 @@ def test_dreams_options(alg: str, options: dict) -> None:
     for i, (a, b) in enumerate(zip(out.history, expected, strict=True)):
         assert torch.equal(a, b), f"step {i}"
     assert torch.equal(out.sequences, expected[-1])
+
+
+def mask_in_second_place(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) in which the mask token's is halfway between the two largest others."""
+    two = logits.index_fill(-1, torch.tensor(511), -torch.inf).topk(2, dim=-1).values
+    return torch.cat((logits[..., :511], two.mean(-1, keepdim=True)), -1)
+
+
+@pytest.mark.parametrize("alg", compat.ALGORITHMS)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_p": 1e-6}, {"top_k": 2}, {"top_k": 7}])
+def test_the_mask_token_keeps_its_share_as_published(alg: str, options: dict) -> None:
+    """It is a rival of other tokens in ranks, top_p and top_k, although it is never decoded."""
+    model, prompts = golden.model("dream_tiny_a"), torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = dream_loop(model, prompts, new=12, alg=alg, steps=8, rivalled=True, **options)
+    torch.manual_seed(3)
+    out = compat.diffusion_generate(
+        model,
+        prompts,
+        max_new_tokens=12,
+        alg=alg,
+        steps=8,
+        generation_logits_hook_func=lambda step, x, logits: mask_in_second_place(logits),
+        **options,
+    )
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out, expected[-1])
+    # Where it would be the one choice left, the next best token is.
+    out = compat.diffusion_generate(
+        model,
+        prompts,
+        max_new_tokens=12,
+        alg=alg,
+        steps=8,
+        generation_logits_hook_func=lambda step, x, z: z.index_fill(2, torch.tensor(511), 1e4),
+        **options,
+    )
+    assert isinstance(out, torch.Tensor)
+    assert not bool((out == 511).any())
 
 
 @pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])

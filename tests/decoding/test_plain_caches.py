@@ -87,7 +87,7 @@ class Case:
     ) -> None:
         self.model, self.prompt, self.block, self.cache, self.rule = model, prompt, block, cache, rule
         causal = model.block_length is not None
-        end = len(prompt) + length
+        self.asked = end = len(prompt) + length
         self.ids = prompt + [MASK] * ((-(-end // block) * block if causal else end) - len(prompt))
         self.origin = len(prompt) // block * block if causal else len(prompt)
         self.closest, self.passes, self.early = math.inf, 0, 0
@@ -170,10 +170,10 @@ class Case:
         rule, first = self.rule, len(self.prompt)
         steps = len(self.ids) - first
         if isinstance(rule, Prophet):
-            answer = range(first + rule.start, first + rule.start + rule.width)
+            answer = range(first + rule.start, min(first + rule.start + rule.width, self.asked))
             share = self.passes / steps
             bar = rule.bars[0 if share < 0.33 else 1 if share < 0.67 else 2]
-            seen = all(c in gaps for c in answer)
+            seen = bool(answer) and all(c in gaps for c in answer)
             return seen and self.least(sum(gaps[c] for c in answer) / len(answer), bar)
         left = [c for c in gaps if self.ids[c] == MASK]
         t = (self.passes - 1) / (steps - 1)

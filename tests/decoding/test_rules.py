@@ -209,7 +209,8 @@ def gaps_of_4(predicted: Callable[[Tensor], Tensor]) -> Any:
         (Prophet(0, bars=(4.0, 9.0, 9.0)), 100, 1),
         (Prophet(0, bars=(9.0, 4.0, 9.0)), 100, 33),  # 33/100 is no longer below 0.33
         (Prophet(0, bars=(9.0, 9.0, 4.0)), 100, 67),
-        (Prophet(8, bars=(4.0, 4.0, 4.0)), 12, 12),  # the response has four of the five columns
+        (Prophet(8, bars=(4.0, 4.0, 4.0)), 12, 1),  # the response has four of the five columns
+        (Prophet(12, bars=(4.0, 4.0, 4.0)), 12, 12),  # and here none
     ],
 )
 def test_early_rules_meet_their_bars_exactly(rule: Rule, length: int, passes: int) -> None:
