@@ -94,9 +94,8 @@ class TextStream:
     def _complete(self, last: bool = False) -> str:
         before = self._before
         text = self._following(before, self._pending)
-        if (
-            text is None
-        ):  # after bytes that are no text, a decoder may change earlier text; returned text stays
+        if text is None:
+            # After bytes that are no text, a decoder may change earlier text; returned text stays.
             before, text = [], self.tokenizer.decode(self._pending)
         end = len(text) if last else len(text.rstrip(INCOMPLETE))
         left_out = 0 if end == len(text) else self._shorten(before, text)
