@@ -183,7 +183,7 @@ class Rule:
     soft: bool = False
     """Whether the model sees soft tokens, see `models.soft_embeddings`, in the cells that the rule reads: the
     first tensor of its state, (lanes, columns) float32, is the mask's share of each cell's embedding, from 0,
-    the token as it is, to 1. Only models of `dparallel_ext.models` take them."""
+    the token as it is, to 1. It needs `edits`, and a model of `dparallel_ext.models`."""
     hidden: bool = False
     """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
     in_order: bool = False
@@ -254,6 +254,8 @@ def check_rule(rule: Rule) -> None:
     one_of(f"{name}: reads", rule.reads, ("masked", "block", "response"))
     if whole(f"{name}: edits", rule.edits, 0) and rule.reads != "block":
         raise ValueError(f"{name}: reads: expected 'block' of a rule that edits, got {rule.reads!r}")
+    if rule.soft and not rule.edits:
+        raise ValueError(f"{name}: edits: expected at least 1 of a rule that makes soft tokens, got 0")
 
 
 def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -271,6 +273,11 @@ def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tupl
                 f"{name}: expected Tensors ({lanes}, ...) of a rule without a reset of its own, got one "
                 f"{tuple(values.shape)}"
             )
+    if rule.soft and [(s.shape, s.dtype) for s in state[:1]] != [((lanes, columns), torch.float32)]:
+        raise ValueError(
+            f"{name}: expected float32 ({lanes}, {columns}) in front, the mask's shares of a rule that makes "
+            f"soft tokens, got {[described(values) for values in state[:1]]}"
+        )
     return state
 
 
