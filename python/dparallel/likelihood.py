@@ -38,7 +38,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_ids, one_of, token_ids, whole
-from dparallel_ext.cache import KVCache, Span, bucket
+from dparallel_ext.cache import KVCache, Span
+from dparallel_ext.decoding.padding import row_padding
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
 from dparallel_ext.ops.head import rows_of_chunk
@@ -265,8 +266,7 @@ class Scorer:
         self.model, self.mask_id, self.block_length = model, mask_id, block_length
         self.shift, self.batch_size = shift, batch_size
         self.chunk_rows = rows_of_chunk(None, model.lm_head.weight)
-        # The CPU's matrix library compiles code for each number of rows of 16-bit matrices, and keeps it.
-        self.pad_to = None if model.dtype == torch.float32 else bucket
+        self.pad_to = row_padding(model)
 
     def by_masks(
         self, pairs: Sequence[Pair], masks_of: Callable[[int], MaskedStates]
