@@ -153,7 +153,6 @@ class Schedule:
         return windows
 
     def front_window(self, s: SequenceState) -> Window:
-        """The front block's window."""
         block = s.open[0]
         if self.prefill_only(s):
             return Window(s.first_mask, s.first_mask + 1, block)

@@ -223,7 +223,6 @@ class Engine:
         return share, page_size
 
     def _start(self) -> None:
-        """Start the thread."""
         self.request_ids = itertools.count()
         self._process = os.getpid()
         self._wakeups: SimpleQueue[Engine | None] = SimpleQueue()

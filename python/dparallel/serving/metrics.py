@@ -60,7 +60,6 @@ class Metrics:
         )
 
     def add(self, name: str, engine: Engine) -> ModelMetrics:
-        """Add the metrics of one more model."""
         self.models[name] = metrics = ModelMetrics(self, name, engine)
         return metrics
 

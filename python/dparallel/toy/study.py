@@ -273,7 +273,6 @@ def summary(groups: dict[str, list[list[Row]]], student: list[Row]) -> dict[str,
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
     bar, slowest = report["bar"], report["passes_one_token"]
     lines = [
         f"Fewest passes at an accuracy of at least {bar:.1%} (the teacher's at one token a pass, less a "

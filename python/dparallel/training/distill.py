@@ -208,7 +208,6 @@ def identity(recipe: Recipe, answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sequences(args: Any, processes: int) -> int:
-    """The sequences of a step."""
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * processes)
 
 

@@ -294,7 +294,6 @@ def run(
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """A report as text."""
     (learned, judged), (prompts, held_out) = report["passes"], report["prompts"]
     yield f"oracle: {report['oracle_passes']:.1f} passes an answer"
     yield f"trained on {learned} passes over {prompts} prompts, tested on {judged} over {held_out}"

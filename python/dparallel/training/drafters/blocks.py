@@ -190,7 +190,6 @@ def pack_blocks(
 def loss_of(
     model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
-    """The loss of a step."""
     options, device = model.options, target.device
     some, generator = drawn(answers, settings, step)
     batch = pack_blocks(some, options, settings.anchors, generator)

@@ -227,7 +227,6 @@ def judge(
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """A report as text."""
     yield f"{report['settings']['kind']}: {report['parameters']:,} parameters, {report['bytes']:,} bytes"
     yield f"learned from {report['answers']} answers in {report['seconds']} s"
     held = report.get("held_out")
