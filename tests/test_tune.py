@@ -202,7 +202,7 @@ def test_a_choice_of_a_drafter_is_used(fixed: Path, tmp_path: Path) -> None:
 
 
 def test_a_server_takes_the_choice(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[runner.Model] = []
+    served: list[runner.Served] = []
     monkeypatch.setattr(runner, "run", lambda models, *_, **__: served.extend(models))
     run("serve", "--model", "builtin:causal", "--config", fixed)
     # The size was measured for the file's own drafter.

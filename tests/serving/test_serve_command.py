@@ -176,7 +176,7 @@ def test_what_fails_leaves_no_engine_behind(monkeypatch: pytest.MonkeyPatch, fai
     monkeypatch.setattr(runner, "make_server", no_server)
     config = dx.DecodeConfig(cache="window" if fails == "the second model" else None, gen_length=16)
     models = [
-        runner.Model(name, MODEL, each, registry.Loading())
+        runner.Served(name, MODEL, each, registry.Loading())
         for name, each in (("a", dx.DecodeConfig(gen_length=16)), ("b", config))
     ]
     error, said = (ValueError, "cache: ") if fails == "the second model" else (RuntimeError, "no server")

@@ -154,15 +154,17 @@ def serve(
                     drafter_name = None if guessing == PLAIN else guessing
                     called = f"{each}+{guessing}" if several and drafter_name else each
                     kept_mask = loading if all(causal.values()) else replace(loading, mask_id=None)
-                    models.append(runner.Model(called, each, decoding, kept_mask, drafter_name, draft_size))
+                    models.append(runner.Served(called, each, decoding, kept_mask, drafter_name, draft_size))
             elif verifier:
                 decoding = config_without_policy(fields, **shared)
-                models.append(runner.Model(each, each, decoding, loading, verifier=verifier, numbers=numbers))
+                models.append(
+                    runner.Served(each, each, decoding, loading, verifier=verifier, numbers=numbers)
+                )
             else:
                 decoding = config_with_policy(
                     fields, policy, cache=cache, block_length=block_length, **shared
                 )
-                models.append(runner.Model(each, each, decoding, loading, draft_size=self_drafts))
+                models.append(runner.Served(each, each, decoding, loading, draft_size=self_drafts))
         if name and len(name) != len(models):
             called = ", ".join(served.name for served in models)
             raise ValueError(f"name: expected one for each of {called}, got {len(name)}")

@@ -128,7 +128,7 @@ def make_server(service: Service, log_level: str = "info") -> Server:
 
 
 @dataclass(frozen=True)
-class Model:
+class Served:
     """A model to serve, and the config of requests that name nothing else."""
 
     name: str
@@ -145,7 +145,7 @@ class Model:
 
 
 def run(
-    models: Sequence[Model],
+    models: Sequence[Served],
     settings: ServerSettings,
     *,
     host: str,
@@ -212,7 +212,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def make_engine(
     weights: Any,
-    model: Model,
+    model: Served,
     others: Mapping[str, Any],
     max_length: int | None,
     lanes: int,
