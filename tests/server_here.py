@@ -17,7 +17,7 @@ from typing import Any
 from dparallel import registry
 from dparallel.serving.app import Gate
 from dparallel.serving.runner import Server, listen, make_server
-from dparallel.serving.service import Service
+from dparallel.serving.service import ModelService, Service
 from dparallel.serving.settings import ServerSettings
 
 import dparallel_ext as dx
@@ -154,7 +154,7 @@ def serving(
             defaults |= {"block_length": BLOCK, "cache": "dual", "rule": "entropy:0.5"}
         made = dx.Engine(model, max_length=settings["max_length"], **{**defaults, **engine})
         running.append(made)
-        service.add(name, made, tokenizer, place, engine.get("drafter"), named)
+        ModelService(service, name, made, tokenizer, place, engine.get("drafter"), named)
 
     add(name, model, tokenizer, directory or registry.directory_of(MODEL), engine or {})
     for other, own in (others or {}).items():

@@ -26,7 +26,7 @@ from asking import (
 from dparallel import registry
 from dparallel.serving import unsupported
 from dparallel.serving.app import make_app
-from dparallel.serving.service import Service
+from dparallel.serving.service import ModelService, Service
 from dparallel.serving.settings import ServerSettings
 from openai import OpenAI
 from server_here import Here, serving
@@ -315,7 +315,7 @@ def test_an_engine_that_is_closed(student: tuple[Any, Any]) -> None:
         model, tokenizer = student
         engine = dx.Engine(model, lanes=1, max_length=64)
         service = Service(ServerSettings())
-        service.add("x", engine, tokenizer, registry.directory_of(MODEL))
+        ModelService(service, "x", engine, tokenizer, registry.directory_of(MODEL))
         application = make_app(service)
         async with application.router.lifespan_context(application):
             assert await ask(application, "GET", "/health", b"") == (200, {"status": "ok"})
@@ -335,6 +335,6 @@ def test_responses_end_at_the_models_own_ends(student: tuple[Any, Any]) -> None:
     model.end_at([5, 7])
     with dx.Engine(model, lanes=1, max_length=64) as engine:
         service = Service(ServerSettings())
-        service.add("x", engine, tokenizer, registry.directory_of(MODEL))
+        ModelService(service, "x", engine, tokenizer, registry.directory_of(MODEL))
         assert service.model("x").config.eos_ids == (5, 7)
         service.close()

@@ -27,7 +27,7 @@ from dparallel_ext.speculation import drafter_of
 from .. import registry
 from . import connections
 from .app import make_app
-from .service import Service
+from .service import ModelService, Service
 from .settings import MAX_LENGTH, ServerSettings
 
 
@@ -189,7 +189,7 @@ def run(
         opened.callback(service.close)
         for model, (engine, tokenizer) in zip(models, engines, strict=True):
             place = directories[model.model]
-            service.add(model.name, engine, tokenizer, place, model.drafter, model.verifier)
+            ModelService(service, model.name, engine, tokenizer, place, model.drafter, model.verifier)
         gc.collect()
         gc.freeze()  # objects made so far stay, and collections need not scan them while requests wait
         try:

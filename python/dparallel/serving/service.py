@@ -56,18 +56,6 @@ class Service:
             return {}
         return page.served(all(model.builtin for model in self.models.values()))
 
-    def add(
-        self,
-        name: str,
-        engine: Engine,
-        tokenizer: Any,
-        directory: Path,
-        drafter: str | None = None,
-        verifier: str | None = None,
-    ) -> None:
-        """Serve one more model. `drafter`, `verifier`: the names of the engine's."""
-        self.models[name] = ModelService(self, name, engine, tokenizer, directory, drafter, verifier)
-
     def model(self, name: str) -> ModelService:
         """The model of this name. Raises ApiError."""
         service = self.models.get(name)
@@ -105,7 +93,10 @@ class Service:
 
 
 class ModelService:
-    """A model's engine and tokenizer. `service`: the service that it belongs to."""
+    """A model's engine and tokenizer, which the service serves from now on.
+
+    drafter, verifier: the names of the engine's.
+    """
 
     def __init__(
         self,
@@ -114,8 +105,8 @@ class ModelService:
         engine: Engine,
         tokenizer: Any,
         directory: Path,
-        drafter: str | None,
-        verifier: str | None,
+        drafter: str | None = None,
+        verifier: str | None = None,
     ) -> None:
         self.service, self.name, self.engine = service, name, engine
         self.drafter, self.verifier = drafter, verifier
@@ -136,6 +127,7 @@ class ModelService:
         self.seed = None if seed is None else arguments.numbers("seed", seed, 1, -(2**63))[0]
         self.metrics = service.metrics.add(name, engine)
         self.created = int(time.time())
+        service.models[name] = self
 
     @property
     def described(self) -> dict[str, Any]:
