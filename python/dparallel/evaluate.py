@@ -113,6 +113,8 @@ class Task(NamedTuple):
     batch: int
 
 
+RECORDED = 3
+"""Problems of a recording."""
 SET_HERE = ("gen_length", "record", "logprobs")
 """Fields of `DecodeConfig` that a measurement sets itself; the problems have the length."""
 
@@ -303,13 +305,18 @@ def _answered(
         texts = task.tokenizer.decode_batch(responses if beyond_end and task.problems.beyond_end else cut)
         each_answer = zip(part, responses if beyond_end else cut, strict=True)
         by_number |= {each.number: Answer(each.ids, tokens) for each, tokens in each_answer}
-        if recording is not None:
-            _record(recording, task, how, part, texts, out, kept)
-        totals.right += sum(map(task.problems.checker, (each.prompt.answer for each in part), texts))
+        right = [*map(task.problems.checker, (each.prompt.answer for each in part), texts)]
+        totals.right += sum(right)
         totals.passes += int(out.nfe.sum())
         totals.tokens += sum(kept)
         # Without the rest of the last block, which a block-causal model fills.
         totals.generated += int(out.generated.clamp(max=task.length).sum())
+        for i, each in enumerate(part):
+            if recording is not None and each.number < RECORDED:
+                note = "right" if right[i] else f"wrong, it is {each.prompt.answer[-80:]}"
+                shown: Fields = {"model": task.name, "how": how, "length": task.length, "note": note}
+                words = TokenTexts(task.tokenizer)
+                recording.add(each.prompt.shown, answer_of(out, i, words, kept=kept[i], **shown))
         yield part, out
     if answers is not None:
         answers += [by_number[number] for number in range(len(by_number))]
@@ -355,29 +362,6 @@ def evaluate_adaptive(
         **_result(task, verifier, changed, totals),
         "verifier_mean": ratio(verified, len(task.problems.prompts)),
     }
-
-
-RECORDED = 3
-"""Problems of a recording."""
-
-
-def _record(
-    recording: Recording,
-    task: Task,
-    how: str,
-    part: Sequence[Encoded],
-    answers: Sequence[str],
-    out: dx.DecodeOutput,
-    kept: Sequence[int],
-) -> None:
-    """Add a batch's answers to the first problems to the recording."""
-    texts = TokenTexts(task.tokenizer)
-    for i, (each, answer) in enumerate(zip(part, answers, strict=True)):
-        if each.number < RECORDED:
-            expected = each.prompt.answer
-            note = "right" if task.problems.checker(expected, answer) else f"wrong, it is {expected[-80:]}"
-            shown: Fields = {"model": task.name, "how": how, "length": task.length, "note": note}
-            recording.add(each.prompt.shown, answer_of(out, i, texts, kept=kept[i], **shown))
 
 
 def _ids(part: Sequence[Encoded]) -> list[list[int]]:
