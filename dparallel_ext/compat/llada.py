@@ -189,7 +189,9 @@ class _Options(NamedTuple):
         blocks = gen_length // block_length
         if blocks and steps % blocks:
             raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
-        return options._replace(mask_id=_mask_of(model, options.mask_id))
+        masks = options.mask_id, traits(model).mask_id, MASK_ID
+        mask = next(mask for mask in masks if mask is not None)
+        return options._replace(mask_id=check_mask(model, mask))
 
 
 def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given: Any) -> tuple[Tensor, int]:
@@ -223,12 +225,6 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
     if isinstance(prompt, Tensor) and not len(prompt):
         tokens = prompt.new_empty((0, prompt.shape[1] + options.gen_length))
     return tokens, batch.forwards
-
-
-def _mask_of(model: Any, mask_id: int | None) -> int:
-    """`mask_id`, else the model's own, else LLaDA's. Raises ValueError if the model has no such token."""
-    known = traits(model).mask_id
-    return check_mask(model, (MASK_ID if known is None else known) if mask_id is None else mask_id)
 
 
 def _as_published(schedule: Schedule) -> Schedule:

@@ -161,7 +161,7 @@ def wrap(hf_model: nn.Module) -> Model:
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
     tensors = [
-        Offer(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(_same, p))
+        Offer(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(lambda p: p, p))
         for name, p in weights.items()
     ]
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
@@ -429,10 +429,6 @@ def fetch(file: Path, shard: Any, name: str) -> Tensor:
     """A tensor of an open safetensors file. Raises ValueError naming the file if it cannot be read."""
     with files.readable(file):
         tensor: Tensor = shard.get_tensor(name)
-    return tensor
-
-
-def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 

@@ -144,7 +144,8 @@ def _generate(
     progress: bool,
 ) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    content = _content(prompts, settings)
+    # Of settings.json, which identifies the run.
+    content = {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest_of(prompts)}
     _check(directory, content)
     shards = [prompts[first : first + settings.shard] for first in range(0, len(prompts), settings.shard)]
     mine = range(rank, len(shards), world)
@@ -241,11 +242,6 @@ def kept(directory: Path) -> str | None:
 
 def _shard(directory: Path, number: int, format: str) -> Path:
     return directory / f"part-{number:05d}.{format}"
-
-
-def _content(prompts: list[Prompt], settings: TrajectorySettings) -> dict[str, Any]:
-    """The content of settings.json, which identifies the run."""
-    return {**asdict(settings), "prompts": len(prompts), "prompts_sha256": digest_of(prompts)}
 
 
 def _claim(directory: Path, content: dict[str, Any]) -> None:
