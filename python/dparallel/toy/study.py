@@ -77,13 +77,6 @@ def of_rules(rows: Iterable[Row], rules: Iterable[str]) -> list[Row]:
     return [row for row in rows if row["policy"].partition(":")[0] in rules]
 
 
-def once(file: Path, make: Callable[[], Any]) -> Any:
-    """The result of `make`, written to a JSON file; read from the file if it exists."""
-    if not file.exists():
-        files.write_json(file, make())
-    return json.loads(file.read_text())
-
-
 def spent(out: Path) -> float:
     """Seconds of training and evaluation that the files below `out` record."""
     total = 0.0
@@ -94,10 +87,6 @@ def spent(out: Path) -> float:
         elif isinstance(content, list):
             total += sum(row["seconds"] for row in content)
     return total
-
-
-def measured(name: str, policies: Iterable[str], problems: int, seed: int) -> list[Row]:
-    return list(sweeping.sweep([name], policies, problems=problems, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -136,9 +125,13 @@ class Stages:
         return directory
 
     def judged(self, file: Path, name: str, policies: list[str], last: bool = False) -> list[Row]:
-        """Results on the validation problems, or, with `last`, on the problems of the curves."""
+        """Results on the validation problems, or, with `last`, on the problems of the curves; read from the
+        file if it exists."""
         count, seed = (self.problems, 0) if last else (self.validation, VALIDATION)
-        return once(file, lambda: measured(name, policies, count, seed))
+        if not file.exists():
+            files.write_json(file, [*sweeping.sweep([name], policies, problems=count, seed=seed)])
+        rows: list[Row] = json.loads(file.read_text())
+        return rows
 
     def tried(self, bar: float, ratio: Any, beta: float, steps: int) -> dict[str, Any]:
         """Do a short run of the sweep; return its settings, passes and results."""
