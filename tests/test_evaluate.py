@@ -90,8 +90,8 @@ def test_one_token_a_pass_is_gen_length_passes(loaded: tuple[Any, Any]):
 
 def test_a_block_causal_models_own_blocks_are_the_default(loaded: tuple[Any, Any]):
     sdar = golden.home / "sdar_tiny_a"
-    assert registry.block_length(str(sdar)) == 8
-    assert registry.block_length("builtin:teacher") == 32
+    assert registry.traits_of(str(sdar)).default_block_length == 8
+    assert registry.traits_of("builtin:teacher").default_block_length == 32
     given = (dx.models.load(sdar), loaded[1])
     rows = [
         evaluate.evaluate(

@@ -118,7 +118,7 @@ def test_models_that_ship_are_in_the_dtype_that_is_fast(monkeypatch: pytest.Monk
 def test_a_config_that_names_no_model_is_an_error_by_name(content: str, said: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=rf"^model: .*{said}"):
-        registry.block_length(str(tmp_path))
+        registry.traits_of(str(tmp_path))
 
 
 def test_weights_that_cannot_be_read_are_an_error_by_name(tmp_path: Path):

@@ -113,11 +113,6 @@ def traits_of(name: str) -> models.Traits:
     return models.stored_traits(directory_of(name))
 
 
-def block_length(name: str) -> int:
-    """The default block length, as `Traits.default_block_length`. Raises as `traits_of`."""
-    return traits_of(name).default_block_length
-
-
 def is_causal(name: str, cache: str | None = None) -> bool:
     """Whether a model is decoded autoregressively; of a model that predicts masks too the cache mode says it.
     Raises as `traits_of`."""

@@ -264,7 +264,7 @@ def decoded(directory: Path) -> tuple[models.Model, Tensor]:
     name = str(directory)
     model, tokenizer = registry.load(name)
     encode = text.prompt_encoder(tokenizer, registry.template_of(name))
-    length = min(8, registry.block_length(name))
+    length = min(8, registry.traits_of(name).default_block_length)
     prompt = torch.tensor([encode("hello 3")[:20] or [0]])
     if model.causal:  # which is not decoded here
         return model, torch.cat((prompt, model(prompt).logits.argmax(-1)), 1)

@@ -330,7 +330,7 @@ def test_the_server(checkpoint: Path) -> None:
 
 def test_the_window_is_the_default_block_length(checkpoint: Path) -> None:
     """By the files as by the model."""
-    assert registry.block_length(str(checkpoint)) == 4
+    assert registry.traits_of(str(checkpoint)).default_block_length == 4
     assert models.traits(registry.load(str(checkpoint))[0]).default_block_length == 4
 
 

@@ -122,9 +122,8 @@ def generate(
     if other := without_number(settings.checker, (prompt.answer for prompt in prompts)):
         warn(other)
     if settings.block_length is None:
-        traits = None if loaded is None else dx.models.traits(loaded[0])
-        default = registry.block_length(settings.model) if traits is None else traits.default_block_length
-        settings = replace(settings, block_length=default)
+        traits = registry.traits_of(settings.model) if loaded is None else dx.models.traits(loaded[0])
+        settings = replace(settings, block_length=traits.default_block_length)
     wanted = settings.chat or loaded is None
     template = registry.template_of(settings.model, settings.chat) if wanted else None
     settings = replace(settings, chat=template is not None)
