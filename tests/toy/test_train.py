@@ -59,7 +59,7 @@ def test_same_settings_same_model_and_a_stopped_run_goes_on_as_if_it_had_not(tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "batch_of", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "part", save_every=2)
+            run(tmp_path / "part", save_every=4)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
     assert not (tmp_path / "part" / "model.safetensors").exists()
     resumed = run(tmp_path / "part", save_every=2)
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "masked_diffusion_loss", overflowing)
         with pytest.raises(ValueError, match=r"the loss of step 5 is .*: training stops, and .*state\.pt"):
-            run(tmp_path / "part", save_every=2)
+            run(tmp_path / "part", save_every=4)
     assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 4
     whole, resumed = run(tmp_path / "whole"), run(tmp_path / "part", save_every=2)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -221,7 +221,9 @@ def test_answers_of_several_lengths(loaded: Any, tmp_path: Path) -> None:
         assert len(row["step"]) == len(row["confidence"]) == len(row["response_ids"])
         assert min(row["step"]) == 1
         assert max(row["step"]) == row["nfe"]
-    assert [len(row["step"]) for row in Trajectories(tmp_path)] == [13, 10, 11]
+    read = Trajectories(tmp_path)
+    assert [len(row["step"]) for row in read] == [13, 10, 11]
+    assert str(read[-1]) == str(read[2])
 
 
 @pytest.mark.slow

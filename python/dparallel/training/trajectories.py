@@ -378,6 +378,7 @@ class Trajectories(Dataset[dict[str, Any]]):
         return len(self.bounds)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(len(self))[i]  # a negative number counts from the end
         start, prompt, length = self.bounds[i]
         return {
             "input_ids": self.ids[start : start + length].long(),
