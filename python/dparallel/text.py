@@ -103,8 +103,8 @@ class TextStream:
         fresh = text[self._emitted : end]
         self._emitted = end - left_out
         if end == len(text):
-            # Decoders drop a space in front of the first token, so the context must have some text.
-            self._before = self._pending if text else self._before + self._pending
+            # Decoders drop a space in front of the first token, so tokens without text are no context.
+            self._before = self._pending if text else self._before or self._pending
             self._pending, self._emitted, self._in_run = [], 0, False
         return fresh
 
