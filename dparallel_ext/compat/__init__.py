@@ -2,7 +2,8 @@
 
 They follow LLaDA's, Fast-dLLM's and dParallel's `generate.py` and Dream's `generation_utils.py`. `decode`
 commits the same tokens, in fewer passes where a cache is used: the published loops, and so these functions,
-run a second pass over a block even if its first pass has completed it.
+run a second pass over a block even if its first pass has completed it. (Newer versions of Fast-dLLM do not,
+and with a `factor`, which an older loop could not end with, no second pass is run here either.)
 
 What differs: the mask token is never decoded, ties go to the lowest position and token, statistics are in
 float32 (LLaDA's in float64, Dream's in the dtype of the logits), and at a temperature above 0 samples follow

@@ -49,6 +49,7 @@ def generate(
     confidence_eos_eot_inf: bool = False,
     eos_id: int = 126081,
     eot_id: int = 126348,
+    factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """Decode with passes over the whole sequence (LLaDA's, Fast-dLLM's, dParallel's `generate`).
 
@@ -67,6 +68,9 @@ def generate(
         confidence_eos_eot_inf: take `eos_id` and `eot_id` out of the confidences, so that they are committed
             last (LLaDA, appendix B.4); as published, above temperature 0 `eot_id` alone.
         eos_id, eot_id: LLaDA's <|endoftext|> and <|eot_id|>.
+        factor: in place of `threshold` and `selector`, commit the n surest positions, n the largest with
+            p_(n) >= 1 - factor / (n + 1), and, as Fast-dLLM's loop does, all of them where only the least
+            sure one fails.
 
     Returns:
         Tokens (B, P + gen_length) int64, and the number of forward passes.
@@ -96,11 +100,12 @@ def generate(
         "mask_id": mask_id,
         "threshold": threshold,
         "selector": selector,
+        "factor": factor,
         "suppress": [eos_id] if logits_eos_inf else None,
     }
     last: list[int] = []
     if confidence_eos_eot_inf:
-        if threshold is not None and selector != "confidence":
+        if threshold is not None and factor is None and selector != "confidence":
             raise ValueError(
                 f"confidence_eos_eot_inf: {selector!r} is no rule of confidences, use selector='confidence'"
             )
@@ -134,6 +139,8 @@ def generate_with_prefix_cache(
     mask_id: int | None = None,
     threshold: float | None = None,
     selector: str = "entropy",
+    *,
+    factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes from the block's start on, which read the prefix's
     keys and values of the full pass (Fast-dLLM)."""
@@ -152,6 +159,8 @@ def generate_with_dual_cache(
     mask_id: int | None = None,
     threshold: float | None = None,
     selector: str = "entropy",
+    *,
+    factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """`generate` with one full pass per block, then passes over the block alone, which read the prefix's and
     suffix's keys and values of the full pass (Fast-dLLM)."""
@@ -170,6 +179,7 @@ class _Options(NamedTuple):
     mask_id: int
     threshold: float | None
     selector: str
+    factor: float | None = None
     suppress: list[int] | None = None
 
     @classmethod
@@ -189,6 +199,9 @@ class _Options(NamedTuple):
         blocks = gen_length // block_length
         if blocks and steps % blocks:
             raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+        if options.factor is not None:
+            factor = number("factor", options.factor)
+            options = options._replace(factor=factor, threshold=factor, selector="factor")
         masks = options.mask_id, traits(model).mask_id, MASK_ID
         mask = next(mask for mask in masks if mask is not None)
         return options._replace(mask_id=check_mask(model, mask))
@@ -202,6 +215,7 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
         row: dict[str, Any] = {"steps": options.steps, "score": "entropy" if by_entropy else "confidence"}
     else:
         row = {"threshold": options.threshold, "selector": options.selector}
+    rule = AsPublished(at_random=options.remasking == "random", to_the_last=options.factor is not None)
     config = DecodeConfig(
         gen_length=options.gen_length,
         block_length=options.block_length,
@@ -209,11 +223,11 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
         temperature=options.temperature,
         suppress=options.suppress,
         mask_id=options.mask_id,
-        rule=AtRandom() if options.remasking == "random" else None,
+        rule=None if rule == AsPublished() else rule,
         **row,
     )
     with torch.inference_mode():
-        batch = start(model, list(prompt), config, schedule=_as_published)
+        batch = start(model, list(prompt), config, schedule=functools.partial(_as_published, options))
         waiting: list[int] = []
         while batch.live:  # at the end of a block every sequence waits for the others
             waiting += batch.step(ahead=AHEAD)
@@ -227,7 +241,7 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
     return tokens, batch.forwards
 
 
-def _as_published(schedule: Schedule) -> Schedule:
+def _as_published(options: _Options, schedule: Schedule) -> Schedule:
     """The schedule with the passes of the published loops that change nothing."""
     kind: Any = type(schedule)
 
@@ -238,8 +252,9 @@ def _as_published(schedule: Schedule) -> Schedule:
             return window._replace(start=0) if self.full(s) else window
 
         def is_over(self, s: SequenceState) -> bool:
-            """Whether the front block is complete; one that its full pass has completed gets another pass."""
-            return super().is_over(s) and not self.published_passes(s)
+            """Whether the front block is complete; one that its full pass has completed gets another pass,
+            which a factor, without a mask to count, does not have."""
+            return super().is_over(s) and (options.factor is not None or not self.published_passes(s))
 
     published: Schedule = Published(
         **{f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)}
@@ -247,13 +262,24 @@ def _as_published(schedule: Schedule) -> Schedule:
     return published
 
 
-class AtRandom(Rule):
-    """The policy row, with random scores."""
+@dataclasses.dataclass(frozen=True)
+class AsPublished(Rule):
+    """The policy row's choice, by random scores, or with the last mask that it leaves."""
+
+    at_random: bool = False
+    to_the_last: bool = False
 
     recorded = False
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        return Decision(where.by_policy(_at_random(stats)))
+        chosen = where.by_policy(_at_random(stats) if self.at_random else stats)
+        return Decision(_to_the_last(chosen, where.masked) if self.to_the_last else chosen)
+
+
+def _to_the_last(chosen: Tensor, eligible: Tensor) -> Tensor:
+    """`chosen` (W, C), and where it leaves a single one of the eligible positions, that one."""
+    left = eligible & ~chosen
+    return chosen | left & (left.sum(1, keepdim=True) == 1)
 
 
 def _at_random(stats: RowStats) -> RowStats:
@@ -319,7 +345,10 @@ def _by_logits(
                     rule = policies.make(options.selector, options.threshold, batch=batch)
                 spread = functools.partial(_spread, shape=x.shape, at=(b, column))
                 by_column = stats.map(spread)
-                x = torch.where(select(by_column, eligible, rule), by_column.sample, x)
+                chosen = select(by_column, eligible, rule)
+                if options.factor is not None:
+                    chosen = _to_the_last(chosen, eligible)
+                x = torch.where(chosen, by_column.sample, x)
                 step += 1
     return x, forwards
 

@@ -142,6 +142,46 @@ def test_random_remasking_ranks_by_random_numbers_whatever_the_selector(call: An
         assert runs[0] != runs[2] or runs[0] != runs[3]
 
 
+@pytest.mark.parametrize("cache", PUBLISHED)
+def test_a_factor_commits_as_fast_dllms_loop_does(cache: str) -> None:
+    """n surest masks up to the first that misses its bar; that one too, if it is the last."""
+    model, alone = golden.model("llada_tiny_a"), 0
+    shared: dict[str, Any] = {"gen_length": 24, "block_length": 8}
+    for factor in (0.0, 0.4, 0.75, 1.0, 1.5, 30.0):
+
+        def loop(
+            stats: dx.RowStats, masked: torch.Tensor, step: torch.Tensor, factor: float = factor
+        ) -> torch.Tensor:
+            nonlocal alone
+            chosen = torch.zeros_like(masked)
+            for row, eligible, keep in zip(stats.confidence, masked, chosen, strict=True):
+                order = row.masked_fill(~eligible, -1.0).argsort(descending=True, stable=True).tolist()
+                count = int(eligible.sum())
+                kept = next((n for n in range(1, count) if row[order[n]] < 1 - factor / (n + 2)), count)
+                alone += kept == count - 1
+                keep[order[: count if kept == count - 1 else kept]] = True
+            return chosen
+
+        for prompt in ([5, 6, 7], [300, 20, 11, 40, 8]):
+            expected = dx.decode(model, prompt, rule=loop, cache=cache, **shared)
+            tokens, passes = PUBLISHED[cache](
+                model, torch.tensor([prompt]), steps=24, factor=factor, **shared
+            )
+            assert torch.equal(tokens, expected.sequences), factor
+            assert passes == int(expected.nfe[0])
+            if cache == "none":  # through LLaDA's options; the id 511, the mask's, is never decoded
+                options = {"confidence_eos_eot_inf": True, "eos_id": 511, "eot_id": 511}
+                assert (
+                    passes
+                    == compat.generate(
+                        model, torch.tensor([prompt]), steps=24, factor=factor, **shared, **options
+                    )[1]
+                )
+    assert alone
+    with pytest.raises(ValueError, match="factor: expected a finite number >= 0, got -1"):
+        PUBLISHED[cache](model, torch.tensor([[5]]), steps=24, factor=-1, **shared)
+
+
 def test_the_prompts_masks_are_filled_as_published() -> None:
     model = golden.model("llada_tiny_a")
     prompt = torch.tensor([[5, 511, 7]])
