@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import PathFinder
 
 import torch  # the compiled library links against torch's, so torch comes first
 
-try:
-    from ._C import build_info, simd_level
-except ModuleNotFoundError as error:
+# A plain import would also take the library of another folder that is installed with -e.
+if PathFinder.find_spec(f"{__name__}._C", __path__) is None:
     raise ImportError(
         f"{__path__[0]} has no compiled library for Python {sys.version_info[0]}.{sys.version_info[1]}. "
         "In the folder of the source Python finds the sources before an installed package: run "
         "`pip install -e .` there, or work in another folder."
-    ) from error
+    )
 from . import compat, diffusion_gemma, models, ops, policies, reference, rules, speculation
+from ._C import build_info, simd_level
 from .automaton import Automaton
 from .decoding import DecodeConfig, DecodeOutput, Trajectory, decode
 from .engine import Completion, DraftEvent, Engine, EngineFull, EngineStats, Handle

@@ -346,6 +346,24 @@ def test_sources_without_a_library_say_so(monkeypatch, tmp_path):
         importlib.import_module("unbuilt")
 
 
+def test_sources_do_not_take_the_library_of_another_folder(monkeypatch, tmp_path):
+    """It is offered to them where another folder is installed with -e, by a finder of setuptools' making."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "copied._C":
+                return importlib.machinery.PathFinder.find_spec(name, path=list(dx.__path__))
+            return None
+
+    (tmp_path / "copied").mkdir()
+    shutil.copy2(ROOT / "dparallel_ext" / "__init__.py", tmp_path / "copied")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    with pytest.raises(ImportError, match=r"copied has no compiled library for Python 3\..*pip install -e"):
+        importlib.import_module("copied")
+
+
 @pytest.mark.skipif("cuda" in dx.build_info()["backends"], reason="CUDA kernels are built")
 def test_a_device_without_kernels_is_told_of():
     reason = re.escape(dx.build_info()["cuda_reason"])
