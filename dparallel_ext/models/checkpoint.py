@@ -438,10 +438,7 @@ def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
     if files.is_there(single):  # before an index, as in transformers
         return {single: None}
     if not files.is_there(index):
-        others = sorted(file.name for file in directory.glob("*.bin"))
-        hint = (
-            f"; {others[0]} is not read, save_pretrained of transformers writes safetensors" if others else ""
-        )
+        hint = files.unread_weights(directory.glob("*"))
         raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}{hint}")
     weight_map = files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):

@@ -63,7 +63,8 @@ def locate(path: str | Path) -> Path:
     if os.path.isdir(directory):  # Path.is_dir raises for a name that is too long
         return directory
     if os.path.isfile(directory):
-        raise FileNotFoundError(f"path: expected a checkpoint's directory, got the file {name:.200}")
+        hint = unread_weights([directory])
+        raise FileNotFoundError(f"path: expected a checkpoint's directory, got the file {name:.200}{hint}")
     if name.startswith("builtin:"):
         raise FileNotFoundError(
             f"path: no directory {name}; dparallel.registry.load loads the models that ship"
@@ -141,6 +142,8 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
                 hint = ", but an adapter, which `dparallel merge` adds to its base"
             elif (file.parent / "snapshots").is_dir():
                 hint = ", but the Hub's cache of a model, whose checkpoints are the folders in snapshots"
+            else:
+                hint = unread_weights(file.parent.glob("*"))
             raise FileNotFoundError(f"path: no {file.name} in {file.parent}{hint}")
         return {}
     text = read_text(file)
@@ -152,6 +155,12 @@ def read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"path: {file} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def unread_weights(found: Iterable[Path]) -> str:
+    """What an error adds where one of these files has weights in a format that is not read; else ""."""
+    names = sorted(file.name for file in found if file.suffix in (".bin", ".gguf"))
+    return f"; {names[0]} is not read, save_pretrained of transformers writes safetensors" if names else ""
 
 
 def check_text(text: str, content: Any) -> None:

@@ -61,6 +61,11 @@ def test_unreadable(tmp_path: Path) -> None:
             models.load(value)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"no config\.json in .*[^e]$"):
         models.load(tmp_path)
+    gguf = tmp_path / "model.gguf"
+    gguf.touch()
+    for path in (gguf, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"; model\.gguf is not read, save_pretrained of transf"):
+            models.load(path)
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(
         FileNotFoundError, match=r"no config\.json in .*, but an adapter, which `dparallel merge`"

@@ -107,7 +107,10 @@ def test_what_git_and_torch_left_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer; `git lfs pull`"):
         models.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    put(tmp_path, "pytorch_model.bin", "")
+    put(tmp_path, "model-Q4_K_M.gguf", "")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors .*; model-Q4_K_M\.gguf is not read"):
+        models.load(tmp_path)
+    (tmp_path / "model-Q4_K_M.gguf").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors .*; pytorch_model\.bin is not read"):
         models.load(tmp_path)
     put(tmp_path, "config.json", '{"model_type": ["llada"]}')
