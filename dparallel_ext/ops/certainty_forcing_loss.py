@@ -179,7 +179,8 @@ def check_of_rows(
         refuse_transform(name, value)
         check_tensor(name, value)
     if not is_tensor or value.dtype not in allowed or value.shape != rows:
-        kinds = "floating point" if allowed == WIDE_DTYPES else str(allowed[0]).removeprefix("torch.")
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        kinds = "floating point" if allowed == WIDE_DTYPES else names
         raise ValueError(f"{name}: expected {kinds} {tuple(rows)} matching {name_of}, got {described(value)}")
     if value.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} as {name_of}, got {value.device}")

@@ -23,7 +23,8 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Each row's largest magnitude becomes 448, the largest of e4m3; a row of zeros has scale 1. Rounded to
     nearest, a weight errs by at most 2^-4 of itself, or by 2^-10 of the scale where it is subnormal.
 
-    Raises ValueError unless `weight` is floating point (out, in) and finite, TypeError unless it is a tensor.
+    Raises ValueError unless `weight` is floating point (out, in), and finite in float32; TypeError unless it
+    is a tensor.
     """
     check_tensor("weight", weight)
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -37,10 +38,10 @@ def fp8_scale(weight: Tensor) -> Tensor:
     """The scales (out,) of `quantize_fp8`. Raises ValueError as it does."""
     weight = weight.detach()
     largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight))
+    largest = largest.to(torch.float32)
     if not bool(largest.isfinite().all()):
         row = int((~largest.isfinite()).nonzero()[0])
-        raise ValueError(f"weight: row {row} holds a number that is not finite")
-    largest = largest.to(torch.float32)
+        raise ValueError(f"weight: row {row} holds a number that is not finite in float32")
     scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
     return scale.clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -35,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     That is: up to 64 rows in bfloat16 or float16 on a GPU of compute capability 9.0 or 10; bfloat16 on a CPU
     without instructions for it; and on a CPU with AVX2 or AVX-512 up to 64 rows in float32, by 2^20 weights
     or more. The kernel sums in float32 and rounds once; a row has the same bits as alone. All else is torch's
-    product, also with a gradient, `torch.autocast` or `torch.compile`.
+    product, also wherever a gradient may be asked for (outside `torch.no_grad()` and
+    `torch.inference_mode()`, whatever the tensors are), under `torch.autocast` and `torch.compile`.
 
     Args:
         x: (..., in), any strides (rows are made contiguous).

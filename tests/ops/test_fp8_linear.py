@@ -327,6 +327,8 @@ def test_bad_arguments(change: dict[str, Any], said: str) -> None:
 def test_bad_weights() -> None:
     with pytest.raises(ValueError, match=r"weight: expected floats \(out, in\), got .* \(3,\)"):
         dx.quantize_fp8(torch.zeros(3))
+    with pytest.raises(ValueError, match="weight: row 1 holds a number that is not finite in float32"):
+        dx.quantize_fp8(torch.tensor([[1.0], [1e300]], dtype=torch.float64))
     with pytest.raises(OF_AN_OP, match=r"weight: expected .*, 9\), got "):
         torch.ops.dparallel.fp8_linear(
             torch.zeros(2, 9), torch.zeros(3, 8).to(torch.float8_e4m3fn), torch.ones(3), None
