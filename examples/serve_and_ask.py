@@ -1,6 +1,6 @@
 """A server of OpenAI's API in a process of its own, and a client that watches it write.
 
-python examples/serve_and_ask.py
+python examples/serve_and_ask.py (it needs pip install "dparallel-ext[cli,serve]" openai)
 """
 
 import socket

@@ -1,6 +1,6 @@
 """A student in about five minutes of two cores: answers, certainty forcing, and what it brought.
 
-python examples/train_a_student.py OUT
+python examples/train_a_student.py [OUT]
 
 It needs the extra `train`: pip install "dparallel-ext[cli,train]". The whole recipe is recipes/builtin.yaml,
 and `make distill` is its study.
@@ -22,7 +22,7 @@ def run(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "dparallel", *map(str, words)], check=True)
 
 
-def main(out: Path, problems: int = 1500, steps: int = 100) -> None:
+def main(out: Path = Path("out/student"), problems: int = 1500, steps: int = 100) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(RECIPE.replace("STEPS", str(steps)))
     run("trajectories", out / "answers", "--data", f"builtin:{problems}", "--policy", "entropy_bound:0.1",
@@ -34,4 +34,4 @@ def main(out: Path, problems: int = 1500, steps: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

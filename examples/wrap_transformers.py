@@ -1,6 +1,7 @@
 """A model that transformers has loaded: its weights are shared, its tokens stay, passes become fewer.
 
 python examples/wrap_transformers.py [DIRECTORY of a Llama, Qwen2 or Qwen3]
+It needs the extra `hf`: pip install "dparallel-ext[cli,hf]"
 """
 
 import sys

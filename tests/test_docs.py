@@ -133,6 +133,7 @@ def test_examples_run(
     vars(module).update(runpy.run_path(str(file), run_name=name))
     # Commands of the example run here, where torch and transformers are imported already.
     monkeypatch.setattr("subprocess.run", lambda words, check: cli.app(words[3:], standalone_mode=False))
+    inspect.signature(vars(module)["main"]).bind()  # it runs as it stands, without arguments
     vars(module)["main"](*EXAMPLES[name])
     assert capsys.readouterr().out
 
