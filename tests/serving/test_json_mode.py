@@ -106,6 +106,7 @@ def test_a_stop_cuts_an_answer(client: OpenAI) -> None:
             "response_format",
             "json_schema: belongs",
         ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", 'needs {"schema": ...}'),
         ({"response_format": {"type": "json_object", "depth": 9}}, "response_format", "depth: is not"),
         (
             {**MODE, "extra_body": {"structured_outputs": {"json_object": True}}},

@@ -134,8 +134,10 @@ class ResponseFormat(Strict):
 
     @model_validator(mode="after")
     def _with_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema: belongs to the type "json_schema", which needs it')
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('json_schema: the type "json_schema" needs {"schema": ...}')
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f'json_schema: belongs to the type "json_schema", got {self.type!r}')
         return self
 
     @property
