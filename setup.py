@@ -18,12 +18,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
+
+toolchain.require_setuptools()  # else what comes next fails with a traceback
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 SIMD_LEVELS = (
     {"portable": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}

@@ -185,8 +185,9 @@ def test_an_old_python_is_refused_before_anything_is_fetched(monkeypatch, file):
         runpy.run_path(str(ROOT / "tools" / f"{file}.py"), run_name="__main__")
 
 
+@pytest.mark.parametrize("file", ["tools/build_backend.py", "setup.py"])
 @pytest.mark.parametrize("found", ["65.5.0", None])
-def test_setuptools_that_will_not_do_is_named_with_all_that_is_missing(monkeypatch, found):
+def test_setuptools_that_will_not_do_is_named_with_all_that_is_missing(monkeypatch, found, file):
     """Before it is imported: Python's own venv brings an old one, or none."""
 
     def version(name: str) -> str:
@@ -197,7 +198,7 @@ def test_setuptools_that_will_not_do_is_named_with_all_that_is_missing(monkeypat
     monkeypatch.setattr(metadata, "version", version)
     named = f"setuptools 77 or later (found {found})" if found else "setuptools"
     with pytest.raises(SystemExit, match=f"this build needs {re.escape(named)}, ninja, pybind11. Run"):
-        runpy.run_path(str(ROOT / "tools" / "build_backend.py"))
+        runpy.run_path(str(ROOT / file))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
