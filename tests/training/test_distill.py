@@ -64,6 +64,8 @@ def test_the_published_settings_are_those_of_the_recipes(tmp_path: Path):
         0.5,
     )
     assert dream.collator == {"response_length": 256}
+    soft = distill.arguments(distill.read(RECIPES / "soft.yaml"), tmp_path)
+    assert (soft.entropy_weight, soft.on_policy) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_rows_of_different_lengths_need_an_attention_mask(tmp_path: Path):
         ({"temperature": "0.5"}, "temperature"),
         ({"entropy_weight": "2"}, "entropy_weight"),
         ({"mask_ratio": True}, "mask_ratio"),
+        ({"on_policy": 1.5}, "on_policy: expected a number"),
+        ({"on_policy": "half"}, "on_policy: expected a number"),
         ({"max_steps": 0}, "max_steps: expected a whole number >= 1, got 0"),
         ({"max_steps": -2}, "max_steps"),
         ({"num_train_epochs": 0}, "num_train_epochs: expected a number above 0, got 0"),
