@@ -27,7 +27,6 @@ max(p - 1, 0). The head is applied only to the needed positions, in chunks, so n
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +37,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import check_ids, one_of, token_ids, whole
-from dparallel_ext.cache import KVCache, Span
+from dparallel_ext.cache import KVCache, Span, block_causal_spans
 from dparallel_ext.decoding.padding import row_padding
 from dparallel_ext.decoding.settings import mask_of
 from dparallel_ext.models import Model, check_diffusion, native, own_precision, traits
@@ -318,9 +317,7 @@ class Scorer:
         at = 0
         for row, (key, ids) in enumerate(rows.items()):
             begin[key], length = at, len(ids)
-            size = self.block_length or length
-            cuts = [*range(0, length, size), length]
-            spans += [Span(row, start, end, end) for start, end in itertools.pairwise(cuts)]
+            spans += block_causal_spans(row, 0, length, length, self.block_length or length)
             at += length
         wanted = []
         for pair, key, weight in states:
