@@ -101,10 +101,7 @@ def take_tuned(
         return None
     for name in names:
         # The fingerprint reads few of its tensors.
-        if (
-            models.fingerprint(models.as_stored(registry.directory_of(name), mask_id=loading.mask_id))
-            != tuned["fingerprint"]
-        ):
+        if models.fingerprint(loading.stored(name)) != tuned["fingerprint"]:
             raise ValueError(
                 f"config: {file} was tuned for {tuned['model']}, and {name} is another model; "
                 "`dparallel tune` makes a file for it"
