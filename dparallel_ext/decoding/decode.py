@@ -277,10 +277,10 @@ def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
         streamer.end()
 
 
-def progress_bar(progress: bool, total: int, name: str) -> Any:
-    """A tqdm bar of tokens, if `progress`; else None."""
+def progress_bar(progress: bool, total: int, name: str, unit: str = "token", **options: Any) -> Any:
+    """A tqdm bar, if `progress`; else None."""
     if not progress:
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=name, unit="token")
+    return tqdm(total=total, desc=name, unit=unit, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext.arguments import shown, whole
 from dparallel_ext.decoding.config import DEFAULTS
+from dparallel_ext.decoding.decode import progress_bar
 from dparallel_ext.decoding.settings import check_model
 from dparallel_ext.speculation.speculate import check_causal
 
@@ -375,17 +377,17 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
 def _batches(task: Task) -> Iterator[Sequence[Encoded]]:
     """At most `task.batch` problems at a time, those of like lengths together. A terminal shows how many
     are done."""
-    from tqdm import tqdm
-
     prompts = enumerate(task.problems.prompts)
     encoded = [Encoded(number, prompt, task.encode(prompt.text)) for number, prompt in prompts]
     encoded.sort(key=lambda each: len(each.ids))
-    # disable=None: where there is no terminal.
-    with tqdm(total=len(encoded), desc=task.name, unit="problem", leave=False, disable=None) as bar:
-        for first in range(0, len(encoded), task.batch):
-            part = encoded[first : first + task.batch]
-            yield part
+    bar = progress_bar(sys.stderr.isatty(), len(encoded), task.name, "problem", leave=False)
+    for first in range(0, len(encoded), task.batch):
+        part = encoded[first : first + task.batch]
+        yield part
+        if bar is not None:
             bar.update(len(part))
+    if bar is not None:
+        bar.close()
 
 
 def kept_of(response: Sequence[int], eos_ids: Sequence[int]) -> int:
