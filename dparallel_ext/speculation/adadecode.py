@@ -36,6 +36,7 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence import grouped
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..models.modules import shapes_only
 from ..ops import row_stats
 from ..packed import Packing, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
@@ -153,8 +154,10 @@ class AdaDecode:
 def drafter_of_heads(checkpoint: DraftCheckpoint) -> AdaDecode:
     """The drafter in a file. Raises ValueError naming the config key, or missing, extra and misshapen
     tensors."""
-    options = AdaDecodeOptions.of(checkpoint.config)
-    return AdaDecode(checkpoint.filled(lambda: ExitHeads(options)), source=checkpoint.source)
+    with shapes_only():
+        heads = ExitHeads(AdaDecodeOptions.of(checkpoint.config))
+    checkpoint.fill(heads)
+    return AdaDecode(heads, source=checkpoint.source)
 
 
 @dataclass

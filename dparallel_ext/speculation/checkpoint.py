@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from ..models import Model, files, fingerprint
 from ..models.fields import Field, read
-from ..models.modules import shapes_only
 from ..ops.inputs import DTYPES
-
-Module = TypeVar("Module", bound=nn.Module)
 
 OURS = "dparallel"
 """The key of config.json for what the published layout has no place for."""
@@ -68,11 +65,11 @@ class DraftCheckpoint(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def filled(self, make: Callable[[], Module]) -> Module:
-        """The module that `make` makes, with the file's weights. Raises ValueError naming missing, extra and
-        misshapen tensors."""
-        with shapes_only():
-            model = make()
+    def fill(self, model: nn.Module) -> None:
+        """Put the weights into `model`, which is on the device "meta".
+
+        Raises ValueError naming missing, extra and misshapen tensors.
+        """
         wanted = model.state_dict()
         faults = []
         for name, like in wanted.items():
@@ -91,7 +88,6 @@ class DraftCheckpoint(NamedTuple):
             raise ValueError(f"{self.source} does not fit its config: {'; '.join(faults[:5])}{others}")
         with torch.inference_mode(False):
             model.load_state_dict(self.tensors, assign=True)
-        return model
 
 
 def read_checkpoint(path: str | Path) -> DraftCheckpoint:
@@ -147,7 +143,7 @@ def write_checkpoint(
     checkpoints, or of an adapter if the config is one's, see `files.replace_model`. Each file appears whole
     or not at all.
 
-    Raises ValueError for a dtype that `DraftCheckpoint.filled` does not take, and for a path that cannot be
+    Raises ValueError for a dtype that `DraftCheckpoint.fill` does not take, and for a path that cannot be
     written to.
     """
     if dtype not in DTYPES:

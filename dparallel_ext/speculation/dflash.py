@@ -34,7 +34,7 @@ from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
-from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate
+from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
 from .blocks import BlockSession, GuessesBlocks
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
@@ -207,7 +207,10 @@ class BlockDrafter(GuessesBlocks):
 
 def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:
     """The drafter in a file of weights. Raises ValueError for a config key or tensors that do not fit."""
-    return BlockDrafter(checkpoint.filled(lambda: DraftModel(checkpoint.config)), checkpoint.source)
+    with shapes_only():
+        model = DraftModel(checkpoint.config)
+    checkpoint.fill(model)
+    return BlockDrafter(model, checkpoint.source)
 
 
 class _Session(BlockSession):

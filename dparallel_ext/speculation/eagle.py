@@ -33,7 +33,7 @@ from ..models import Llama, Model, Qwen3, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supported, read
-from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum
+from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
 from ..packed import Packing, bits_of, floats_of, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target
@@ -240,13 +240,15 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
         if plain != "t2d":  # which says the same as d2t
             tensors[plain] = tensor
     options = EagleOptions.of(checkpoint.config, tensors)
+    with shapes_only():
+        model = EagleModel(checkpoint.config, options)
     if "mask_hidden" in tensors:
         tensors["mask_hidden"] = tensors["mask_hidden"].flatten()  # (1, n) and (1, 1, n) are published
     if (d2t := tensors.get("d2t")) is not None and d2t.dtype in (torch.int16, torch.int32):
         tensors["d2t"] = d2t.to(torch.int64)
     elif options.vocabulary == options.shape.embedding_size:
         tensors.setdefault("d2t", torch.zeros(options.vocabulary, dtype=torch.int64, device="cpu"))
-    model = checkpoint._replace(tensors=tensors).filled(lambda: EagleModel(checkpoint.config, options))
+    checkpoint._replace(tensors=tensors).fill(model)
     ids = model.d2t + torch.arange(options.vocabulary, device="cpu")
     if not 0 <= int(ids.min()) <= int(ids.max()) < options.shape.embedding_size:
         raise ValueError(

@@ -24,6 +24,7 @@ from ..arguments import instance
 from ..cache import KVCache
 from ..models import Model
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
+from ..models.modules import shapes_only
 from ..ops import row_topk
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .draft import Draft
@@ -157,8 +158,10 @@ def checked_ranks(argument: str, ranks: Any, riders: int) -> Ranks:
 
 def drafter_of_riders(of: type[RiderModel], checkpoint: DraftCheckpoint) -> RiderDrafter:
     """The drafter in a file. Raises ValueError naming the config key, or the tensors, that do not fit."""
-    model = checkpoint.filled(lambda: of(checkpoint.config))
+    with shapes_only():
+        model = of(checkpoint.config)
     ranks = checked_ranks("config: ranks", checkpoint.config.get("ranks"), model.most)
+    checkpoint.fill(model)
     return RiderDrafter(model, ranks, checkpoint.source)
 
 
