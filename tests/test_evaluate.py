@@ -153,10 +153,10 @@ def test_json_is_written_whole(tmp_path: Path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_several_answers_in_small():
+def test_several_answers_in_small(tmp_path: Path):
     model, tokenizer = registry.load("builtin:student", dtype=torch.float32)
     before = model.lm_head.weight.clone()
-    tuned = several_answers.finetune(model.requires_grad_(), tokenizer, steps=1, problems=4)
+    tuned = several_answers.finetune(model, tmp_path, steps=1, problems=4)
     assert (tuned.lm_head.weight != before).any()
     config = dx.DecodeConfig(rule="confidence:0.2", active_blocks=4, cache="dual")
     assert model.config["max_sequence_length"] == 256

@@ -142,7 +142,7 @@ def test_the_objective_is_llada_s():
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(model, "hidden", hidden)
-        loss = train.masked_diffusion_loss(model, ids, prompt, seed=5)
+        loss = train.masked_diffusion_loss(model, ids, [prompt], seed=5)
         noisy = seen[0]
         logits = model(noisy).logits.double()
     generator = torch.Generator().manual_seed(5)
@@ -174,7 +174,7 @@ def test_mask_ratios_are_uniform():
         ids, prompt = train.batch_of(TINY, 0)
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(model, "hidden", hidden)
-            train.masked_diffusion_loss(model, ids, prompt, seed=seed)
+            train.masked_diffusion_loss(model, ids, [prompt], seed=seed)
         generator_shares += (seen[0][:, prompt:] == model.mask_id).double().mean(1).tolist()
     counts = torch.histc(torch.tensor(generator_shares), bins=4, min=0, max=1)
     assert bool((counts > 150).all()), counts  # of 800, 200 each expected

@@ -9,6 +9,7 @@ matrices of the blocks, AdamW the rest; an exponential average of the weights is
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,21 +162,27 @@ def batch_of(settings: ToySettings, step: int) -> tuple[Tensor, int]:
     return torch.tensor(rows), length
 
 
-def masked_diffusion_loss(model: models.Model, ids: Tensor, prompt: int, seed: int) -> Tensor:
-    """Cross entropy of the masked response tokens of ids (B, L), weighted 1/t."""
+def masked_diffusion_loss(model: models.Model, ids: Tensor, prompts: Sequence[int], seed: int) -> Tensor:
+    """Cross entropy of the masked response tokens of ids (B, L), weighted 1/t.
+
+    prompts: the lengths of a row's prompts, each of which a response of GEN_LENGTH tokens follows; each
+    response has a t of its own.
+    """
     generator = torch.Generator().manual_seed(seed)
-    batch, length = len(ids), ids.shape[1] - prompt
-    # Stratified: one t in each of `batch` equal slices of (0, 1); each row's t is uniform, with less noise in
-    # the sum.
-    t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-    t = t.clamp(min=1e-2)[:, None]
-    masked = torch.rand(batch, length, generator=generator) < t  # (B, L - prompt)
+    answered = [[False] * length + [True] * tasks.GEN_LENGTH for length in prompts]
+    asked = torch.tensor([*itertools.chain(*answered)])  # (L,)
+    count = len(ids) * len(prompts)
+    # Stratified: one t in each of `count` equal slices of (0, 1); each response's t is uniform, with less
+    # noise in the sum.
+    t = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    t = t.clamp(min=1e-2).view(len(ids), -1).repeat_interleave(tasks.GEN_LENGTH, 1)  # (B, asked)
+    masked = torch.rand(t.shape, generator=generator) < t
     assert model.mask_id is not None
     noisy = ids.clone()
-    noisy[:, prompt:].masked_fill_(masked, model.mask_id)
-    labels, weight = ids[:, prompt:][masked], (1 / t).expand_as(masked)[masked]
+    noisy[:, asked] = ids[:, asked].masked_fill(masked, model.mask_id)
+    labels, weight = ids[:, asked][masked], (1 / t)[masked]
     with torch.autocast("cpu", torch.bfloat16, enabled=backends.fast_bfloat16()):
-        logits = model.head(model.hidden(noisy)[:, prompt:][masked])  # (masked, V)
+        logits = model.head(model.hidden(noisy)[:, asked][masked])  # (masked, V)
     nll = F.cross_entropy(logits.float(), labels, reduction="none")
     return (nll * weight).sum() / masked.numel()
 
@@ -222,7 +229,7 @@ def train(
             if settings.causal:
                 assert model.eos_id is not None
                 return next_token_loss(model, ids, prompt, model.eos_id)
-            return masked_diffusion_loss(model, ids, prompt, settings.seed * 1_000_003 + step)
+            return masked_diffusion_loss(model, ids, [prompt], settings.seed * 1_000_003 + step)
 
         seconds, curve = loop.run(
             directory,
