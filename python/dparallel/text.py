@@ -46,7 +46,8 @@ class TextStream:
     character are decoded again, and of these the last ones, so the work is linear in the number of tokens.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text.
+        tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text, and so are ids that
+            it does not know.
         stop: stop strings; the text ends before the one that is complete first, even within a token.
     """
 
@@ -77,8 +78,8 @@ class TextStream:
                 break
             self.count += 1
             self.starts.append(self._length)
-            if token in self._special:
-                continue
+            if token in self._special or self.tokenizer.id_to_token(token) is None:
+                continue  # without text, whatever is in front of it
             self._pending.append(token)
             fresh = self._complete()
             self._length += len(fresh)
@@ -103,8 +104,8 @@ class TextStream:
         fresh = text[self._emitted : end]
         self._emitted = end - left_out
         if end == len(text):
-            # Decoders drop a space in front of the first token, so tokens without text are no context.
-            self._before = self._pending if text else self._before or self._pending
+            # Decoders drop a space in front of the first token, so the context must have some text.
+            self._before = self._pending if text else self._before + self._pending
             self._pending, self._emitted, self._in_run = [], 0, False
         return fresh
 

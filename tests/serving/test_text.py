@@ -126,6 +126,9 @@ def byte_ids(name: str, values: list[int]) -> list[int]:
 def test_long_runs_of_bytes_that_are_no_text_stream_as_they_decode(name: str, values: list[int]) -> None:
     """Though most of them are left out once no later token can change them."""
     ids = byte_ids(name, [0xFF, *values])
+    for token in (TOKENIZERS[name].token_to_id("<end>"), 10**6):  # neither known nor special ones have text
+        first, *others = byte_ids(name, [0xE4, 0xBD, 0xA0])
+        assert "".join(pieces(TOKENIZERS[name], [first, *[token] * 20, *others], [1, 9], [])[0]) == "你"
     assert "".join(pieces(TOKENIZERS[name], ids, [*range(len(ids))], [])[0]) == TOKENIZERS[name].decode(ids)
 
 
@@ -134,6 +137,7 @@ def test_long_runs_of_bytes_that_are_no_text_stream_as_they_decode(name: str, va
 def test_long_runs_take_no_more_work_a_token_than_short_ones(name: str, values: list[int]) -> None:
     class Counting:
         get_added_tokens_decoder = TOKENIZERS[name].get_added_tokens_decoder
+        id_to_token = TOKENIZERS[name].id_to_token
         tokens = 0
 
         def decode(self, ids: list[int]) -> str:
@@ -147,7 +151,7 @@ def test_long_runs_take_no_more_work_a_token_than_short_ones(name: str, values: 
         ids = ids or [10**6] * length  # which the tokenizer does not know, and which have no text
         assert stream.put(ids) + stream.finish() == TOKENIZERS[name].decode(ids)
         each.append(tokenizer.tokens / length)
-    assert each[1] < 1.2 * each[0]
+    assert each[1] <= 1.2 * each[0]
 
 
 @pytest.mark.parametrize("name", ["byte level", "words"])
