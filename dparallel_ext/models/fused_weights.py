@@ -9,6 +9,7 @@ of its own again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -170,9 +171,15 @@ class FusedLoader:
 def join(parts: Sequence[nn.Parameter]) -> None:
     """Move parameters side by side, into new memory."""
     if joined_view(parts) is None and len({(p.dtype, p.device) for p in parts}) == 1:
-        joined = torch.cat([part.data for part in parts])
+        joined = _cat([part.data for part in parts])
         for part, data in zip(parts, joined.split([len(part) for part in parts]), strict=True):
             part.data = data
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, which under `torch.autocast` refuses 8 bits, and 16 bits of another kind than its own."""
+    with nullcontext() if parts[0].is_meta else torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(list(parts))
 
 
 def join_quantised(layers: Sequence[Fp8Linear]) -> None:
@@ -181,7 +188,7 @@ def join_quantised(layers: Sequence[Fp8Linear]) -> None:
     for leaf in ("weight", "scale"):
         parts = [getattr(layer, leaf) for layer in layers]
         if len(parts) > 1 and joined_view(parts) is None:
-            joined = torch.cat(parts).split([len(part) for part in parts])
+            joined = _cat(parts).split([len(part) for part in parts])
             for layer, part in zip(layers, joined, strict=True):
                 setattr(layer, leaf, part)
     biases = [layer.bias for layer in layers if layer.bias is not None]

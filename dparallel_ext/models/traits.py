@@ -136,8 +136,10 @@ def fingerprint(model: Any) -> str | None:
     if inner not in _FINGERPRINTS:
         norm, head = inner.norm.weight.detach(), inner.lm_head.weight.detach()
         rows = head[:: -(-len(head) // 64)]
-        some = torch.cat([t.flatten().to(torch.bfloat16).cpu() for t in (norm, rows)])
-        _FINGERPRINTS[inner] = hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for some in (norm, rows):
+            digest.update(some.flatten().to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+        _FINGERPRINTS[inner] = digest.hexdigest()[:16]
     return _FINGERPRINTS[inner]
 
 

@@ -277,6 +277,10 @@ def test_autocast_changes_no_token_of_ours(name: str, cache: str, quantized: boo
         with torch.autocast("cpu", dtype=other):
             assert torch.equal(tokens(model, **settings), before)
             assert torch.is_autocast_enabled("cpu")
+            fresh = native(name, dtype=dtype)
+            assert models.fingerprint(fresh) == models.fingerprint(model)
+            if quantized:
+                assert torch.equal(tokens(fresh.quantize(), **settings), before)
 
 
 def test_autocast_holds_for_theirs() -> None:
