@@ -15,7 +15,7 @@ from dparallel_ext.automaton import NOWHERE, Automaton
 
 from .json_schema import json_pattern
 from .sandbox import Exceeded, Refused, Sandbox, shared
-from .text import INCOMPLETE, TokenTexts
+from .text import INCOMPLETE, TokenTexts, check_tokenizer
 
 __all__ = ["Vocabulary", "automaton", "choice_pattern", "json_pattern"]
 
@@ -34,8 +34,9 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
-        """tokenizer: a `tokenizers.Tokenizer`. Raises ValueError for a decoder by which a token's text
-        depends on the tokens beside it."""
+        """tokenizer: a `tokenizers.Tokenizer`. Raises ValueError for anything else, and for a decoder by
+        which a token's text depends on the tokens beside it."""
+        check_tokenizer(tokenizer)
         if found := re.search(r"\b(BPEDecoder|CTC)\(", repr(tokenizer.decoder)):
             raise ValueError(
                 f"tokenizer: expected a decoder by which each token has a text of its own, got {found[1]}"
@@ -76,7 +77,9 @@ BYTES = _byte_level()
 
 
 def choice_pattern(choices: Sequence[str]) -> str:
-    """The regular expression of one of some texts."""
+    """The regular expression of one of some texts. Raises ValueError for none, or a text in their place."""
+    if isinstance(choices, str) or not choices:
+        raise ValueError(f"choices: expected a list of texts, got {choices!r:.80}")
     return "|".join(map(re.escape, choices))
 
 

@@ -250,9 +250,28 @@ Encoder = Callable[[str | list[Message]], list[int]]
 """From a prompt to its token ids."""
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError unless it is a `tokenizers.Tokenizer`, as those of transformers hold one."""
+    from tokenizers import Tokenizer
+
+    if not isinstance(tokenizer, Tokenizer):
+        hint = "; its backend_tokenizer is one" if hasattr(tokenizer, "backend_tokenizer") else ""
+        raise ValueError(f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}{hint}")
+
+
 def prompt_encoder(tokenizer: Any, template: Template | None) -> Encoder:
     """An encoder of prompts: of a text as the user's message in the chat template, or without one; of
-    messages in the template, so that it raises ValueError for them without one."""
+    messages in the template, so that it raises ValueError for them without one.
+
+    tokenizer: a `tokenizers.Tokenizer`, as `registry.load` returns it.
+    template: as `registry.template_of` returns it.
+
+    Raises ValueError naming the argument that is something else.
+    """
+    check_tokenizer(tokenizer)
+    if template is not None and not callable(template):
+        got = type(template).__name__
+        raise ValueError(f"template: expected what registry.template_of returns, or None, got {got}")
 
     def encode(prompt: str | list[Message]) -> list[int]:
         if template is None:
