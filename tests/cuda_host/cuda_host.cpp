@@ -92,6 +92,8 @@ bool in_atomic = false;
 std::vector<std::unique_ptr<Block>> pool;
 Block* current = nullptr;
 Context scheduler;
+std::vector<std::pair<Block*, unsigned>> turns;  // threads that run in this round, one by one
+size_t next_turn = 0;
 const Body* body = nullptr;
 bool launch_is_early = false;
 
@@ -114,9 +116,23 @@ void set_state(Block& block, unsigned thread, int state) {
 
 unsigned below(unsigned n) { return random_engine.below(n); }
 
+// The thread whose turn is next runs, behind the last of a round the scheduler. Threads hand on to
+// each other: to most of them `leave` then returns where the processor expects it.
+void hand_on(Context& from) {
+  if (next_turn == turns.size()) return from.switch_to(scheduler);
+  const auto [block, thread] = turns[next_turn++];
+  Fiber& fiber = block->fibers[thread];
+  current = block;
+  threadIdx.x = thread;
+  blockIdx.x = block->index;
+  own_stack = fiber.stack.get();
+  before_wait = fiber.waits;
+  from.switch_to(fiber.context);
+}
+
 void leave(int state) {
   set_state(*current, threadIdx.x, state);
-  current->fibers[threadIdx.x].context.switch_to(scheduler);
+  hand_on(current->fibers[threadIdx.x].context);
 }
 
 void release(int barrier) {
@@ -207,15 +223,6 @@ void start(Block& block, unsigned index, unsigned threads) {
     fiber.groups.clear();
     fiber.waits = launch_is_early;
   }
-}
-
-void run(Block& block, unsigned thread) {
-  current = &block;
-  threadIdx.x = thread;
-  blockIdx.x = block.index;
-  own_stack = block.fibers[thread].stack.get();
-  before_wait = block.fibers[thread].waits;
-  scheduler.switch_to(block.fibers[thread].context);
 }
 
 }  // namespace
@@ -441,7 +448,6 @@ void launch(int64_t blocks_of_grid, unsigned threads, Body thread, unsigned clus
   std::vector<Block*> idle;
   for (auto& block : pool) idle.push_back(block.get());
   std::vector<std::unique_ptr<Cluster>> flying;
-  std::vector<std::pair<Block*, unsigned>> turns;
   while (!order.empty() || !flying.empty()) {
     for (; flying.size() < limit && !order.empty(); order.pop_back()) {
       flying.push_back(std::make_unique<Cluster>());
@@ -453,6 +459,7 @@ void launch(int64_t blocks_of_grid, unsigned threads, Body thread, unsigned clus
       }
     }
     turns.clear();
+    next_turn = 0;
     for (const auto& together : flying) {
       if (together->stuck()) {
         blockIdx.x = together->blocks[0]->index;
@@ -469,7 +476,7 @@ void launch(int64_t blocks_of_grid, unsigned threads, Body thread, unsigned clus
       }
     }
     random_engine.shuffle(turns);
-    for (const auto& [block, t] : turns) run(*block, t);
+    if (!turns.empty()) hand_on(scheduler);
     for (size_t i = flying.size(); i-- > 0;) {
       if (flying[i]->live() > 0) continue;
       idle.insert(idle.end(), flying[i]->blocks.begin(), flying[i]->blocks.end());

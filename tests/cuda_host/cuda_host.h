@@ -45,7 +45,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 namespace cuda_host {
 
 constexpr size_t kLaneBytes = 32;
-constexpr size_t kStack = 256 * 1024;
+constexpr size_t kStack = 64 * 1024;
 extern const char* own_stack;  // of the running thread
 extern bool looks_for_races;   // no at first
 extern bool before_wait;       // whether the running thread has kernels to wait for
