@@ -100,8 +100,7 @@ def plan(directory: Path, library: str) -> tuple[str, str]:
     ninja.compile("cxx", facts_of, " ".join(defines.values()))
     with_cuda = "-DDPARALLEL_WITH_CUDA" if cuda.nvcc else defines["CUDA_REASON"]
     stable = f"-O1 -isystem {quote(torch.root / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
-    for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
-        ninja.compile("cxx", source, f"{stable} {with_cuda}")
+    ninja.compile("cxx", ROOT / "csrc" / "torch" / "library.cpp", f"{stable} {with_cuda}")
     runtime = set((ROOT / "csrc" / "runtime").glob("*.cpp")) - {module, facts_of}
     for source in [*sorted(runtime), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
         if not source.name.endswith("_kernel.cpp"):

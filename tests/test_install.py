@@ -256,9 +256,9 @@ def test_max_jobs(monkeypatch):
 
 
 COMMAND = (
-    "FAILED: [code=1] csrc_torch_loss.cpp.o\n"
+    "FAILED: [code=1] csrc_torch_library.cpp.o\n"
     "c++ -MMD -MF csrc_torch_loss.cpp.o.d -O3 -std=c++17 -I../../csrc/include -march=x86-64-v3 "
-    "-isystem /e/torch/include -isystem /e/pybind11/include -c ../../csrc/torch/loss.cpp -o a.o\n"
+    "-isystem /e/torch/include -isystem /e/pybind11/include -c ../../csrc/torch/library.cpp -o a.o\n"
 )
 
 

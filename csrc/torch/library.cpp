@@ -3,4 +3,12 @@
 // serves later releases; Python (dparallel_ext/ops) turns user input into the ops' arguments.
 #include <torch/csrc/stable/library.h>
 
+// Compiled as one: torch's headers, and the code they bring, cost more than the files.
+#include "attention.cpp"
+#include "automaton.cpp"
+#include "decoding.cpp"
+#include "errors.cpp"
+#include "layers.cpp"
+#include "loss.cpp"
+
 STABLE_TORCH_LIBRARY(dparallel, m) { static_cast<void>(m); }

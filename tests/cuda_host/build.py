@@ -80,8 +80,7 @@ def extension() -> Path:
     facts = dict.fromkeys(("COMPILER", "CUDA_TOOLKIT", "CUDA_ARCHITECTURES", "CUDA_REASON"), "")
     facts |= {"BACKENDS": "cuda_host", "TORCH": torch.__version__}
     flags += "".join(f' -DDPARALLEL_{name}="{value}"' for name, value in facts.items())
-    source = together("ops", sorted((CSRC / "torch").glob("*.cpp")))
-    torch_side = (source, f"{flags} {stable} -I{CSRC / 'torch'}")
+    torch_side = (CSRC / "torch" / "library.cpp", f"{flags} {stable}")
     tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
     built, sources = built_runtime(ROOT / "build" / tag)
     runtime = [(source, f"{flags} -O0") for source in sources]
@@ -153,13 +152,6 @@ def compiled(jobs: Iterable[Job]) -> list[Path]:
         return list(pool.map(compile_one, jobs))
 
 
-def together(name: str, sources: list[Path]) -> Path:
-    """One source of several: torch's headers, which take longest, are read once."""
-    text = "".join(f'#line 1 "{source}"\n{source.read_text()}' for source in sources)
-    made = kept(name, [text], lambda directory: (directory / f"{name}.cpp").write_text(text))
-    return made / f"{name}.cpp"
-
-
 def kept(name: str, made_of: Iterable[str], make: Callable[[Path], object]) -> Path:
     """The directory that `make` fills, made where there is none of the same `made_of`."""
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
@@ -178,9 +170,10 @@ def kept(name: str, made_of: Iterable[str], make: Callable[[Path], object]) -> P
 
 @functools.cache
 def headers(home: Path) -> str:
-    """All headers that a source in `home` may include, as one text."""
+    """All that a source in `home` may include, as one text."""
     places = (*CSRC.glob("**/"), HERE, home)
     found = {path for place in places for pattern in ("*.h", "*.cuh") for path in place.glob(pattern)}
+    found |= {*home.glob("*.cpp")} if home == CSRC / "torch" else set()  # library.cpp includes the others
     return "\0".join(f"{path} {path.read_text()}" for path in sorted(found))
 
 
