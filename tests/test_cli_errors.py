@@ -181,6 +181,10 @@ def test_numbers_outside_their_meaning_are_named(
         ),
         (("evaluate", "--batch", "0"), "batch: expected a whole number >= 1"),
         (("evaluate", "--plot", HERE), "plot: "),
+        (
+            ("evaluate", "--problems", 1, "--plot", "x.pdf"),
+            "plot: is a PNG, so expected a name with .png, got x.pdf",
+        ),
         (("evaluate", "--plot", f"{__file__}/x.png"), f"plot: {__file__} is not a directory"),
         (("evaluate", "--json", "/proc/nowhere/x.json"), "json: /proc cannot be written to"),
         (("demo", "--out", __file__), f"out: {__file__} is not a directory"),

@@ -185,6 +185,8 @@ def evaluate(
         problem_set = problems_of(data, checker, problems, gen_length, prompt_field, answer_field)
         check_written(json=json_file, markdown=markdown, plot=plot, html=html)
         if plot is not None:
+            if plot.suffix not in ("", ".png"):
+                raise ValueError(f"plot: is a PNG, so expected a name with .png, got {plot}")
             plots.load_pyplot()
         if resume and json_file is None:
             raise ValueError("resume: goes on with the results in a file, so expected --json")
