@@ -101,6 +101,7 @@ def test_nothing_is_written_where_anything_is_bad() -> None:
     for change, said in (
         ({"positions": torch.tensor([1, 6])}, r"positions: expected in \[0, 6\), got 6 at 1"),
         ({"positions": torch.tensor([4, 1])}, "positions: expected strictly ascending"),
+        ({"positions": torch.tensor([4, 4])}, "positions: expected strictly ascending"),
         ({"lane": torch.tensor([0, 2])}, r"lane: expected in \[0, 2\), got 2 at 1"),
         ({"lane": torch.tensor([0.5])}, "lane: expected int64"),
         ({"lane": torch.tensor([0]), "start": torch.tensor([0, 1])}, "start: expected an integer or int64"),

@@ -222,6 +222,7 @@ def test_answers_of_several_lengths(loaded: Any, tmp_path: Path) -> None:
         assert min(row["step"]) == 1
         assert max(row["step"]) == row["nfe"]
     read = Trajectories(tmp_path)
+    assert read.settings["block_length"] == 8  # the model's own
     assert [len(row["step"]) for row in read] == [13, 10, 11]
     assert str(read[-1]) == str(read[2])
 
