@@ -363,6 +363,9 @@ def test_ids_out_of_bounds() -> None:
         else:
             with pytest.raises(ValueError, match=rf"ids: expected in \[0, 9\), got {bad} at 1"):
                 dx.row_stats(logits, ids=ids)
+            of_rows = torch.tensor([[0, 1]] * (len(logits) - 1) + [[3, bad]])
+            with pytest.raises(ValueError, match=rf"ids: expected in \[0, 9\), got {bad} at"):
+                dx.row_stats(logits, ids=of_rows)
 
 
 def cut(logits: Tensor, cuts: list[int], mask_id: int | None, suppress: list[int]) -> list[dx.RowStats]:
