@@ -144,7 +144,7 @@ def test_each_position_is_stored_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(self: inputs.InputPacker, *args: Any) -> tuple[Tensor, inputs.GraphKey]:
         numbers, key = pack(self, *args)
-        rows.append((key.onward, key.rows))
+        rows.append((key.onward, key.shapes[0][0]))
         return numbers, key
 
     monkeypatch.setattr(inputs.InputPacker, "pack", counted)

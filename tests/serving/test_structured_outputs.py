@@ -90,7 +90,7 @@ def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
     ("asked", "param", "said"),
     [
         ({"response_format": {"type": "json_object"}}, "response_format", "some text of the model's tokens"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "needs it"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs {"),
         (
             {"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}},
             "response_format",
