@@ -208,6 +208,7 @@ def test_decode_with_a_checkpoint_directory(checkpoint: Path, cache: str):
 
 @pytest.mark.parametrize("command", ["decode", "evaluate", "serve", "trajectories", "tune"])
 def test_help_names_every_rule_and_its_parameter(command: str):
+    assert run(command, "-h") == run(command, "--help")
     text = " ".join(run(command, "--help").replace("│", " ").split())
     for name, rule in policies.RULES.items():
         assert f"{name}:{rule.parameter} ({rule.commits})" in text
