@@ -14,9 +14,7 @@ import torch
 from conftest import golden
 from dparallel import registry, sandbox, structured
 from dparallel.structured import Vocabulary, automaton, choice_pattern, json_pattern
-from dparallel.text import prompt_encoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import dparallel_ext as dx
 from dparallel_ext.automaton import NOWHERE
@@ -138,24 +136,6 @@ def test_whatever_tokens_a_text_has(kind: str) -> None:
             assert (state != NOWHERE and bool(form.accepting[state])) == matches, (pattern, ids, text)
             matched += matches
     assert matched > 60
-
-
-def test_what_is_no_tokenizer_and_no_choices_is_named() -> None:
-    theirs = PreTrainedTokenizerFast(tokenizer_object=decoding("none"))
-    for read in (Vocabulary.of, lambda tokenizer: prompt_encoder(tokenizer, None)):
-        with pytest.raises(
-            ValueError, match=r"expected a tokenizers\.Tokenizer, got .*backend_tokenizer is one"
-        ):
-            read(theirs)
-        with pytest.raises(ValueError, match=r"expected a tokenizers\.Tokenizer, got str$"):
-            read("path")
-    with pytest.raises(
-        ValueError, match=r"template: expected what registry\.template_of returns, .* got str"
-    ):
-        prompt_encoder(theirs.backend_tokenizer, "{{ messages }}")  # type: ignore[arg-type]
-    for choices in ("yes", []):
-        with pytest.raises(ValueError, match="choices: expected a list of texts, got"):
-            choice_pattern(choices)
 
 
 def test_a_decoder_that_looks_ahead_is_refused() -> None:

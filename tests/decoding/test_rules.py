@@ -402,24 +402,6 @@ def test_hidden_states_are_asked_for_by_name(llada: models.Model) -> None:
         dx.decode(llada, PROMPTS, gen_length=8, rule=Planner(llada.shape.width), draft_size=2)
 
 
-def test_soft_tokens_are_for_rules_that_edit_and_models_of_ours(llada: models.Model) -> None:
-    @dataclass(frozen=True)
-    class Bare(Rule):
-        soft = True
-        edits: int = 0
-        reads = "block"
-
-    with pytest.raises(ValueError, match="Bare: edits: expected at least 1 of a rule that makes soft tokens"):
-        dx.decode(llada, PROMPTS, gen_length=8, rule=Bare())
-    message = r"Bare: new_state: expected float32 \(3, .*\) in front, .* got \[\]"
-    with pytest.raises(ValueError, match=message):
-        dx.decode(llada, PROMPTS, gen_length=8, rule=Bare(1))
-    with pytest.raises(ValueError, match=r"rule: Soft makes soft tokens, .* got Sharp"):
-        dx.decode(Sharp(llada, 1.0), PROMPTS[0], gen_length=8, mask_id=MASK, rule="soft")
-    with pytest.raises(ValueError, match="temperature: Soft commits tokens of its own, so expected 0"):
-        dx.decode(llada, PROMPTS[0], gen_length=8, rule="soft", temperature=0.5)
-
-
 RULES = [
     "edit:0.03,0.04,5",
     "soft:0.05,0.9,6",

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from dparallel import registry, tokenizer
-from dparallel.text import TextStream
+from dparallel.structured import Vocabulary, choice_pattern
+from dparallel.text import TextStream, prompt_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
     "The cat's mat: it's what they'd've wanted, I'll say. WE'RE DONE, that's IT.",
@@ -344,3 +346,21 @@ def test_a_tokenizer_json_comes_first(tmp_path: Path) -> None:
     write(tmp_path)
     shutil.copy(registry.directory_of("builtin:student") / "tokenizer.json", tmp_path)
     assert tokenizer.load(tmp_path).get_vocab_size() == 202
+
+
+def test_what_is_no_tokenizer_and_no_choices_is_named() -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    for read in (Vocabulary.of, lambda tokenizer: prompt_encoder(tokenizer, None)):
+        with pytest.raises(
+            ValueError, match=r"expected a tokenizers\.Tokenizer, got .*backend_tokenizer is one"
+        ):
+            read(theirs)
+        with pytest.raises(ValueError, match=r"expected a tokenizers\.Tokenizer, got str$"):
+            read("path")
+    with pytest.raises(
+        ValueError, match=r"template: expected what registry\.template_of returns, .* got str"
+    ):
+        prompt_encoder(theirs.backend_tokenizer, "{{ messages }}")  # type: ignore[arg-type]
+    for choices in ("yes", []):
+        with pytest.raises(ValueError, match="choices: expected a list of texts, got"):
+            choice_pattern(choices)
