@@ -34,11 +34,6 @@ from dparallel_ext import _C
 from dparallel_ext.models import Model
 from dparallel_ext.ops import streams
 
-if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-    # In a new environment Python compiles what is imported, and the workers would each compile all of it at
-    # the same time: this one begins with what the other, in the order of the tests, comes to last.
-    import peft  # noqa: F401
-
 ROOT = Path(__file__).parents[1]
 TESTS = f"{ROOT / 'tests'}{os.sep}"
 EMULATED = "cuda_host" in _C.build_info()["backends"]

@@ -163,20 +163,13 @@ def test_a_factor_commits_as_fast_dllms_loop_does(cache: str) -> None:
             return chosen
 
         for prompt in ([5, 6, 7], [300, 20, 11, 40, 8]):
-            expected = dx.decode(model, prompt, rule=loop, cache=cache, **shared)
-            tokens, passes = PUBLISHED[cache](
-                model, torch.tensor([prompt]), steps=24, factor=factor, **shared
-            )
+            expected, ids = dx.decode(model, prompt, rule=loop, cache=cache, **shared), torch.tensor([prompt])
+            tokens, passes = PUBLISHED[cache](model, ids, steps=24, factor=factor, **shared)
             assert torch.equal(tokens, expected.sequences), factor
             assert passes == int(expected.nfe[0])
             if cache == "none":  # through LLaDA's options; the id 511, the mask's, is never decoded
                 options = {"confidence_eos_eot_inf": True, "eos_id": 511, "eot_id": 511}
-                assert (
-                    passes
-                    == compat.generate(
-                        model, torch.tensor([prompt]), steps=24, factor=factor, **shared, **options
-                    )[1]
-                )
+                assert passes == compat.generate(model, ids, steps=24, factor=factor, **shared, **options)[1]
     assert alone
     with pytest.raises(ValueError, match="factor: expected a finite number >= 0, got -1"):
         PUBLISHED[cache](model, torch.tensor([[5]]), steps=24, factor=-1, **shared)

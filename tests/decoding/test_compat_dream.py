@@ -117,31 +117,18 @@ def mask_in_second_place(logits: torch.Tensor) -> torch.Tensor:
 def test_the_mask_token_keeps_its_share_as_published(alg: str, options: dict) -> None:
     """It is a rival of other tokens in ranks, top_p and top_k, although it is never decoded."""
     model, prompts = golden.model("dream_tiny_a"), torch.tensor([[5, 6, 7, 8], [300, 20, 11, 40]])
+    settings: dict[str, Any] = {"max_new_tokens": 12, "alg": alg, "steps": 8, **options}
     torch.manual_seed(3)
     with torch.no_grad():
         expected = dream_loop(model, prompts, new=12, alg=alg, steps=8, rivalled=True, **options)
     torch.manual_seed(3)
-    out = compat.diffusion_generate(
-        model,
-        prompts,
-        max_new_tokens=12,
-        alg=alg,
-        steps=8,
-        generation_logits_hook_func=lambda step, x, logits: mask_in_second_place(logits),
-        **options,
-    )
+    settings["generation_logits_hook_func"] = lambda step, x, logits: mask_in_second_place(logits)
+    out = compat.diffusion_generate(model, prompts, **settings)
     assert isinstance(out, torch.Tensor)
     assert torch.equal(out, expected[-1])
     # Where it would be the one choice left, the next best token is.
-    out = compat.diffusion_generate(
-        model,
-        prompts,
-        max_new_tokens=12,
-        alg=alg,
-        steps=8,
-        generation_logits_hook_func=lambda step, x, z: z.index_fill(2, torch.tensor(511), 1e4),
-        **options,
-    )
+    settings["generation_logits_hook_func"] = lambda step, x, z: z.index_fill(2, torch.tensor(511), 1e4)
+    out = compat.diffusion_generate(model, prompts, **settings)
     assert isinstance(out, torch.Tensor)
     assert not bool((out == 511).any())
 
