@@ -21,7 +21,8 @@ PACKAGES = {
 ABOVE = {"dparallel_ext": (), "dparallel": ("dparallel_ext",), "benchmarks": ("dparallel_ext", "dparallel")}
 """The packages of ours that each may import, itself aside."""
 LAYERS = (
-    ("types", "arguments", "automaton", "policies", "reference", "masks", "kept", "packed", "backends"),
+    ("types", "arguments", "automaton", "policies", "reference"),
+    ("masks", "model_store", "packed", "backends"),
     ("ops",),
     ("cache",),
     ("models", "rules"),

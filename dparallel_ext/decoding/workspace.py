@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kept
+from .. import model_store
 from ..cache import KVCache, bucket
 from ..models import Model
 from ..ops.streams import stream_of
@@ -120,12 +120,12 @@ class Workspace:
         length = bucket(width)
         of_layer = 2 * lanes * s.kv_heads * length * s.head_dim * model.dtype.itemsize
         size = of_layer * (s.layers if cached else 1)
-        if not can_record(device) or not lanes or size > kept.BYTES:
+        if not can_record(device) or not lanes or size > model_store.BYTES:
             return None
         precision = torch.backends.cuda.matmul.fp32_precision
         # The stream is in the key: work of the next batch is ordered after all work of the last.
         key = device, stream_of(device), model.dtype, precision, lanes, length, mask_id, cached, drafter
-        workspace: Workspace | None = kept.take(model, key)
+        workspace: Workspace | None = model_store.take(model, key)
         if workspace is None:
             tokens = torch.empty((lanes, length), dtype=torch.int64, device=device)
             workspace = cls.of(tokens, model.new_cache(lanes, length, kept=cached), graphs=True)
@@ -149,5 +149,5 @@ class Workspace:
             del self.states[rule]  # a function may hold on to the model
         size = self.size + (0 if self.session is None else self.session.size)
         records = self.graphs is not None and self.graphs.recorder is not None
-        if self.key is not None and records and size <= kept.BYTES:
-            kept.put(model, self.key, self, size)
+        if self.key is not None and records and size <= model_store.BYTES:
+            model_store.put(model, self.key, self, size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import kept
+from .. import model_store
 from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
 from . import experts, fused_weights, rope
@@ -114,11 +114,11 @@ class Model(Expected):
         if mode and dropped:
             warn(f"config: {dropped} is ignored, since this model has no dropout")
         if mode:
-            kept.drop(self)
+            model_store.drop(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
-        kept.drop(self)
+        model_store.drop(self)
         super()._apply(fn, recurse)
         return self
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import kept, models
+from dparallel_ext import model_store, models
 from dparallel_ext.cache import KVCache
 from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.batch import Batch
@@ -424,7 +424,7 @@ def test_a_decode_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, way: tu
     gc.disable()
     try:
         dx.decode(MODELS[name, torch.bfloat16], torch.arange(9), gen_length=24, block_length=8, cache=cache)
-        kept.drop(MODELS[name, torch.bfloat16])  # what it keeps on a GPU for the next decode
+        model_store.drop(MODELS[name, torch.bfloat16])  # what it keeps on a GPU for the next decode
         assert [cache() for cache in found] == [None]
     finally:
         gc.enable()

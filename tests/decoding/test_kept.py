@@ -17,7 +17,7 @@ from tape import PROMPTS, TapeGraph, recordings
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import kept, models
+from dparallel_ext import model_store, models
 from dparallel_ext.cache import bucket
 from dparallel_ext.decoding import graphs as recording
 from dparallel_ext.decoding import workspace
@@ -87,31 +87,31 @@ def test_what_is_kept_is_bounded(taped: list[Graphs], monkeypatch: pytest.Monkey
     def decode(lanes: int, of: models.Model = model) -> None:
         dx.decode(of, [PROMPTS[0]] * lanes, **SETTINGS)
 
-    for lanes in range(1, kept.LIMIT + 2):
+    for lanes in range(1, model_store.LIMIT + 2):
         decode(lanes)
     decode(2, other)
-    assert len(taped) == kept.LIMIT + 2
+    assert len(taped) == model_store.LIMIT + 2
     decode(2)
     decode(2, other)
-    assert len(taped) == kept.LIMIT + 2
+    assert len(taped) == model_store.LIMIT + 2
     decode(1)  # the one not used for longest
-    assert len(taped) == kept.LIMIT + 3
-    monkeypatch.setattr(kept, "BYTES", 2 * 2 * 48 * model.shape.width * 4 * model.shape.layers - 1)
+    assert len(taped) == model_store.LIMIT + 3
+    monkeypatch.setattr(model_store, "BYTES", 2 * 2 * 48 * model.shape.width * 4 * model.shape.layers - 1)
     decode(2)
     decode(2)  # larger than what is kept: as it was before
-    assert len(taped) == kept.LIMIT + 5
+    assert len(taped) == model_store.LIMIT + 5
     assert taped[-1].replays > 0
 
 
 def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "BYTES", 10)
+    monkeypatch.setattr(model_store, "BYTES", 10)
     model = golden.model("llada_tiny_a")
     for value in (1, 2):
-        kept.put(model, "same", value, 3)
-    assert [kept.take(model, "same") for _ in range(3)] == [2, 1, None]
+        model_store.put(model, "same", value, 3)
+    assert [model_store.take(model, "same") for _ in range(3)] == [2, 1, None]
     for value in (1, 2, 3):
-        kept.put(model, value, value, 4)
-    assert [kept.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
+        model_store.put(model, value, value, 4)
+    assert [model_store.take(model, value) for value in (1, 2, 3)] == [None, 2, 3]
 
 
 def test_recordings_are_of_their_own_ends_and_suppressed_ids(taped: list[Graphs]) -> None:
@@ -129,7 +129,8 @@ def test_recordings_are_of_their_own_ends_and_suppressed_ids(taped: list[Graphs]
 
 def test_there_is_room_for_so_many_bytes(taped: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
     model = golden.model("llada_tiny_a")
-    monkeypatch.setattr(kept, "BYTES", 2 * model.new_cache(1, bucket(len(PROMPTS[0]) + 32)).slots.nbytes)
+    of_cache = model.new_cache(1, bucket(len(PROMPTS[0]) + 32)).slots.nbytes
+    monkeypatch.setattr(model_store, "BYTES", 2 * of_cache)
     for mask_id, made in ((511, 1), (7, 2), (8, 3), (7, 3), (8, 3), (511, 4)):
         dx.decode(model, PROMPTS[0], mask_id=mask_id, **SETTINGS)
         assert len(taped) == made

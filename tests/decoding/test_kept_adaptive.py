@@ -19,7 +19,7 @@ from test_kept_speculation import lost
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext import kept, models
+from dparallel_ext import model_store, models
 from dparallel_ext.cache import bucket
 from dparallel_ext.decoding import padding
 from dparallel_ext.decoding.graphs import Graphs
@@ -215,8 +215,8 @@ def test_the_verifiers_cache_counts(taped: list[Graphs], monkeypatch: pytest.Mon
     model, verifier = golden.model("llada_tiny_a"), verifier_of()
     own = model.new_cache(1, bucket(len(PROMPTS[0]) + 24)).slots.nbytes
     settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "cache": "dual"}
-    for room, kinds in ((own, 3), (kept.BYTES, 4)):
-        monkeypatch.setattr(kept, "BYTES", room)
+    for room, kinds in ((own, 3), (model_store.BYTES, 4)):
+        monkeypatch.setattr(model_store, "BYTES", room)
         for _ in range(2):
             adaptive(model, verifier, PROMPTS[0])
             dx.decode(model, PROMPTS[0], **settings)
