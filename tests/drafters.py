@@ -13,9 +13,9 @@ from torch import Tensor
 from dparallel_ext import models
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import (
-    BlockDrafter,
+    DFlashDrafter,
+    DFlashModel,
     Draft,
-    DraftModel,
     DraftSession,
     EagleDrafter,
     HiddenTransfer,
@@ -102,16 +102,16 @@ def config_of(kind: str, target: Model = MODEL, **changes: Any) -> dict[str, Any
     }
 
 
-def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> BlockDrafter:
+def drafter_with(kind: str, target: Model = MODEL, **changes: Any) -> DFlashDrafter:
     """Random weights, large enough that every token of the context tells."""
     torch.manual_seed(11)
-    model = DraftModel(config_of(kind, target, **changes))
+    model = DFlashModel(config_of(kind, target, **changes))
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.4)
         elif "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
-    return BlockDrafter(model)
+    return DFlashDrafter(model)
 
 
 def deep_model(family: str = "qwen3", **changes: Any) -> Model:

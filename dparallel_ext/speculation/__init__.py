@@ -7,13 +7,14 @@ from .adadecode import AdaDecode
 from .adaptive import AdaptiveBatch, AdaptiveOutput, adaptive_decode
 from .batch import CausalBatch
 from .ddtree import TreeDrafter
-from .dflash import BlockDrafter, DraftModel
+from .dflash import DFlashDrafter, DFlashModel
 from .draft import Draft
 from .drafter import Drafter, DraftSession, Lane, Observation
 from .eagle import EagleDrafter
 from .hidden_transfer import HiddenTransfer
 from .jump_forward import JumpForward
 from .loading import NAMED, drafter_of, load
+from .model_drafter import ModelDrafter
 from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
@@ -22,17 +23,16 @@ from .self_drafter import SelfDrafter
 from .sizing import Fixed, Measured, Sizer
 from .speculate import SpeculateOutput, speculate
 from .strided import StridedDrafter
-from .whole_models import ModelDrafter
 
 __all__ = [
     "NAMED",
     "AdaDecode",
     "AdaptiveBatch",
     "AdaptiveOutput",
-    "BlockDrafter",
     "CausalBatch",
+    "DFlashDrafter",
+    "DFlashModel",
     "Draft",
-    "DraftModel",
     "DraftSession",
     "Drafter",
     "EagleDrafter",

@@ -33,7 +33,7 @@ class Chains:
         return Draft(tuple(guesses[cell] for cell in tree.cells))
 
 
-class GuessesBlocks(Drafter):
+class BlockDrafter(Drafter):
     """A drafter of blocks."""
 
     drafting = Chains()

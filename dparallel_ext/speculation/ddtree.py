@@ -21,7 +21,7 @@ from .._C import DraftTree
 from ..arguments import instance, whole
 from ..cache import KVCache
 from ..models import Model
-from .blocks import Chains, GuessesBlocks
+from .blocks import BlockDrafter, Chains
 from .draft import Draft
 from .drafter import DraftSession
 
@@ -35,7 +35,7 @@ class TreeDrafter(Chains):
     """Drafts trees of the guesses of a drafter of blocks.
 
     Args:
-        blocks: a `BlockDrafter`, a `SelfDrafter`, or an `EagleDrafter` of P-EAGLE.
+        blocks: a `DFlashDrafter`, a `SelfDrafter`, or an `EagleDrafter` of P-EAGLE.
         width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
 
     Raises ValueError for another width, for more guesses than the drafter's vocabulary has tokens, and for
@@ -44,8 +44,8 @@ class TreeDrafter(Chains):
 
     most = NODES
 
-    def __init__(self, blocks: GuessesBlocks, *, width: int = WIDTH) -> None:
-        instance("blocks", blocks, GuessesBlocks)
+    def __init__(self, blocks: BlockDrafter, *, width: int = WIDTH) -> None:
+        instance("blocks", blocks, BlockDrafter)
         blocks.check_trees()
         self.blocks, self.width = blocks, whole("width", width, 1, blocks.guesses)
         self._trees = [0] * NODES

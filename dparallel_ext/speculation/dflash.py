@@ -36,7 +36,7 @@ from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
-from .blocks import BlockSession, GuessesBlocks
+from .blocks import BlockDrafter, BlockSession
 from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
 from .drafter import EMBEDDING, Observation, Placed, RecordedSession, check_layers
 
@@ -97,7 +97,7 @@ def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
     return tuple(round(1 + i * (target_layers - 4) / (count - 1)) for i in range(count))
 
 
-class DraftModel(nn.Module):
+class DFlashModel(nn.Module):
     """The weights, named as in the published checkpoints; embedding and head are the target's.
 
     Raises ValueError naming the config key that is missing, or whose value is not supported.
@@ -160,7 +160,7 @@ class DraftModel(nn.Module):
         return self.norm(x)
 
 
-class BlockDrafter(GuessesBlocks):
+class DFlashDrafter(BlockDrafter):
     """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
@@ -168,9 +168,9 @@ class BlockDrafter(GuessesBlocks):
         source: names the drafter in errors.
     """
 
-    model_class: type[nn.Module] = DraftModel
+    model_class: type[nn.Module] = DFlashModel
 
-    def __init__(self, model: DraftModel, source: str = "drafter") -> None:
+    def __init__(self, model: DFlashModel, source: str = "drafter") -> None:
         instance("model", model, self.model_class)
         self.model, self.source = model.eval().requires_grad_(False), source
         self.options = model.options
@@ -191,7 +191,7 @@ class BlockDrafter(GuessesBlocks):
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)
 
-    def fused(self, model: Model) -> DraftModel:
+    def fused(self, model: Model) -> DFlashModel:
         """The weights in the dtype and on the device of the model, fused."""
         placed = self.on(model.device, model.dtype)
         with torch.inference_mode(False), torch.no_grad():
@@ -205,18 +205,18 @@ class BlockDrafter(GuessesBlocks):
         write_checkpoint(path, self.model.config, self.model.state_dict(), dtype)
 
 
-def drafter_of_blocks(checkpoint: DraftCheckpoint) -> BlockDrafter:
+def drafter_of_blocks(checkpoint: DraftCheckpoint) -> DFlashDrafter:
     """The drafter in a file of weights. Raises ValueError for a config key or tensors that do not fit."""
     with shapes_only():
-        model = DraftModel(checkpoint.config)
+        model = DFlashModel(checkpoint.config)
     checkpoint.fill(model)
-    return BlockDrafter(model, checkpoint.source)
+    return DFlashDrafter(model, checkpoint.source)
 
 
 class _Session(BlockSession):
     """Keeps the context of a batch's lanes, under the block table of the target's cache."""
 
-    def __init__(self, drafter: BlockDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
+    def __init__(self, drafter: DFlashDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
         self._layers, options = drafter.fused(model), drafter.options
         s, pages, size = options.shape, kv_cache.slots.shape[2], kv_cache.page_size
         slots = torch.zeros(

@@ -37,7 +37,7 @@ from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes
 from ..ops import row_topk
 from ..packed import Packing, bits_of, floats_of, unpack
 from .checkpoint import DraftCheckpoint, Origin, check_target
-from .dflash import BlockDrafter
+from .dflash import DFlashDrafter
 from .draft import Draft
 from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
 
@@ -197,7 +197,7 @@ class EagleModel(nn.Module):
         return norm_of_sum(self.norm, stream)
 
 
-class EagleDrafter(BlockDrafter):
+class EagleDrafter(DFlashDrafter):
     """A drafter of the kinds EAGLE-3 and P-EAGLE, see above. `load` reads one.
 
     Args:

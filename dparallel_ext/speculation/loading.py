@@ -16,19 +16,19 @@ from ..models import load as load_model
 from ..models.files import locate, read_json
 from . import adadecode, dflash, eagle, strided
 from .adapter import Adapter
-from .blocks import GuessesBlocks
+from .blocks import BlockDrafter
 from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
 from .ddtree import TreeDrafter
 from .drafter import Apart, Drafter, Expecting
 from .hidden_transfer import HiddenTransfer
 from .jump_forward import JumpForward
+from .model_drafter import ModelDrafter
 from .ngram import NGram
 from .ppd import PromptTokens
 from .recycling import Recycling
 from .riders import drafter_of_riders
 from .self_drafter import SelfDrafter
 from .strided import StridedDrafter
-from .whole_models import ModelDrafter
 
 KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     **dict.fromkeys(dflash.CAUSAL, dflash.drafter_of_blocks),
@@ -104,7 +104,7 @@ def drafter_of(
             return NGram(int(argument)) if colon else NGram()
         if name == "tree" and argument:
             blocks = drafter_of(argument, device)
-            if not isinstance(blocks, GuessesBlocks):
+            if not isinstance(blocks, BlockDrafter):
                 raise ValueError(
                     f'drafter: expected a drafter of blocks behind "tree:", got {shown(argument)}'
                 )

@@ -26,7 +26,7 @@ from ..ops import accept, kv_move
 from ..ops.errors import explain
 from ..packed import Packing, Shapes, bits_of, floats_of, unpack
 from ..types import NO_ERROR, AcceptOutput
-from . import riding
+from . import rider_pass
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation
 from .sequence import UNKNOWN, CausalSequence
@@ -272,7 +272,9 @@ class CausalRunner:
         if rows.with_riders:
             assert self._riders is not None
             drafted = {b: sequences[b] for b in drafts}
-            joined, tokens = riding.inputs(self._riders, self.kv_cache, drafted, drafts, tree, wanted, pad_to)
+            joined, tokens = rider_pass.inputs(
+                self._riders, self.kv_cache, drafted, drafts, tree, wanted, pad_to
+            )
         padded = wanted if pad_to is None else pad_to(wanted)
         rows.put(packing, tokens, padded)
         eos = [sequence.settings.eos_ids for sequence in sequences]
@@ -351,7 +353,7 @@ class CausalRunner:
             results.append(path.flatten())
         if key.riders:
             assert self._riders is not None
-            guessed = riding.guesses(self._riders, key.groups, logits, edges, path, count, joined[-1])
+            guessed = rider_pass.guesses(self._riders, key.groups, logits, edges, path, count, joined[-1])
             results.append(guessed.flatten())
         if key.logprobs:
             logprob = functools.reduce(torch.maximum, map(_logprobs, outputs, edges))
@@ -371,7 +373,7 @@ class CausalRunner:
         with own_precision(self.model, self.device):
             if key.riders:
                 assert self._riders is not None
-                x = riding.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
+                x = rider_pass.step(self.model, self._riders, self.kv_cache, ids, metadata, joined)
             elif key.start:
                 assert isinstance(self._session, KeepsStreams)
                 stream = self._session.streams(metadata)

@@ -15,13 +15,13 @@ from ..arguments import instance, whole
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, traits
 from .adapter import Adapter, adapted
-from .blocks import BlockSession, GuessesBlocks
+from .blocks import BlockDrafter, BlockSession
 
 BLOCK = 32
 """Rows of a block in the published code, as in training."""
 
 
-class SelfDrafter(GuessesBlocks):
+class SelfDrafter(BlockDrafter):
     """Drafts with the model itself, a block of masks in one pass: the published `linear_spec_generate`.
 
     Args:

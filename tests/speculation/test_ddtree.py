@@ -20,7 +20,14 @@ from test_speculate import PROMPTS, plain
 import dparallel_ext as dx
 from dparallel_ext import _C
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import AdaDecode, BlockDrafter, Measured, RiderDrafter, TreeDrafter, drafter_of
+from dparallel_ext.speculation import (
+    AdaDecode,
+    DFlashDrafter,
+    Measured,
+    RiderDrafter,
+    TreeDrafter,
+    drafter_of,
+)
 from dparallel_ext.speculation.drafter import Expecting
 from dparallel_ext.speculation.sizing import sizer_for
 
@@ -250,7 +257,7 @@ def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
         found = drafter_of(f"tree:{path}")
         assert isinstance(found, TreeDrafter)
         assert (found.most, found.width) == (64, 8)
-        assert "TreeDrafter(BlockDrafter(dflash, block=9" in repr(found)
+        assert "TreeDrafter(DFlashDrafter(dflash, block=9" in repr(found)
         asked = plain(drafter=f"tree:{path}", draft_size=16)
         assert torch.equal(asked.accepted, plain(drafter=tree_of("dflash", width=8), draft_size=16).accepted)
     for given, message in (
@@ -267,8 +274,8 @@ def test_a_name_or_a_path_behind_tree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (BlockDrafter, "model: expected DraftModel"),
-        (TreeDrafter, "blocks: expected GuessesBlocks"),
+        (DFlashDrafter, "model: expected DFlashModel"),
+        (TreeDrafter, "blocks: expected BlockDrafter"),
         (RiderDrafter, "model: expected RiderModel"),
         (AdaDecode, "heads: expected ExitHeads"),
     ],

@@ -21,7 +21,7 @@ from dparallel_ext import models
 from dparallel_ext.decoding.config import DecodeConfig
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import BlockDrafter, CausalBatch, Draft, DraftSession, drafter_of
+from dparallel_ext.speculation import CausalBatch, DFlashDrafter, Draft, DraftSession, drafter_of
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import default_taps
 from dparallel_ext.speculation.sizing import Fixed
@@ -81,7 +81,7 @@ def layer(
     return x + (F.silu(gate) * up) @ w[f"{at}mlp.down_proj.weight"].T
 
 
-def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> Tensor:
+def guessed(drafter: DFlashDrafter, target: Model, tokens: Tensor, rows: int) -> Tensor:
     """Logits (rows - 1, V) of the block behind tokens (n,), whose last is the root, in float64; the mask's
     are among them."""
     w = {name: t.double() for name, t in drafter.model.state_dict().items()}
@@ -110,7 +110,7 @@ def guessed(drafter: BlockDrafter, target: Model, tokens: Tensor, rows: int) -> 
 class Heard(DraftSession):
     """Notes what a drafter would draft, and drafts what `instead` does: some of it is accepted."""
 
-    def __init__(self, drafter: BlockDrafter, instead: Knowing | None = None) -> None:
+    def __init__(self, drafter: DFlashDrafter, instead: Knowing | None = None) -> None:
         self.inner, self.instead, self.most = drafter, instead, drafter.most
         self.heard: list[tuple[Tensor, int, int, Draft]] = []
 

@@ -19,7 +19,7 @@ from dparallel_ext import models
 from dparallel_ext.arguments import check_fields, one_of, whole
 from dparallel_ext.models import rope
 from dparallel_ext.models.fields import LAYERS, MLP_WIDTH, VOCABULARY
-from dparallel_ext.speculation import BlockDrafter, DraftModel
+from dparallel_ext.speculation import DFlashDrafter, DFlashModel
 from dparallel_ext.speculation.checkpoint import Origin
 from dparallel_ext.speculation.dflash import BLOCK, CAUSAL, DFlashOptions, default_taps
 from dparallel_ext.speculation.drafter import EMBEDDING, check_layers
@@ -62,7 +62,7 @@ class BlockSettings(DrafterSettings):
 
 class Blocks(Trainee):
     SETTINGS = BlockSettings
-    module: DraftModel
+    module: DFlashModel
 
     def __init__(self, target: Target, settings: BlockSettings) -> None:
         self._target, self._settings = target.model, settings
@@ -70,8 +70,8 @@ class Blocks(Trainee):
         self.config = block_config(target.model, settings, mask_id, target.origin(settings.kind))
         self._mask_id = DFlashOptions.of(self.config).mask_id
 
-    def build(self) -> DraftModel:
-        model = DraftModel(self.config)
+    def build(self) -> DFlashModel:
+        model = DFlashModel(self.config)
         initialise(model)
         return model
 
@@ -94,8 +94,8 @@ class Blocks(Trainee):
     def loss_of(self, answers: Sequence[Answer], step: int) -> Tensor:
         return loss_of(self.module, self._target, answers, self._settings, step)
 
-    def drafter(self, source: str, measured: Sequence[Answer]) -> BlockDrafter:
-        return BlockDrafter(self.module, source)
+    def drafter(self, source: str, measured: Sequence[Answer]) -> DFlashDrafter:
+        return DFlashDrafter(self.module, source)
 
 
 def block_config(
@@ -138,7 +138,7 @@ def block_config(
     }
 
 
-def initialise(model: DraftModel) -> None:
+def initialise(model: DFlashModel) -> None:
     """Initialise by normal weights of variance 1 / fan_in, smaller for the last matrices of residual
     branches."""
     for name, p in model.named_parameters():
@@ -188,7 +188,7 @@ def pack_blocks(
 
 
 def loss_of(
-    model: DraftModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
+    model: DFlashModel, target: models.Model, answers: Sequence[Answer], settings: BlockSettings, step: int
 ) -> Tensor:
     options, device = model.options, target.device
     some, generator = drawn(answers, settings, step)
