@@ -37,7 +37,7 @@ from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model
 from ..ops.errors import Cell, explain
 from ..packed import floats_of
-from .adaptive_passes import AdaptiveSession, AdaptiveWork, Verifying
+from .adaptive_passes import AdaptiveSession, AdaptiveWork, VerifierDrafter
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
@@ -252,7 +252,7 @@ class AdaptiveBatch(CausalBatch):
             model,
             lanes,
             width,
-            drafter=Verifying(weakref.ref(verifier), verifier.dtype, mask_id, mixture),
+            drafter=VerifierDrafter(weakref.ref(verifier), verifier.dtype, mask_id, mixture),
             pad_id=pad_id,
             batch_invariant=batch_invariant,
             graphs=graphs,

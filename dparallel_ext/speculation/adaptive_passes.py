@@ -48,9 +48,9 @@ class AdaptiveWork(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verifying:
+class VerifierDrafter:
     """What an `AdaptiveBatch` has for a `Drafter`: all that its recorded passes depend on beside the model,
-    so that a batch can go on with the session of an earlier one whose `Verifying` is equal."""
+    so that a batch can go on with the session of an earlier one whose `VerifierDrafter` is equal."""
 
     verifier: weakref.ref[Model]
     """The batch keeps it; what is kept for the next batch does not."""
@@ -70,7 +70,9 @@ class Verifying:
 class AdaptiveSession(RecordedSession):
     """Runs the passes of an `AdaptiveBatch`, each of both models; the verifier's cache is its own."""
 
-    def __init__(self, of: Verifying, model: Model, kv_cache: KVCache, lanes: int, graphs: bool) -> None:
+    def __init__(
+        self, of: VerifierDrafter, model: Model, kv_cache: KVCache, lanes: int, graphs: bool
+    ) -> None:
         super().__init__(None, model, graphs)
         self._verifier, self.mixture, self._mask = of.verifier, of.mixture, of.mask_id
         self.kv_cache, self.verifier_cache = kv_cache, self.verifier.new_cache(lanes, kv_cache.length)

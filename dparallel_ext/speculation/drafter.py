@@ -318,7 +318,7 @@ class Apart(Protocol):
 
 
 @runtime_checkable
-class Expecting(Protocol):
+class PredictsAcceptance(Protocol):
     """A drafter that can predict how many tokens a pass with its drafts emits."""
 
     def expected(self, size: int) -> float:

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .blocks import BlockDrafter
 from .checkpoint import OURS, DraftCheckpoint, Origin, is_single_file, read_checkpoint
 from .ddtree import TreeDrafter
-from .drafter import Apart, Drafter, Expecting
+from .drafter import Apart, Drafter, PredictsAcceptance
 from .hidden_transfer import HiddenTransfer
 from .jump_forward import JumpForward
 from .model_drafter import ModelDrafter
@@ -135,7 +135,7 @@ def _checked(drafter: Drafter) -> Drafter:
     whole("drafter: most", drafter.most, 0)
     if isinstance(drafter, Apart) and drafter.apart is not True:
         raise ValueError(f"drafter: apart: expected True or no such attribute, got {shown(drafter.apart)}")
-    if isinstance(drafter, Expecting):
+    if isinstance(drafter, PredictsAcceptance):
         number("drafter: expected", drafter.expected(drafter.most))
     return drafter
 

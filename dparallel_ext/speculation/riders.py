@@ -86,7 +86,7 @@ def rider_config(model: Model, riders: int, origin: Origin, **fields: Any) -> di
     }
 
 
-class Planned:
+class RiderPlanner:
     """Plans drafts of riders by their `ranks`: for each rider of a chain, how often the true token is its
     most probable one, the second, and so on, as shares from 0 to 1."""
 
@@ -102,13 +102,13 @@ class Planned:
         return self.plan(min(size, self.most)).tokens
 
 
-class RiderDrafter(Planned):
+class RiderDrafter(RiderPlanner):
     """Guesses by riders of the verify pass: PPD and Hidden Transfer. `load` reads one from a file, which
     `dparallel drafter` trains.
 
     Args:
         model: the trained weights; in evaluation mode and without gradients from now on.
-        ranks: see `Planned`; up to `GUESSES` shares for each rider.
+        ranks: see `RiderPlanner`; up to `GUESSES` shares for each rider.
         source: names the drafter in errors.
     """
 
@@ -138,8 +138,8 @@ class RiderDrafter(Planned):
 
 
 def checked_ranks(argument: str, ranks: Any, riders: int) -> Ranks:
-    """`ranks` as tuples, see `Planned`. Raises ValueError naming the argument unless they are shares for each
-    rider."""
+    """`ranks` as tuples, see `RiderPlanner`. Raises ValueError naming the argument unless they are shares for
+    each rider."""
     rows = ranks if isinstance(ranks, (list, tuple)) else ()
     fits = len(rows) == riders and all(
         isinstance(row, (list, tuple))
@@ -171,7 +171,7 @@ class RiderSession(DraftSession):
     recorded = True
     riders: Riders
 
-    def __init__(self, drafter: Planned, riders: Riders, lanes: int, weights: Iterable[Tensor]) -> None:
+    def __init__(self, drafter: RiderPlanner, riders: Riders, lanes: int, weights: Iterable[Tensor]) -> None:
         self._drafter, self.riders, self._weights = drafter, riders, [*weights]
         self._guesses: list[list[list[int]]] = [[] for _ in range(lanes)]
         """For each lane and depth of the next draft, the guessed tokens, the most probable first."""

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from .drafter import Drafter, Expecting
+from .drafter import Drafter, PredictsAcceptance
 
 
 class Sizer(Protocol):
@@ -57,7 +57,8 @@ class Measurements:
 
     def __init__(self, most: int) -> None:
         self.worth = [1.0, 1.0]
-        """With `Expecting`: running means of accepted tokens, and of tokens expected to be accepted."""
+        """With `PredictsAcceptance`: running means of accepted tokens, and of tokens expected to be
+        accepted."""
         self.seconds: dict[int, dict[int, list[float]]] = {}
         """Bit length of the number of sequences -> size -> [times used, mean seconds of draft and pass]."""
         self.accepted = [0.5] * most
@@ -82,8 +83,9 @@ class Measured:
         expected: Callable[[int], float] | None = None,
         known: Measurements | None = None,
     ) -> None:
-        """most: the largest size. clock: seconds. expected: see `drafter.Expecting`; None: as for chains.
-        known: earlier measurements with the same `most`, to which this adds its own; default: none."""
+        """most: the largest size. clock: seconds. expected: see `drafter.PredictsAcceptance`; None: as for
+        chains. known: earlier measurements with the same `most`, to which this adds its own; default: none.
+        """
         self._clock, self._expected = clock, expected
         self.sizes = sorted({0, most, *(1 << bit for bit in range(most.bit_length()) if 1 << bit <= most)})
         self.known = Measurements(most) if known is None else known
@@ -152,7 +154,7 @@ _lock = threading.Lock()
 
 def sizer_for(drafter: Drafter, known: Measurements | None = None) -> Measured:
     """A sizer for the drafter; known: earlier measurements with it."""
-    expected = drafter.expected if isinstance(drafter, Expecting) else None
+    expected = drafter.expected if isinstance(drafter, PredictsAcceptance) else None
     return Measured(drafter.most, expected=expected, known=known)
 
 

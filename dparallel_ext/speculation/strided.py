@@ -25,13 +25,13 @@ from ..models import IDLM, Model
 from ..models.fields import Field, read
 from .adapter import Adapter, LowRank, adapted
 from .checkpoint import OURS, DraftCheckpoint
-from .riders import MOST, Planned, RiderSession, checked_ranks, likeliest
+from .riders import MOST, RiderPlanner, RiderSession, checked_ranks, likeliest
 from .trees import Ranks
 
 KIND = "strided"
 
 
-class Masks:
+class MaskRiders:
     """Riders that are masks, see `drafter.Riders` and `drafter.Adapting`. They do not keep the model alive.
 
     parts: the layers of an adapter, by name. guesses: tokens that a mask guesses.
@@ -65,7 +65,7 @@ class Masks:
         return self._adapted or model
 
 
-class StridedDrafter(Planned):
+class StridedDrafter(RiderPlanner):
     """Drafts with masks of the model itself in the verify pass, as I-DLM does.
 
     Args:
@@ -76,8 +76,8 @@ class StridedDrafter(Planned):
             has too.
         chance: from 0 to 1, of a guess to be right where those before it are; drafts have the best shape for
             it. 0.9 is the paper's for N = 4, and with it a `draft_size` of 2 (N - 1) has the published rows.
-            Or the measured ranks of each mask, see `Planned`, as `dparallel drafter` writes them: drafts are
-            then trees of guesses.
+            Or the measured ranks of each mask, see `RiderPlanner`, as `dparallel drafter` writes them: drafts
+            are then trees of guesses.
 
     Raises ValueError for other values.
     """
@@ -135,7 +135,7 @@ class StridedDrafter(Planned):
         mask_id = self._mask_of(model)
         assert mask_id is not None
         parts = {} if self.adapter is None else self.adapter.of(model)
-        masks = Masks(model, mask_id, self.stride - 1, parts, self._guesses)
+        masks = MaskRiders(model, mask_id, self.stride - 1, parts, self._guesses)
         return _Session(self, masks, lanes, parts)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -165,10 +165,10 @@ def drafter_of_masks(checkpoint: DraftCheckpoint) -> StridedDrafter:
 
 
 class _Session(RiderSession):
-    riders: Masks
+    riders: MaskRiders
 
     def __init__(
-        self, drafter: StridedDrafter, riders: Masks, lanes: int, parts: Mapping[str, LowRank]
+        self, drafter: StridedDrafter, riders: MaskRiders, lanes: int, parts: Mapping[str, LowRank]
     ) -> None:
         own = [t for part in parts.values() for t in (part.down, part.up)]
         self.size = sum(t.nbytes for t in own)

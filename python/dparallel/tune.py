@@ -28,7 +28,7 @@ from dparallel_ext.arguments import check_fields, number, whole
 from dparallel_ext.decoding.config import with_ends
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
-from dparallel_ext.speculation.drafter import Expecting
+from dparallel_ext.speculation.drafter import PredictsAcceptance
 from dparallel_ext.speculation.speculate import causal_model, check_prompts
 
 from . import registry, text
@@ -171,7 +171,7 @@ def curve(
 ) -> list[Row]:
     """A row for each size, from the passes of every run over the same texts.
 
-    expected: of a drafter that predicts a pass's tokens for each size, see `drafter.Expecting`. Its
+    expected: of a drafter that predicts a pass's tokens for each size, see `drafter.PredictsAcceptance`. Its
     predictions, less one, are scaled by one factor for all sizes, to fit the tokens of these passes.
     """
     lanes = {size: sum(each.lanes for each in passes[0]) for size, passes in runs.items()}
@@ -229,7 +229,7 @@ def measure_drafts(
         runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
         timed[sizer.nodes] = runs[1:]
         report(f"draft_size {sizer.nodes}: {len(runs[0])} passes, {1 + settings.repeats} times")
-    rows = curve(timed, loaded.expected if isinstance(loaded, Expecting) else None)
+    rows = curve(timed, loaded.expected if isinstance(loaded, PredictsAcceptance) else None)
     if loaded is None:
         return work, [{name: row[name] for name in ("draft_size", "pass_ms")} for row in rows]
     return work, [{"drafter": drafter, **row} for row in rows]

@@ -28,7 +28,7 @@ from dparallel_ext.speculation import (
     TreeDrafter,
     drafter_of,
 )
-from dparallel_ext.speculation.drafter import Expecting
+from dparallel_ext.speculation.drafter import PredictsAcceptance
 from dparallel_ext.speculation.sizing import sizer_for
 
 pytest_plugins = ["taping"]
@@ -306,7 +306,7 @@ def test_a_width_that_does_not_fit_is_named() -> None:
 
 def test_sizes_go_by_what_the_trees_promise() -> None:
     """Of trees the sizer knows what each number of nodes is worth; chains are measured depth by depth."""
-    assert not isinstance(drafter_with("dflash"), Expecting)
+    assert not isinstance(drafter_with("dflash"), PredictsAcceptance)
     drafter = tree_of("dflash")
     assert [drafter.expected(size) for size in (0, 64)] == [1.0, 1.0]  # nothing is known yet
     scores = [math.log(share) for share in (0.5, 0.25, 0.8, 0.125)]

@@ -22,7 +22,7 @@ from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import CausalBatch, Recycling
-from dparallel_ext.speculation.drafter import Expecting
+from dparallel_ext.speculation.drafter import PredictsAcceptance
 from dparallel_ext.speculation.recycling import DEPTH, RANKS
 from dparallel_ext.speculation.sizing import Fixed
 
@@ -257,7 +257,7 @@ def test_recorded_passes_are_the_same(request: pytest.FixtureRequest) -> None:
 def test_what_it_says_of_itself() -> None:
     drafter = dx.speculation.drafter_of("recycling")
     assert isinstance(drafter, Recycling)
-    assert isinstance(drafter, Expecting)
+    assert isinstance(drafter, PredictsAcceptance)
     assert repr(drafter) == "Recycling()"
     expected = [drafter.expected(size) for size in (0, 1, 2, 64, 99)]
     assert expected[:3] == pytest.approx([1.0, 1.5, 1.75])

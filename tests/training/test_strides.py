@@ -133,7 +133,7 @@ def test_it_begins_as_the_model_and_learns() -> None:
     trainee.module = trainee.build()
     assert all(0.9 < down.abs().max() * down.shape[1] ** 0.5 <= 1 for down in trainee.module[::2])
     placed = riders.place(texts[:4], 3, 4, torch.Generator().manual_seed(0))
-    plain = dx.speculation.strided.Masks(model, mask, 3, {})
+    plain = dx.speculation.strided.MaskRiders(model, mask, 3, {})
     first, bare = (riders.logits_of(of, model, placed)[0] for of in (trainee.riders, plain))
     assert torch.equal(first, bare)
     before = trainee.loss_of(texts, 0).item()

@@ -186,10 +186,10 @@ class Strides(_Riders):
         return module
 
     @property
-    def riders(self) -> strided.Masks:
+    def riders(self) -> strided.MaskRiders:
         layers = zip(self._layers.items(), self.module[::2], self.module[1::2], strict=True)
         parts = {name: LowRank(layer, down, up) for (name, layer), down, up in layers}
-        return strided.Masks(self._target, self.mask_id, self._settings.riders, parts)
+        return strided.MaskRiders(self._target, self.mask_id, self._settings.riders, parts)
 
     def drafter(self, source: str, measured: Sequence[Answer]) -> StridedDrafter:
         ranks = ranks_of(self.riders, self._target, measured)
