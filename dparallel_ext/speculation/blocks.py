@@ -7,19 +7,23 @@ tokens there, whatever stands in front, make a chain or a tree (`ddtree`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
 from .._C import DraftTree, draft_trees
+from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence import grouped
-from ..models import Model, own_precision
+from ..models import Model, fused_weights, own_precision
 from ..ops import row_topk
 from ..ops.row_topk import MOST
 from ..packed import Packing, bits_of, floats_of, unpack
+from .checkpoint import write_checkpoint
 from .draft import Draft
-from .drafter import Drafter, DraftKey, Lane, RecordedSession
+from .drafter import Drafter, DraftKey, Lane, Placed, RecordedSession, Weights
 
 
 class Chains:
@@ -43,6 +47,42 @@ class BlockDrafter(Drafter):
 
     def check_trees(self) -> None:
         """Raise ValueError if a row's guesses depend on those in front of it, so that there are no trees."""
+
+
+class TrainedBlockDrafter(BlockDrafter, Generic[Weights]):
+    """A drafter of blocks with weights of its own, in layers like the target's.
+
+    Args:
+        model: the weights; in evaluation mode and without gradients from now on.
+        source: names the drafter in errors.
+    """
+
+    model_class: type[Weights]
+    options: Any
+    """What the config.json of `model` says, with a `shape` and a `block`, the rows of a block."""
+
+    def __init__(self, model: Weights, source: str = "drafter") -> None:
+        instance("model", model, self.model_class)
+        self.model, self.source = model.eval().requires_grad_(False), source
+        self.options = model.options
+        self.most = self.options.block - 1
+        self.guesses = min(self.guesses, self.options.shape.embedding_size)
+        self.on = Placed(self.model)
+
+    def fused(self, model: Model) -> Weights:
+        """The weights in the dtype and on the device of the model, fused."""
+        placed = self.on(model.device, model.dtype)
+        layers: Any = placed.layers
+        with torch.inference_mode(False), torch.no_grad():
+            for block in layers:
+                for group in block.groups():
+                    fused_weights.join(group)
+        return placed
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write config and weights, see `write_checkpoint`."""
+        config: Any = self.model.config
+        write_checkpoint(path, config, self.model.state_dict(), dtype)
 
 
 class BlockSession(RecordedSession):

@@ -22,13 +22,11 @@ context is made of the token's embedding (tap -1) and the last layer's stream.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache
 from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
@@ -36,9 +34,9 @@ from ..models.config import ModelConfig, config_ids
 from ..models.fields import LAYERS, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
-from .blocks import BlockDrafter, BlockSession
-from .checkpoint import DraftCheckpoint, Origin, check_target, write_checkpoint
-from .drafter import EMBEDDING, Observation, Placed, RecordedSession, check_layers
+from .blocks import BlockSession, TrainedBlockDrafter
+from .checkpoint import DraftCheckpoint, Origin, check_target
+from .drafter import EMBEDDING, Observation, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
 """The kinds of drafters: whether a row of the block sees only the rows in front of it."""
@@ -160,7 +158,7 @@ class DFlashModel(nn.Module):
         return self.norm(x)
 
 
-class DFlashDrafter(BlockDrafter):
+class DFlashDrafter(TrainedBlockDrafter[DFlashModel]):
     """A drafter of one block a pass, see above. `load` reads one; `dparallel drafter` trains one.
 
     Args:
@@ -168,15 +166,8 @@ class DFlashDrafter(BlockDrafter):
         source: names the drafter in errors.
     """
 
-    model_class: type[nn.Module] = DFlashModel
-
-    def __init__(self, model: DFlashModel, source: str = "drafter") -> None:
-        instance("model", model, self.model_class)
-        self.model, self.source = model.eval().requires_grad_(False), source
-        self.options = model.options
-        self.most = self.options.block - 1
-        self.guesses = min(self.guesses, self.options.shape.embedding_size)
-        self.on = Placed(self.model)
+    model_class = DFlashModel
+    options: DFlashOptions
 
     def __repr__(self) -> str:
         options = self.options
@@ -190,19 +181,6 @@ class DFlashDrafter(BlockDrafter):
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
         return _Session(self, model, kv_cache, graphs)
-
-    def fused(self, model: Model) -> DFlashModel:
-        """The weights in the dtype and on the device of the model, fused."""
-        placed = self.on(model.device, model.dtype)
-        with torch.inference_mode(False), torch.no_grad():
-            for block in placed.layers:
-                for group in block.groups():  # type: ignore[operator]
-                    fused_weights.join(group)
-        return placed
-
-    def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config and weights, see `write_checkpoint`."""
-        write_checkpoint(path, self.model.config, self.model.state_dict(), dtype)
 
 
 def drafter_of_blocks(checkpoint: DraftCheckpoint) -> DFlashDrafter:

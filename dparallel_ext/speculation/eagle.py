@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supporte
 from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
 from ..packed import Packing, bits_of, floats_of, unpack
+from .blocks import TrainedBlockDrafter
 from .checkpoint import DraftCheckpoint, Origin, check_target
-from .dflash import DFlashDrafter
 from .draft import Draft
 from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
 
@@ -197,7 +197,7 @@ class EagleModel(nn.Module):
         return norm_of_sum(self.norm, stream)
 
 
-class EagleDrafter(DFlashDrafter):
+class EagleDrafter(TrainedBlockDrafter[EagleModel]):
     """A drafter of the kinds EAGLE-3 and P-EAGLE, see above. `load` reads one.
 
     Args:
@@ -205,12 +205,8 @@ class EagleDrafter(DFlashDrafter):
         source: names the drafter in errors.
     """
 
-    model: EagleModel  # type: ignore[assignment]
-    options: EagleOptions  # type: ignore[assignment]
     model_class = EagleModel
-
-    def __init__(self, model: EagleModel, source: str = "drafter") -> None:
-        super().__init__(cast(Any, model), source)
+    options: EagleOptions
 
     def __repr__(self) -> str:
         kind = "EAGLE-3" if self.options.mask_id is None else "P-EAGLE"
@@ -264,7 +260,7 @@ class _Session(RecordedSession):
     def __init__(
         self, drafter: EagleDrafter, model: Model, kv_cache: KVCache, lanes: int, graphs: bool
     ) -> None:
-        self._drafter, self._layers = drafter, cast(EagleModel, drafter.fused(model))
+        self._drafter, self._layers = drafter, drafter.fused(model)
         super().__init__(self._layers, model, graphs)
         self.taps = drafter.options.taps_of(model.shape.layers)
         s, length = drafter.options.shape, kv_cache.length
