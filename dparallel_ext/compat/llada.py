@@ -15,7 +15,7 @@ from .. import policies
 from ..arguments import number, one_of, temperature_in_force, whole
 from ..decoding.batch import AHEAD
 from ..decoding.config import DecodeConfig
-from ..decoding.decode import start
+from ..decoding.decode import start_batch
 from ..decoding.schedule import Schedule, Window
 from ..decoding.sequence import SequenceState
 from ..decoding.settings import check_mask, drawn_seed
@@ -227,7 +227,7 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
         **row,
     )
     with torch.inference_mode():
-        batch = start(model, list(prompt), config, schedule=functools.partial(_as_published, options))
+        batch = start_batch(model, list(prompt), config, schedule=functools.partial(_as_published, options))
         waiting: list[int] = []
         while batch.live:  # at the end of a block every sequence waits for the others
             waiting += batch.step(ahead=AHEAD)

@@ -384,13 +384,18 @@ class Batch:
         start, end = window.block[:2]
         if rule.reads == "response" and schedule.to_the_end:
             start, end = sequence.columns[0], sequence.length
-        elif start and schedule.shift and schedule.causal and sequence.layout.start_of_block(start) == start:
+        elif (
+            start
+            and schedule.shift
+            and schedule.block_causal
+            and sequence.layout.start_of_block(start) == start
+        ):
             start += 1  # its logits are in the block before, which passes with cache "block" do not compute
         elif (
             sequence.edited
             and schedule.shift
             and schedule.keeps
-            and not schedule.causal
+            and not schedule.block_causal
             and sequence.step_in_block
         ):
             start += 1  # a token that was remasked there would have no logits in the next pass

@@ -209,7 +209,11 @@ class DecodeConfig:
         size, part = self.block_length, self.sub_block_length
         if size is not None and part is not None and size % part:
             raise ValueError(f"sub_block_length: expected a divisor of block_length {size}, got {part}")
-        lengths = {name: len(value) for name in EACH if isinstance(value := getattr(self, name), tuple)}
+        lengths = {
+            name: len(value)
+            for name in PER_SEQUENCE_FIELDS
+            if isinstance(value := getattr(self, name), tuple)
+        }
         for name, count in lengths.items():
             first, expected = next(iter(lengths.items()))
             if count != expected:
@@ -238,7 +242,7 @@ class DecodeConfig:
 
         changes: other fields, as for `replace`.
         """
-        decides = {**dict.fromkeys(ROW), "min_commit": 1, "policy": None, "rule": rule}
+        decides = {**dict.fromkeys(POLICY_FIELDS), "min_commit": 1, "policy": None, "rule": rule}
         return configured("with_rule", self, {**decides, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,16 +278,16 @@ class DecodeConfig:
 
 
 DEFAULTS = {field.name: field.default for field in fields(DecodeConfig)}
-ROW = ("threshold", "selector", "steps", "max_commit", "score")
+POLICY_FIELDS = ("threshold", "selector", "steps", "max_commit", "score")
 """Fields that, with `min_commit`, make a sequence's policy row; None: not given."""
-ACTIVE = ("active_blocks", "open_at", "activate_at")
+ACTIVE_BLOCK_FIELDS = ("active_blocks", "open_at", "activate_at")
 """Fields for several open blocks."""
-OF_ENGINE = (
+ENGINE_FIELDS = (
     *("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id"),
-    *ACTIVE,
+    *ACTIVE_BLOCK_FIELDS,
 )
 """Fields that all requests of an engine share."""
-ELSEWHERE = {
+OTHER_LIBRARIES = {
     **dict.fromkeys(("max_new_tokens", "max_tokens", "max_gen_len", "max_completion_tokens"), "gen_length"),
     **dict.fromkeys(("eos_token_id", "eos_token_ids"), "eos_id"),
     **dict.fromkeys(("stop_token_ids", "stop_strings", "stopping_criteria"), "stop"),
@@ -298,7 +302,16 @@ ELSEWHERE = {
     "output_scores": "logprobs",
 }
 """Other libraries' names of what a field is for, where they are unlike the field's."""
-EACH = ("gen_length", "threshold", "selector", "policy", "min_commit", "max_commit", "score", "seed")
+PER_SEQUENCE_FIELDS = (
+    "gen_length",
+    "threshold",
+    "selector",
+    "policy",
+    "min_commit",
+    "max_commit",
+    "score",
+    "seed",
+)
 """Fields that may have a value for each sequence, in a tuple."""
 
 
@@ -326,7 +339,7 @@ def with_ends(config: DecodeConfig, eos_ids: Sequence[int]) -> DecodeConfig:
 
 
 def _nearest(name: Any) -> str:
-    known = ELSEWHERE.get(name) if isinstance(name, str) else None
+    known = OTHER_LIBRARIES.get(name) if isinstance(name, str) else None
     near = [known] if known else difflib.get_close_matches(str(name), DEFAULTS, 1)
     return f". Did you mean {near[0]!r}?" if near else ""
 
@@ -399,7 +412,7 @@ def decider(config: DecodeConfig, size: int, cache: str) -> Decider:
 
 
 def _row_of(config: DecodeConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in (*ROW, "min_commit")}
+    return {name: getattr(config, name) for name in (*POLICY_FIELDS, "min_commit")}
 
 
 def _non_default(values: Mapping[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def decode(
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
-        batch = start(model, prompts, config, draft_size=draft_size)
+        batch = start_batch(model, prompts, config, draft_size=draft_size)
         arguments.check_streamer(streamer, size)
         tokens = sum(len(sequence.columns) for sequence in batch.sequences)
         run(batch, streamer, progress_bar(progress, tokens, "decode"))
@@ -173,7 +173,7 @@ def decode(
     return out
 
 
-def start(
+def start_batch(
     model: Any,
     prompts: list[Tensor],
     config: DecodeConfig,
@@ -188,14 +188,14 @@ def start(
     """
     model = for_decoding(model)
     check_call(model)
-    resolved, settings, guesses = checked(model, config, len(prompts), draft_size)
+    resolved, settings, guesses = resolve(model, config, len(prompts), draft_size)
     counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
     mask_id, block_length = resolved.mask_id, resolved.schedule.block_length
     kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:
-        masked = [masks(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
+        masked = [masked_columns(prompt, mask_id) for prompt in arguments.moved(prompts, torch.device("cpu"))]
     if (device := ids_device(model)) is not None:
         prompts = arguments.moved(prompts, device)
     lengths = [
@@ -220,7 +220,7 @@ def start(
     return batch
 
 
-def checked(
+def resolve(
     model: Any, config: DecodeConfig, size: int, draft_size: int | None
 ) -> tuple[ResolvedConfig, list[SequenceSettings], int]:
     """The cache mode and the like of a model under a config, the settings of `size` sequences, and the number
@@ -242,7 +242,7 @@ def checked(
     return resolved, settings, guesses
 
 
-def masks(prompt: Tensor, mask_id: int) -> list[int]:
+def masked_columns(prompt: Tensor, mask_id: int) -> list[int]:
     """The columns of `prompt` (P,) that hold the mask token, ascending."""
     return (prompt == mask_id).nonzero()[:, 0].tolist()
 

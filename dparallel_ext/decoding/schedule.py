@@ -50,7 +50,7 @@ class Schedule:
     block_length: int
     sub_block_length: int
     shift: bool
-    causal: bool
+    block_causal: bool
     """Whether attention is block-causal, with blocks of `block_length`."""
     aligned: bool
     """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from there.
@@ -80,17 +80,17 @@ class Schedule:
         return False
 
     @property
-    def handed_over(self) -> bool:
+    def prefill_predicts_next(self) -> bool:
         """Whether the pass that stores a block gives the next one's first token."""
-        return self.onward or (self.shift and self.causal)
+        return self.onward or (self.shift and self.block_causal)
 
     @property
     def in_parts(self) -> bool:
         """Whether blocks are not filled as a whole."""
-        return self.sub_block_length < self.block_length or self.handed_over
+        return self.sub_block_length < self.block_length or self.prefill_predicts_next
 
     @property
-    def in_which_parts(self) -> str:
+    def how_filled(self) -> str:
         """How blocks are filled that are not filled as a whole, for error texts."""
         if self.sub_block_length < self.block_length:
             return f"these are filled {self.sub_block_length} by {self.sub_block_length}"
@@ -112,7 +112,7 @@ class Schedule:
     def spans(self, lane: int, s: SequenceState) -> list[Span]:
         """The positions of `computed` as adjoining spans, each with the positions that it sees."""
         first, last = self.computed(s)
-        if self.causal and not self.sees_onward(s):
+        if self.block_causal and not self.sees_onward(s):
             return block_causal_spans(lane, first, last, s.length, self.block_length, s.layout.origin)
         return [Span(lane, first, last, last if self.sees_onward(s) else s.length)] if first < last else []
 
@@ -133,7 +133,7 @@ class Schedule:
         it.
         """
         at_a_block = s.first_mask > 0 and s.layout.start_of_block(s.first_mask) == s.first_mask
-        return self.handed_over and at_a_block
+        return self.prefill_predicts_next and at_a_block
 
     def part(self, s: SequenceState) -> tuple[int, int]:
         """Columns [start, end) of the front block's active sub-block. Sub-blocks count from where the block
@@ -287,7 +287,7 @@ class Sliding(Schedule):
     known_first = True
     most_open = 2
     in_parts = True
-    in_which_parts = "here a window slides over them"
+    how_filled = "here a window slides over them"
     shared = True
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
@@ -337,17 +337,17 @@ def make(
     activate_at: float = 0.95,
 ) -> Schedule:
     """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
-    causal = is_block_causal(traits, cache)
-    kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if causal else Dual}
+    block_causal = is_block_causal(traits, cache)
+    kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if block_causal else Dual}
     kind = (kinds | {"block": BlockCausal, "window": Sliding})[cache]
     options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
         block_length=block_length,
         sub_block_length=sub_block_length or block_length,
         shift=traits.shift,
-        causal=causal,
-        aligned=causal and traits.aligned_blocks,
-        onward=causal and traits.onward,
+        block_causal=block_causal,
+        aligned=block_causal and traits.aligned_blocks,
+        onward=block_causal and traits.onward,
         active_blocks=active_blocks,
         open_at=open_at,
         activate_at=activate_at,

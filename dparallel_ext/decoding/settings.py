@@ -15,7 +15,7 @@ from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from ..rules import Leading, Rule
 from ..rules.constrained import Constrained
-from .config import ACTIVE, DecodeConfig, decider
+from .config import ACTIVE_BLOCK_FIELDS, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
 from .sequence import SequenceSettings
 
@@ -30,7 +30,7 @@ class ResolvedConfig(NamedTuple):
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of a `DecodeConfig` that are set here."""
-        of_schedule = ("block_length", "sub_block_length", *ACTIVE)
+        of_schedule = ("block_length", "sub_block_length", *ACTIVE_BLOCK_FIELDS)
         return {"cache": self.cache, "mask_id": self.mask_id} | {
             name: getattr(self.schedule, name) for name in of_schedule
         }
@@ -44,12 +44,12 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     """
     check_diffusion(model, decoding=True)
     model_traits, refresh = traits(model), config.refresh
-    own = "window" if model_traits.window is not None else "block" if model_traits.causal else None
-    cache = config.cache or own or cache
-    causal = is_block_causal(model_traits, cache)
-    if own is not None and cache != own:
+    own_cache = "window" if model_traits.window is not None else "block" if model_traits.causal else None
+    cache = config.cache or own_cache or cache
+    block_causal = is_block_causal(model_traits, cache)
+    if own_cache is not None and cache != own_cache:
         raise ValueError(
-            f'cache: expected "{own}", by which {type(model).__name__} fills masks, got {cache!r}'
+            f'cache: expected "{own_cache}", by which {type(model).__name__} fills masks, got {cache!r}'
         )
     block_length = config.block_length or model_traits.default_block_length
     if cache != "none" and not isinstance(model, Model):
@@ -57,23 +57,27 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
             f"cache: {cache!r} needs one of dparallel_ext.models (models.load, or models.wrap "
             f"for a loaded Hugging Face model), got {type(model).__name__}"
         )
-    part = config.sub_block_length or model_traits.sub_block_length or block_length
-    if block_length % part:
-        raise ValueError(f"sub_block_length: expected a divisor of block_length {block_length}, got {part}")
-    if own == "window":
+    sub_block_length = config.sub_block_length or model_traits.sub_block_length or block_length
+    if block_length % sub_block_length:
+        raise ValueError(
+            f"sub_block_length: expected a divisor of block_length {block_length}, got {sub_block_length}"
+        )
+    if own_cache == "window":
         if block_length > WORD:
             raise ValueError(f"block_length: expected a window of at most {WORD} masks, got {block_length}")
-        if part < block_length:
-            raise ValueError(f"sub_block_length: a window is filled as a whole, so expected None, got {part}")
-    known = ("none", "block") if causal else ("none", "prefix", "dual")
-    within = causal and cache == "dual" and part < block_length
-    if own is None and cache not in known and not within:
-        if causal:
+        if sub_block_length < block_length:
+            raise ValueError(
+                f"sub_block_length: a window is filled as a whole, so expected None, got {sub_block_length}"
+            )
+    fitting = ("none", "block") if block_causal else ("none", "prefix", "dual")
+    sub_block_cache = block_causal and cache == "dual" and sub_block_length < block_length
+    if own_cache is None and cache not in fitting and not sub_block_cache:
+        if block_causal:
             fit = '"block" or "none" for a block-causal model, or "dual" where it is decoded by sub-blocks'
         else:
             fit = f'"none", "prefix" or "dual", since {type(model).__name__} is not block-causal'
         raise ValueError(f"cache: expected {fit}, got {cache!r}")
-    if causal and block_length != model_traits.block_length and not isinstance(model, Model):
+    if block_causal and block_length != model_traits.block_length and not isinstance(model, Model):
         raise ValueError(
             f"block_length: expected {model_traits.block_length}, by which this model attends, got "
             f"{block_length}; only models of dparallel_ext.models can attend by other blocks"
@@ -81,12 +85,12 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     if refresh is not None and cache != "dual":
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
     mask_id = mask_of(model, config.mask_id)
-    active = {name: getattr(config, name) for name in ACTIVE}
-    schedule = make(cache, model_traits, block_length, part, refresh, **active)
+    active = {name: getattr(config, name) for name in ACTIVE_BLOCK_FIELDS}
+    schedule = make(cache, model_traits, block_length, sub_block_length, refresh, **active)
     if config.active_blocks > 1 and schedule.in_parts:
         raise ValueError(
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
-            f"a whole, and {schedule.in_which_parts}"
+            f"a whole, and {schedule.how_filled}"
         )
     return ResolvedConfig(cache, schedule, mask_id)
 
@@ -193,7 +197,7 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
     for eos_ids, stop in {(setting.eos_ids, setting.stop) for setting in settings}:
         check_ends(eos_ids, stop, vocabulary(model), resolved.mask_id)
     for rule in {setting.rule for setting in settings if setting.rule is not None}:
-        if rule.edits and schedule.handed_over:
+        if rule.edits and schedule.prefill_predicts_next:
             raise ValueError(
                 f"rule: {type(rule).__name__} edits, which does not go with {type(model).__name__}: its "
                 "blocks are begun by the block before"
@@ -201,7 +205,7 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
         if schedule.known_first and rule.reads != "masked":
             raise ValueError(
                 f"rule: {type(rule).__name__} reads more than the masks of its window, which does not go "
-                f"with {type(model).__name__}: {schedule.in_which_parts}"
+                f"with {type(model).__name__}: {schedule.how_filled}"
             )
         check_decodable("rule", rule.tokens, vocabulary(model), resolved.mask_id)
         if (rule.hidden or rule.soft) and not isinstance(model, Model):
@@ -215,7 +219,7 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     if steps is not None and schedule.in_parts:
         raise ValueError(
-            f"steps: the fixed schedule is for whole blocks, and {schedule.in_which_parts}, so expected "
+            f"steps: the fixed schedule is for whole blocks, and {schedule.how_filled}, so expected "
             f"None, got {steps}"
         )
 

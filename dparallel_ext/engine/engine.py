@@ -28,7 +28,7 @@ from .._C import Scheduler
 from ..arguments import shown, whole
 from ..decoding.config import (
     DEFAULTS,
-    OF_ENGINE,
+    ENGINE_FIELDS,
     DecodeConfig,
     DecodeKeywords,
     configured,
@@ -309,7 +309,7 @@ class Engine:
         """The config of a request. Raises ValueError if it sets a field of the engine to another value."""
         asked = {**vars(configured("submit", config, {})), **keywords} if config is not None else {**keywords}
         self._kind.check(asked)
-        for name in OF_ENGINE:
+        for name in ENGINE_FIELDS:
             value, engine_value = plain(asked.pop(name, DEFAULTS[name])), getattr(self.config, name)
             if value not in (DEFAULTS[name], engine_value):
                 raise ValueError(

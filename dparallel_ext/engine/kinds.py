@@ -17,7 +17,7 @@ from ..cache import KVCache
 from ..decoding import batch as diffusion
 from ..decoding import self_speculation
 from ..decoding.config import DecodeConfig
-from ..decoding.decode import masks
+from ..decoding.decode import masked_columns
 from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
 from ..decoding.sequence import OpenBlock, SequenceSettings, SequenceState, lay_out, whole_length
@@ -25,7 +25,7 @@ from ..decoding.settings import check_model, check_settings, make_settings, mask
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of
 from ..speculation.sequence import CausalSequence, OpenRegion
-from ..speculation.speculate import causal_model, check_causal, ending, sizer_of
+from ..speculation.speculate import causal_model, check_causal, sizer_of, with_checked_ends
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Diffusion(ModelKind):
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         settings, schedule = self.settings(config), self._schedule
-        masked = masks(ids, self.mask_id) if config.infill else []
+        masked = masked_columns(ids, self.mask_id) if config.infill else []
         size, aligned = schedule.block_length, schedule.aligned
         layout = lay_out(len(ids), gen_length, size, aligned, settings.steps, masked)
         # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
@@ -193,7 +193,9 @@ class LeftToRight(ModelKind):
         return prompt + gen_length
 
     def settings(self, config: DecodeConfig) -> SequenceSettings:
-        (settings,) = make_settings(ending(self._model, config, self._mask_id), self._model, "none", 1)
+        (settings,) = make_settings(
+            with_checked_ends(self._model, config, self._mask_id), self._model, "none", 1
+        )
         return settings
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:

@@ -41,7 +41,7 @@ from .adaptive_passes import AdaptiveSession, AdaptiveWork, VerifierDrafter
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
-from .speculate import OF_DIFFUSION, check_prompts, check_unset, decoded, ending, run
+from .speculate import DIFFUSION_FIELDS, check_prompts, check_unset, output_fields, run, with_checked_ends
 
 
 @dataclass
@@ -121,7 +121,7 @@ def adaptive_decode(
         model = diffusion_model(model)
         mask = mask_of(model, config.mask_id)
         check_prompts(model, prompts)
-        config = ending(model, config, mask)
+        config = with_checked_ends(model, config, mask)
         named = isinstance(verifier, (str, Path))
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, config.eos_ids)
@@ -147,7 +147,7 @@ def adaptive_decode(
         run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
         if not named:  # else the next call reads another
             batch.keep()
-    fields = decoded(batch, device, config, "draft_nfe")
+    fields = output_fields(batch, device, config, "draft_nfe")
     return AdaptiveOutput(
         verifier_nfe=fields.pop("draft_nfe"), verifier_forwards=batch.draft_forwards, **fields
     )
@@ -155,7 +155,7 @@ def adaptive_decode(
 
 def check_adaptive(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
-    names = {*OF_DIFFUSION, "automaton", "logprobs"} - {"mask_id"}
+    names = {*DIFFUSION_FIELDS, "automaton", "logprobs"} - {"mask_id"}
     why = "with a verifier decoding goes left to right, as far as it agrees, and takes none"
     check_unset(fields, sorted(names), why)
 

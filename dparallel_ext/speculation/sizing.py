@@ -158,7 +158,7 @@ def sizer_for(drafter: Drafter, known: Measurements | None = None) -> Measured:
     return Measured(drafter.most, expected=expected, known=known)
 
 
-def measured(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
+def remembered_sizer(model: Any, drafter_given: Any, drafter: Drafter) -> Measured:
     """A sizer that goes on from the measurements of earlier calls with this model and drafter.
 
     drafter_given: the call's argument `drafter`, from which `drafter` was made.

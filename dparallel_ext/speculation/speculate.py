@@ -24,9 +24,9 @@ from .batch import CausalBatch
 from .drafter import Apart, Drafter
 from .loading import NAMED, drafter_of
 from .sequence import Verified
-from .sizing import Fixed, Sizer, measured, sizer_for
+from .sizing import Fixed, Sizer, remembered_sizer, sizer_for
 
-OF_DIFFUSION = (
+DIFFUSION_FIELDS = (
     *("infill", "block_length", "sub_block_length", "steps", "threshold", "selector", "policy", "rule"),
     *("min_commit", "max_commit", "score", "cache", "refresh", "active_blocks", "open_at", "activate_at"),
     "mask_id",
@@ -124,7 +124,7 @@ def speculate(
         prompts = arguments.moved(prompts, torch.device("cpu"))
         size = len(prompts)
         model = causal_model(model)
-        config = ending(model, config)
+        config = with_checked_ends(model, config)
         drafter_given = NAMED.get(drafter, drafter) if isinstance(drafter, str) else drafter
         drafter = drafter_of(drafter_given, model.device, model.dtype)
         if drafter is not None:
@@ -140,7 +140,9 @@ def speculate(
             size,
             max(lengths, default=0),
             drafter=drafter,
-            sizer=sizer_of(drafter, draft_size, lambda drafter: measured(model, drafter_given, drafter)),
+            sizer=sizer_of(
+                drafter, draft_size, lambda drafter: remembered_sizer(model, drafter_given, drafter)
+            ),
             pad_id=next(iter(config.eos_ids), 0),
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
@@ -152,7 +154,7 @@ def speculate(
         if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
     return SpeculateOutput(
-        **decoded(batch, device, config, "draft_nfe", "layers"), draft_forwards=batch.draft_forwards
+        **output_fields(batch, device, config, "draft_nfe", "layers"), draft_forwards=batch.draft_forwards
     )
 
 
@@ -169,7 +171,7 @@ def causal_model(model: Any) -> Model:
 
 def check_causal(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to an autoregressive model."""
-    check_unset(fields, OF_DIFFUSION, "belongs to masked diffusion; an autoregressive model takes none")
+    check_unset(fields, DIFFUSION_FIELDS, "belongs to masked diffusion; an autoregressive model takes none")
 
 
 def check_unset(fields: Mapping[str, Any], names: Iterable[str], why: str) -> None:
@@ -187,7 +189,7 @@ def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
             raise ValueError(f"prompt: expected at least one token, got none in sequence {number}")
 
 
-def ending(model: Model, config: DecodeConfig, mask_id: int | None = None) -> DecodeConfig:
+def with_checked_ends(model: Model, config: DecodeConfig, mask_id: int | None = None) -> DecodeConfig:
     """The config with the end tokens in force. Raises ValueError for one that the model never decodes, and
     for such a stop sequence."""
     check_ends(config.eos_ids, config.stop, model.shape.embedding_size, mask_id)
@@ -195,12 +197,12 @@ def ending(model: Model, config: DecodeConfig, mask_id: int | None = None) -> De
 
 
 def sizer_of(
-    drafter: Drafter | None, draft_size: int | None, measured: Callable[[Drafter], Sizer] = sizer_for
+    drafter: Drafter | None, draft_size: int | None, make_sizer: Callable[[Drafter], Sizer] = sizer_for
 ) -> Sizer:
-    """The sizer of a call. measured: makes the sizer of a drafter if no size is given."""
+    """The sizer of a call. make_sizer: makes the sizer of a drafter if no size is given."""
     if draft_size is not None:
         return Fixed(arguments.whole("draft_size", draft_size, 0))
-    return Fixed(0) if drafter is None else measured(drafter)
+    return Fixed(0) if drafter is None else make_sizer(drafter)
 
 
 def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
@@ -221,7 +223,9 @@ def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
         streamer.end()
 
 
-def decoded(batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str) -> dict[str, Any]:
+def output_fields(
+    batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str
+) -> dict[str, Any]:
     """The fields that the outputs of `speculate` and `adaptive_decode` share, on `device`; counts: names of
     further counts of a sequence."""
     sequences = batch.sequences

@@ -14,10 +14,10 @@ import torch
 import dparallel_ext as dx
 from dparallel_ext.arguments import temperature_in_force
 from dparallel_ext.decoding.config import DEFAULTS
-from dparallel_ext.decoding.decode import checked
+from dparallel_ext.decoding.decode import resolve
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.rules import ONE
-from dparallel_ext.speculation.speculate import OF_DIFFUSION, check_causal
+from dparallel_ext.speculation.speculate import DIFFUSION_FIELDS, check_causal
 
 from . import registry
 from .configs import Fields, changed_fields, check_row, parse_policy, without
@@ -81,7 +81,7 @@ def sweep(
     if all(causal for _, causal in models):
         check_causal(vars(config))
     else:  # each model takes the fields of its kind
-        cleared: Any = {field: DEFAULTS[field] for field in OF_DIFFUSION}
+        cleared: Any = {field: DEFAULTS[field] for field in DIFFUSION_FIELDS}
         causal_config = config.replace(**cleared)
     if not any(causal for _, causal in models):  # else it is the drafters'
         entries = [each if "verifier" in each else {"draft_size": draft_size, **each} for each in entries]
@@ -122,7 +122,7 @@ def _check_policies(
             registry.check_verifier(str(entry["verifier"]), name)
         else:
             size: Any = entry.get("draft_size")
-            checked(stored, _with_entry(config, entry), 1, size)
+            resolve(stored, _with_entry(config, entry), 1, size)
 
 
 def _check_drafters(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import DecodeConfig, policies, rules
-from dparallel_ext.decoding import OF_ENGINE, DecodeKeywords
-from dparallel_ext.decoding.config import DEFAULTS, EACH, ELSEWHERE, ROW
+from dparallel_ext.decoding import ENGINE_FIELDS, DecodeKeywords
+from dparallel_ext.decoding.config import DEFAULTS, OTHER_LIBRARIES, PER_SEQUENCE_FIELDS, POLICY_FIELDS
 
 LLADA = golden.model("llada_tiny_a")
 SDAR = golden.model("sdar_tiny_a")
@@ -34,9 +34,9 @@ def first(stats: dx.RowStats, masked: Tensor, step: Tensor) -> Tensor:
 def test_the_keywords_are_the_fields() -> None:
     assert get_type_hints(DecodeKeywords) == get_type_hints(DecodeConfig)
     assert set(DEFAULTS) == set(get_type_hints(DecodeKeywords))
-    assert set(OF_ENGINE) | set(EACH) | set(ROW) <= set(DEFAULTS)
-    assert set(ELSEWHERE.values()) <= set(DEFAULTS)
-    assert not set(ELSEWHERE) & set(DEFAULTS)
+    assert set(ENGINE_FIELDS) | set(PER_SEQUENCE_FIELDS) | set(POLICY_FIELDS) <= set(DEFAULTS)
+    assert set(OTHER_LIBRARIES.values()) <= set(DEFAULTS)
+    assert not set(OTHER_LIBRARIES) & set(DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_caches_where_a_config_names_none() -> None:
     ],
 )
 def test_what_belongs_to_the_engine(name: str, value: Any, other: Any) -> None:
-    assert name in OF_ENGINE
+    assert name in ENGINE_FIELDS
     config = DecodeConfig(cache="dual", block_length=8, sub_block_length=4, refresh=2, mask_id=511)
     with dx.Engine(LLADA, config, lanes=1, max_length=64) as engine:
         expected = engine.submit([5, 6], gen_length=8).result(60)

@@ -336,10 +336,10 @@ def test_a_dtype_without_kernels_is_named_with_the_model(llada) -> None:
 
 def test_a_pass_that_fails_changes_nothing(llada) -> None:
     """Of the batch: a caller may go on without the sequence that it failed of."""
-    from dparallel_ext.decoding.decode import start
+    from dparallel_ext.decoding.decode import start_batch
 
     config = dx.DecodeConfig(threshold=1.0, gen_length=8, block_length=4)
-    batch = start(llada, list(PROMPTS), config)
+    batch = start_batch(llada, list(PROMPTS), config)
     with torch.inference_mode():
         batch.step()
         tokens, rows = batch.tokens.clone(), [vars(row).copy() for row in batch.sequences]

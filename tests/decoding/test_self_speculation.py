@@ -14,7 +14,7 @@ from drafters import fast_dllm
 from torch import Tensor
 
 import dparallel_ext as dx
-from dparallel_ext.decoding.decode import start
+from dparallel_ext.decoding.decode import start_batch
 from dparallel_ext.models import Model
 
 MASK = 511
@@ -279,7 +279,7 @@ def test_states_share_the_pages_of_finished_blocks() -> None:
     model, prompts = MODELS["sdar_tiny_a"], [torch.arange(21), torch.arange(3)]
     config = dx.DecodeConfig(gen_length=[20, 9], cache="block", eos_id=-1)
     with torch.inference_mode():
-        batch = start(model, prompts, config, draft_size=3)
+        batch = start_batch(model, prompts, config, draft_size=3)
         assert batch.kv_cache is not None
         assert batch.kv_cache.slots.shape[2] == 2 * 6 + 2 * 3
         while live := batch.live:

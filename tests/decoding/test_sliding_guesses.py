@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.decoding.decode import start
+from dparallel_ext.decoding.decode import start_batch
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
 
@@ -208,7 +208,7 @@ def test_a_completed_block_is_named(name: str) -> None:
     """Also one that a guessed state completed, while a state behind it is in the next: it can be streamed."""
     config, beyond = dx.DecodeConfig(gen_length=60, block_length=4, rule="one"), 0
     with torch.inference_mode():
-        batch = start(MODELS[name], [ids(9, seed=n) for n in range(4)], config, draft_size=3)
+        batch = start_batch(MODELS[name], [ids(9, seed=n) for n in range(4)], config, draft_size=3)
         while batch.live:
             before = [batch.sequences[b].block_index for b in range(4)]
             finished = batch.step()

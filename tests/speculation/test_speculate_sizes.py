@@ -26,7 +26,7 @@ from dparallel_ext.speculation import (
     NGram,
     TreeDrafter,
 )
-from dparallel_ext.speculation.sizing import Measurements, measured
+from dparallel_ext.speculation.sizing import Measurements, remembered_sizer
 
 
 def test_sizes_follow_what_passes_take_and_bring() -> None:
@@ -61,18 +61,24 @@ def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -
     """Of a name, also where the object is made anew, and of an object while there is this object."""
     model = model_of()
     name, made = f"tree:{tmp_path}", drafter_with("dflash", model)
-    first = measured(model, name, TreeDrafter(made))
+    first = remembered_sizer(model, name, TreeDrafter(made))
     for _ in range(2 * len(first.sizes)):
         first.size(1)
         with first.verifying():
             pass
         first.learn(4, 3)
-    again = measured(model, f"tree:{tmp_path}", TreeDrafter(made))
+    again = remembered_sizer(model, f"tree:{tmp_path}", TreeDrafter(made))
     assert again.known is first.known
     assert again.tokens(4) > 1  # it has drafted nothing yet, and has to be asked all the same
     other = TreeDrafter(made)
-    assert measured(model, other, other).known is measured(model, other, other).known is not first.known
-    assert measured(model, name, NGram(most=3)).known is not first.known  # the file has another drafter
+    assert (
+        remembered_sizer(model, other, other).known
+        is remembered_sizer(model, other, other).known
+        is not first.known
+    )
+    assert (
+        remembered_sizer(model, name, NGram(most=3)).known is not first.known
+    )  # the file has another drafter
 
 
 def test_threads_ask_one_after_the_other_for_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +94,7 @@ def test_threads_ask_one_after_the_other_for_what_was_measured(monkeypatch: pyte
 
     monkeypatch.setattr("dparallel_ext.speculation.sizing.Measurements", Slow)
     with ThreadPoolExecutor(4) as threads:
-        made = [*threads.map(lambda call: measured(model, f"drafter {call}", drafter), range(40))]
+        made = [*threads.map(lambda call: remembered_sizer(model, f"drafter {call}", drafter), range(40))]
     assert len({each.known for each in made}) == 40
     assert at_once == {1}
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from dparallel_ext import Completion, DecodeConfig, Engine
 from dparallel_ext.arguments import whole
-from dparallel_ext.decoding import OF_ENGINE
+from dparallel_ext.decoding import ENGINE_FIELDS
 from dparallel_ext.models import check_diffusion, files, max_positions
 
 from .. import registry, text
@@ -223,7 +223,7 @@ class DParallelLM(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.dtype),
             "policy": self.policy,
-            **{name: getattr(self.decoding, name) for name in OF_ENGINE},
+            **{name: getattr(self.decoding, name) for name in ENGINE_FIELDS},
             "mask_id": self.model.mask_id,
             **{f"likelihood_{key}": value for key, value in self.likelihood_options.items()},
             "generated_tokens": self._counts["tokens"],
