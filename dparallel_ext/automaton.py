@@ -85,6 +85,14 @@ class Automaton:
             state = int(self.transitions[state, self.token_class[token]])
         return state
 
+    def ends(self, state: int, eos_ids: Iterable[int]) -> bool:
+        """Whether a response may end in `state`, and nothing but one of `eos_ids` may follow."""
+        if state == NOWHERE or not self.accepting[state]:
+            return False
+        follows = (self.transitions[state] >= 0)[self.token_class]
+        follows[[token for token in eos_ids if 0 <= token < len(follows)]] = False
+        return not follows.any()
+
     def without(self, ids: Iterable[int], vocab: int | None = None) -> Automaton:
         """The automaton of those responses that hold none of `ids`, and no id from `vocab` on (None: any id).
         It is the same object for the same ids. Raises ValueError if there is no such response.

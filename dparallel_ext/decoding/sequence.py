@@ -42,7 +42,7 @@ class SequenceSettings:
     rule: Rule | None = None
     """The rule that decides, with or without the policy."""
     automaton: Automaton | None = None
-    """The form of an autoregressive model's response."""
+    """The form of the response; of a diffusion model it is in `rule` too, which keeps it."""
     record: bool = False
     """Whether passes record its `workspace.Trajectory`."""
     scheduled: bool = False

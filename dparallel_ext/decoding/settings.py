@@ -154,7 +154,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             top_p=top_p,
             top_k=top_k,
             rule=rule,
-            automaton=automaton if left_to_right else None,
+            automaton=automaton,
             record=config.record or config.logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )

@@ -239,7 +239,15 @@ class EngineCore:
             self._stream(request)
             if sequence.done:
                 stopped = sequence.stopped and sequence.kept < request.plan.asked
-                self.end(request, "stop" if stopped else "length")
+                self.end(request, "stop" if stopped or self._formed(request) else "length")
+
+    def _formed(self, request: Request) -> bool:
+        """Whether the response has its form so that no token could follow, though none says its end."""
+        settings = request.plan.settings
+        automaton = settings.automaton
+        if automaton is None:
+            return False
+        return automaton.ends(automaton.after(0, self._response(request)), settings.eos_ids)
 
     def _step(self, lanes: list[int]) -> list[int]:
         finished = self.batch.step(lanes)

@@ -22,7 +22,7 @@ class Completion:
     """Response tokens in front of EOS or a stop sequence: with `infill` those at the prompt's masks, then at
     most gen_length tokens."""
     finish_reason: str
-    """"length", "stop" (EOS or a stop sequence) or "cancelled"."""
+    """"length", "stop" (EOS, a stop sequence, or a form behind which only EOS could come) or "cancelled"."""
     nfe: int
     """Forward passes over the request."""
     nfe_published: int

@@ -76,6 +76,22 @@ def test_one_of_some_choices(client: OpenAI) -> None:
     assert plain == chat(client).choices[0].message.content
 
 
+@pytest.mark.parametrize("model", [MODEL, "builtin:causal"])
+def test_a_whole_form_has_not_run_out_of_tokens(client: OpenAI, model: str) -> None:
+    """Where it needs all of max_tokens, and no token could follow; else more would have been said."""
+    for pattern, length, reason in (
+        ("sam has [0-9] cups", 4, "stop"),
+        ("sam has [0-9] cups", 5, "stop"),
+        ("sam has [0-9] cups", 3, "length"),
+        ("sam( has)* [0-9]( cups)*", 2, "length"),
+    ):
+        for ignoring in (False, True):
+            body: dict[str, Any] = {"structured_outputs": {"regex": pattern}, "ignore_eos": ignoring}
+            answer = chat(client, model=model, max_tokens=length, extra_body=body).choices[0]
+            assert (re.fullmatch(pattern, answer.message.content) is None) == (length == 3)
+            assert answer.finish_reason == ("length" if ignoring else reason)
+
+
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_of_an_autoregressive_model(client: OpenAI, temperature: float) -> None:
     asked = {"model": "builtin:causal", "max_tokens": 64, "temperature": temperature, "seed": 3, "n": 2}
