@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+import uvicorn
 from asking import BLOCK, FIRST, MODEL, exchange, head, until
 from dparallel import registry, text
 from dparallel.serving import connections
@@ -91,6 +93,29 @@ def test_a_waiting_request_is_told_of_the_end(odd_model: Path) -> None:
             status, answer = answer_of(all_of(wire))
             assert (status, answer["error"]["code"]) == (503, "shutting_down")
             wire.close()
+        assert not here.faults()
+
+
+def test_a_connection_accepted_as_the_server_ends_does_not_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepting takes turns of the loop, and uvicorn has told all connections to end by then."""
+    told = uvicorn.Server.shutdown
+    client, accepted = socket.socketpair()
+
+    async def shutdown(self: Any, sockets: Any = None) -> None:
+        def connection() -> Any:
+            state = self.server_state, self.lifespan.state
+            return self.config.http_protocol_class(self.config, *state)
+
+        ending = asyncio.ensure_future(told(self, sockets))
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().connect_accepted_socket(connection, accepted)
+        await ending
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", shutdown)
+    with client, serving(grace=60) as here:
+        assert here.stop() < 20
+        client.settimeout(5)
+        assert client.recv(1) == b""
         assert not here.faults()
 
 
@@ -201,6 +226,7 @@ def test_the_log_is_bounded() -> None:
         return bound.filter(record)
 
     assert sum(log(i / 1000, "uvicorn.error", "Invalid HTTP request received.") for i in range(2000)) < 530
+    assert not log(1, "asyncio", "socket.send() raised exception.")
     assert log(2, "uvicorn.error", "Another %s", "x" * 10000)
     assert len(found[-1].getMessage()) == 500
     asked = ("127.0.0.1:1", "GET", "/" + "a" * 9000, "1.1")

@@ -139,8 +139,9 @@ def test_requests_that_are_no_requests(served: Here) -> None:
     for body, said in (
         (b"{", "body: expected JSON (Expecting property name enclosed in double quotes at character 1)"),
         (b"[1]", "body: "),
-        (b"[" * 100000, "body: expected JSON in UTF-8 that is not nested deeply"),
-        (b"\xff", "body: expected JSON in UTF-8 that is not nested deeply"),
+        (b"[" * 100000, "body: expected JSON in UTF-8, not nested deeply, without numbers of so"),
+        (b"\xff", "body: expected JSON in UTF-8, "),
+        (b"[" + b"1" * 5000 + b"]", "body: expected JSON in UTF-8, "),
         (b'{"model": "x"', "JSON"),
         (b"{}", "model: Field required"),
         (json.dumps({**fine, "prompt": "\ud800"}).encode(), "prompt: expected text, got half of a surrogate"),

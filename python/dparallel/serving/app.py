@@ -349,7 +349,8 @@ def name_errors(app: FastAPI, service: Service) -> None:
                 message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
             error = ApiError(error.status_code, message, headers=headers)
         elif not isinstance(error, ApiError) and error.status_code == 400:  # FastAPI could not read it
-            error = ApiError(400, "body: expected JSON in UTF-8 that is not nested deeply")
+            message = "body: expected JSON in UTF-8, not nested deeply, without numbers of so many digits"
+            error = ApiError(400, message)
         return ApiError.of(error).response
 
     @app.exception_handler(RequestValidationError)

@@ -129,12 +129,25 @@ def cut_overdue(connections: Any) -> None:
             connection.transport.abort()
 
 
+async def close_idle(connections: Any) -> None:
+    """Close connections without a request, again and again until it is cancelled.
+
+    uvicorn does so once when it shuts down, and would wait for connections that it accepted in that moment.
+    """
+    while True:
+        await asyncio.sleep(0.1)
+        for connection in list(connections):
+            if not connection.transport.is_closing():
+                connection.shutdown()
+
+
 # --- the log ------------------------------------------------------------------------------------
 
 
 class Bounded(logging.Filter):
     """Cuts lines to `LENGTH` characters, and limits lines of one kind (same message, and status of an answer)
-    to `BURST` at once and `RATE` a second after that; the next line says how many were left out."""
+    to `BURST` at once and `RATE` a second after that; the next line says how many were left out. Lines of
+    asyncio about answers to clients that have left are no news."""
 
     LENGTH = 500
     BURST = 500
@@ -145,6 +158,8 @@ class Bounded(logging.Filter):
         self._kinds: dict[Any, tuple[float, float, int]] = {}  # lines allowed, at which time; lines left out
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "asyncio" and record.msg == "socket.send() raised exception.":
+            return False
         # The formatter of answers needs these arguments: address, method, path, version, status.
         parts = record.args if record.name == "uvicorn.access" and isinstance(record.args, tuple) else ()
         kind = (record.name, str(record.msg)[:80], parts[-1] if parts else None)

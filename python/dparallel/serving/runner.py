@@ -67,10 +67,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.get_running_loop().call_later(self.service.settings.grace, self.service.abort)
+        closing = asyncio.ensure_future(connections.close_idle(self.server_state.connections))
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            closing.cancel()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
