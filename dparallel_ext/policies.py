@@ -31,8 +31,8 @@ from torch import Tensor
 from .arguments import check_tensor, described, one_of, shown
 
 
-class Line(NamedTuple):
-    """A line of the table above."""
+class Selector(NamedTuple):
+    """A selector of policy rows, a line of the table above."""
 
     id: int
     """The selector's id, as in csrc/include/dparallel/policy.h."""
@@ -56,13 +56,15 @@ class Line(NamedTuple):
 
 
 RULES = {
-    "confidence": Line(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0, 0.9),
-    "entropy": Line(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf, 0.5),
-    "margin": Line(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0, 0.5),
-    "quota": Line(3, None, "the K best", "K", 1.0, math.inf, 2.0, whole=True),
-    "factor": Line(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf, 0.75),
-    "entropy_bound": Line(5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf, 0.5),
-    "frechet": Line(
+    "confidence": Selector(0, "confidence", "p1 >= TAU", "TAU", 0.0, 1.0, 0.9),
+    "entropy": Selector(1, "entropy", "H <= TAU nats", "TAU", 0.0, math.inf, 0.5),
+    "margin": Selector(2, "margin", "p1 - p2 >= TAU", "TAU", 0.0, 1.0, 0.5),
+    "quota": Selector(3, None, "the K best", "K", 1.0, math.inf, 2.0, whole=True),
+    "factor": Selector(4, "confidence", "the largest n with p_(n) >= 1 - F/(n+1)", "F", 0.0, math.inf, 0.75),
+    "entropy_bound": Selector(
+        5, "entropy", "lowest H whose preceding sum <= GAMMA", "GAMMA", 0.0, math.inf, 0.5
+    ),
+    "frechet": Selector(
         6, "confidence", "the largest n with p_(n) - sum_(j<=n) (1 - p_(j)) > DELTA", "DELTA", 0.0, 1.0, 0.25
     ),
 }
@@ -89,7 +91,7 @@ def _one_step(value: float, towards: float) -> float:
     return torch.nextafter(torch.tensor(value, device="cpu"), torch.tensor(towards, device="cpu")).item()
 
 
-_BY_ID: dict[float, tuple[float, float, Line, str]] = {
+_BY_ID: dict[float, tuple[float, float, Selector, str]] = {
     rule.id: (_one_step(rule.low, -math.inf), _one_step(rule.high, math.inf), rule, rule.expected)
     for rule in RULES.values()
 }

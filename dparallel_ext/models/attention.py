@@ -63,7 +63,7 @@ class LayerAttention(CachedAttend):
         k_cache, v_cache = self.caches
         weights: dict[str, Any] = {}
         if norms is not None:
-            weights = by_kernel(q, norms)
+            weights = kernel_norms(q, norms)
             if not weights:
                 q, k = norms.q(q), norms.k(k)
         kv_write(q, k, v, k_cache, v_cache, slot_mapping=metadata.slot_mapping, **of_pass.rotation, **weights)
@@ -112,7 +112,7 @@ class LayerAttention(CachedAttend):
         )
 
 
-def by_kernel(q: Tensor, norms: HeadNorms) -> dict[str, Any]:
+def kernel_norms(q: Tensor, norms: HeadNorms) -> dict[str, Any]:
     """The arguments by which `kv_write` computes the norms; none where their modules have to."""
     of_q, of_k = norms
     if not (is_unmodified(of_q, RMSNorm) and is_unmodified(of_k, RMSNorm)):

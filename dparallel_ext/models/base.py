@@ -20,12 +20,12 @@ from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_
 from . import experts, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, config_ids
-from .expected import Expected
 from .fp8 import Fp8Linear
+from .hugging_face import HuggingFaceInterface
 from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, attention, norm_of_sum, rotate
 
 
-class Model(Expected):
+class Model(HuggingFaceInterface):
     """A language model: of masked diffusion, or autoregressive if the family is `causal`.
 
     A position sees all others; in a block-causal family, the positions up to its block's end; in a causal
@@ -253,7 +253,7 @@ class Model(Expected):
         for layer, block in list(enumerate(self.blocks))[start:stop]:
             attend = attention.layer(layer)
             if fused_weights.is_unmodified(block, Block):
-                stream = block.layers(stream, attend)
+                stream = block.run(stream, attend)
             else:
                 stream = Stream(block(stream.sum, attend))
             if taps is not None:

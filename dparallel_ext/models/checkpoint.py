@@ -161,7 +161,7 @@ def wrap(hf_model: nn.Module) -> Model:
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"hf_model: expected its weights on one device, got {sorted(devices)}")
     tensors = [
-        Offer(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(lambda p: p, p))
+        SourceTensor(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(lambda p: p, p))
         for name, p in weights.items()
     ]
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
@@ -271,8 +271,8 @@ def save(
     files.replace_model(directory, config, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
 
 
-class Offer(NamedTuple):
-    """A tensor that can be fetched."""
+class SourceTensor(NamedTuple):
+    """A tensor of a checkpoint's files or of a loaded model; `fetch` reads it."""
 
     name: str
     shape: tuple[int, ...]
@@ -290,7 +290,7 @@ TABLES = ".rotary_emb.inv_freq"
 
 def _assemble(
     config: Mapping[str, Any],
-    tensors: Iterable[Offer],
+    tensors: Iterable[SourceTensor],
     source: str,
     fuse: bool = False,
     dtype: torch.dtype | None = None,
@@ -306,25 +306,25 @@ def _assemble(
     family = family_in(config, source)
     with shapes_only():
         model = family(config)
-    offers = {offer.name: offer for offer in tensors}
+    available = {entry.name: entry for entry in tensors}
     buffers = dict(model.named_buffers())  # which keep their own dtype
     parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
     wanted: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     """Stored name -> the parameter that it is a part of."""
     for name, parameter in parameters.items():
-        parts = {name: parameter} if name in offers else in_parts(name, parameter)
+        parts = {name: parameter} if name in available else in_parts(name, parameter)
         wanted |= parts
         owner |= dict.fromkeys(parts, name)
     head = model.checkpoint_name("lm_head") + ".weight"
     known = {*wanted, head} if model.shape.tied else set(wanted)  # a tied head may be stored all the same
-    fitting = [offer for offer in offers.values() if offer.name in wanted]
+    fitting = [entry for entry in available.values() if entry.name in wanted]
     faults = _shape_faults(fitting, wanted)
     if dtype is None and stacks:
-        typed = [offer for offer in fitting if offer.name not in buffers]
+        typed = [entry for entry in fitting if entry.name not in buffers]
         faults += _type_faults(typed, owner, mixed)
-    faults += [f"{name} is missing" for name in sorted(wanted.keys() - offers.keys())]
-    extra = {name for name in offers.keys() - known if not name.endswith(TABLES)}
+    faults += [f"{name} is missing" for name in sorted(wanted.keys() - available.keys())]
+    extra = {name for name in available.keys() - known if not name.endswith(TABLES)}
     faults += [f"{name:.200} is unexpected" for name in sorted(extra)]
     if faults:
         files.refuse_quantised(config, extra, source)
@@ -355,16 +355,16 @@ def _assemble(
             put(name, stack)
             stacked[name] = in_parts(name, stack)
         stacked[name][stored].copy_(tensor.detach())
-    if head in offers and head not in wanted:
-        _refuse_another_head(offers[head], model.embed.weight, config, source)
+    if head in available and head not in wanted:
+        _refuse_another_head(available[head], model.embed.weight, config, source)
     model.tie()
     return model.eval()
 
 
-def _shape_faults(offers: Iterable[Offer], wanted: Mapping[str, Tensor]) -> list[str]:
+def _shape_faults(available: Iterable[SourceTensor], wanted: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the shapes of tensors, or with single types."""
     faults = []
-    for name, shape, dtype, _ in offers:
+    for name, shape, dtype, _ in available:
         if shape != (expected := tuple(wanted[name].shape)):
             faults.append(f"{name} is {shape}, expected {expected}")
         elif dtype not in DTYPES:
@@ -372,13 +372,13 @@ def _shape_faults(offers: Iterable[Offer], wanted: Mapping[str, Tensor]) -> list
     return faults
 
 
-def _type_faults(offers: Sequence[Offer], owner: Mapping[str, str], mixed: bool) -> list[str]:
+def _type_faults(available: Sequence[SourceTensor], owner: Mapping[str, str], mixed: bool) -> list[str]:
     """What is wrong with types: those of all tensors, or if `mixed` of the parts of a parameter, differ."""
     types: dict[str, dict[str, str]] = {}
     """Parameter, "" unless mixed -> type -> the first tensor of it."""
-    for offer in reversed(offers):
-        if offer.dtype in DTYPES:
-            types.setdefault(owner[offer.name] if mixed else "", {})[offer.dtype] = offer.name
+    for entry in reversed(available):
+        if entry.dtype in DTYPES:
+            types.setdefault(owner[entry.name] if mixed else "", {})[entry.dtype] = entry.name
     faults = []
     for names in types.values():
         if len(names) > 1:
@@ -388,7 +388,9 @@ def _type_faults(offers: Sequence[Offer], owner: Mapping[str, str], mixed: bool)
     return faults
 
 
-def _refuse_another_head(head: Offer, embedding: Tensor, config: Mapping[str, Any], source: str) -> None:
+def _refuse_another_head(
+    head: SourceTensor, embedding: Tensor, config: Mapping[str, Any], source: str
+) -> None:
     """Raise ValueError if a tied head is stored, and differs from the embedding.
 
     transformers 5 then uses the stored head, transformers 4 and the published code do not.
@@ -404,7 +406,7 @@ def _refuse_another_head(head: Offer, embedding: Tensor, config: Mapping[str, An
 
 def _stored(
     shards: Mapping[Path, Mapping[str, str] | None], device: str, opened: ExitStack
-) -> Iterator[Offer]:
+) -> Iterator[SourceTensor]:
     """The tensors in the files; `opened` closes the files."""
     seen: dict[str, Path] = {}
     for file, index in shards.items():
@@ -422,7 +424,7 @@ def _stored(
                 seen[name] = file
                 part = shard.get_slice(name)
                 later = partial(fetch, file, shard, name)
-                yield Offer(name, tuple(part.get_shape()), part.get_dtype(), later)
+                yield SourceTensor(name, tuple(part.get_shape()), part.get_dtype(), later)
 
 
 def fetch(file: Path, shard: Any, name: str) -> Tensor:

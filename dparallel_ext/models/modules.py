@@ -39,7 +39,7 @@ class _NoValues(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Named(nn.Module):
+class CheckpointNamed(nn.Module):
     """A module whose parts have a checkpoint's names for torch, and short names for the code here.
 
     Setting a short name puts the part into the tree under the checkpoint's name, and reading a short name
@@ -213,7 +213,7 @@ LINEAR = ("qkv", "q", "k", "v", "o", "gate", "up", "down")
 """The linear layers that a block may have."""
 
 
-class Block(Named):
+class Block(CheckpointNamed):
     """A layer. sparse: its MLP is a mixture of experts."""
 
     def __init__(self, shape: ModelConfig, names: Mapping[str, str], sparse: bool = False) -> None:
@@ -244,13 +244,13 @@ class Block(Named):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x (..., width) -> (..., width)"""
-        return self.layers(Stream(x), attend).sum
+        return self.run(Stream(x), attend).sum
 
-    def layers(self, stream: Stream, attend: Attend) -> Stream:
+    def run(self, stream: Stream, attend: Attend) -> Stream:
         """The stream (..., width) after the block, as a sum still to be computed."""
-        return self.behind(*norm_of_sum(self.norm1, stream), attend)
+        return self.run_normed(*norm_of_sum(self.norm1, stream), attend)
 
-    def behind(self, x: Tensor, y: Tensor, attend: Attend) -> Stream:
+    def run_normed(self, x: Tensor, y: Tensor, attend: Attend) -> Stream:
         """The stream after the block, of the stream x (..., width) before it, and y, the input of queries,
         keys and values: the norm of x, unless a kind of block has another."""
         y = self._attended(y, attend).flatten(-2)

@@ -61,7 +61,7 @@ def classes(*wanted: Class) -> tuple[Any, ...]:
     return tuple(getattr(module, name) for module, name in loaded if hasattr(module, name))
 
 
-def layers(model: Any) -> Iterator[Any]:
+def wrapping_chain(model: Any) -> Iterator[Any]:
     """`model`, the model that it wraps, and so on, down to a native model or an object with `traits`."""
     yield model
     while not (issubclass(type(model), Model) or stated_traits(model) is not None):
@@ -89,7 +89,7 @@ def stated_traits(model: Any) -> Traits | None:
 
 def unwrap(model: Any) -> Any:
     """The innermost model in `WRAPPERS`, or the first with an attribute `traits`; else `model` itself."""
-    *_, inner = layers(model)
+    *_, inner = wrapping_chain(model)
     return inner
 
 
@@ -103,7 +103,7 @@ def for_decoding(model: Any, name: str = "model") -> Any:
     Raises ValueError, naming the argument `name` and the wrapper, for a model whose weights are not all in
     this process (sharded, or not loaded), and for adapters that do more than replace layers.
     """
-    stack = list(layers(model))
+    stack = list(wrapping_chain(model))
     inner = stack[-1]
     if stated_traits(inner) is None:  # an object with `traits` is called as it is
         check_adapters(stack, name)

@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant: b
     """
     check_tensor("x", x)
     check_product(x, weight, bias)
-    if not _by_kernel(x, weight, bias):
+    if not _runs_kernel(x, weight, bias):
         # On a CPU torch reads one element behind a 16-bit row of odd length: with a gap there may be none.
         return F.linear(x.contiguous(), weight, bias)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -94,17 +94,17 @@ def _casts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def ends_in_more(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
+def fuses_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
     """Whether the kernel of this product can also compute what follows it, such as `swiglu` or `kv_write`."""
     if x.dtype != torch.bfloat16 or not x.is_cuda:
         return False
     if scale is None:
-        return _by_kernel(x, weight, bias)
+        return _runs_kernel(x, weight, bias)
     few = x.numel() <= FEW_ON_TENSOR_CORES * x.shape[-1]
     return few and x.shape[-1] % 64 == 0 and _has_clusters(x.get_device())
 
 
-def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _runs_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return False
     if not (_is_faster_on_gpu(x) if x.is_cuda else _is_faster_on_cpu(x, weight)):

@@ -11,7 +11,7 @@ from .fp8_linear import fp8_linear
 from .inputs import check_caches, check_heads, check_like, refuse_gradient, refuse_tangent
 from .kernel import kernel
 from .kv_write import check_places, write_checked
-from .linear import check_product, ends_in_more, linear
+from .linear import check_product, fuses_epilogue, linear
 
 _linear_kv_write = kernel("linear_kv_write")
 
@@ -107,7 +107,7 @@ def write_product(
     check_heads("v_cache", v_cache, 4, like=x)
     shape = (x.shape[0], heads, dim)
     check_caches(shape, k_cache, v_cache)
-    if ends_in_more(x, weight, bias, scale):
+    if fuses_epilogue(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
         return _linear_kv_write(
             x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant

@@ -9,7 +9,7 @@ from .fake import register_fake
 from .fp8_linear import fp8_linear
 from .inputs import check_like, check_rows, refuse_gradient
 from .kernel import kernel
-from .linear import check_product, ends_in_more, linear
+from .linear import check_product, fuses_epilogue, linear
 from .swiglu import swiglu
 
 _linear_swiglu = kernel("linear_swiglu")
@@ -51,7 +51,7 @@ def linear_swiglu(
     refuse_gradient("weight", weight)
     if bias is not None:
         check_like("bias", bias, x, weight.shape[:1])
-    if ends_in_more(x, weight, bias, scale):
+    if fuses_epilogue(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = _linear_swiglu(rows, weight, scale, bias, constant)

@@ -21,7 +21,7 @@ from .soft import Soft
 
 ONE = "one"
 """The name of the policy that commits one token a pass, the most confident."""
-ROWS = {ONE: "", "steps": "N", **{name: line.parameter for name, line in policies.RULES.items()}}
+ROWS = {ONE: "", "steps": "N", **{name: selector.parameter for name, selector in policies.RULES.items()}}
 """Words that the text of a policy row, or of the fixed schedule, begins with -> the parameter behind them."""
 
 
@@ -233,8 +233,8 @@ def menu() -> list[dict[str, str]]:
         (ONE, "", "", "one token a pass, the most confident"),
         ("steps", "N", "16", "the fixed schedule of N passes"),
         *(
-            (name, line.parameter, f"{line.usual:g}", f"commits {line.commits}")
-            for name, line in policies.RULES.items()
+            (name, selector.parameter, f"{selector.usual:g}", f"commits {selector.commits}")
+            for name, selector in policies.RULES.items()
         ),
     ]
     for name, kind in _kinds().items():

@@ -128,7 +128,7 @@ class DFlashModel(nn.Module):
         """Hidden states (M, width) after the final norm, of packed embedded rows x (M, width)."""
         stream = Stream(x)
         for layer, block in enumerate(self.layers):
-            stream = block.layers(stream, attention.layer(layer))  # type: ignore[operator]
+            stream = block.run(stream, attention.layer(layer))  # type: ignore[operator]
         return norm_of_sum(self.norm, stream)[1]
 
     def forward(

@@ -163,7 +163,7 @@ class FirstLayer(Block):
         """The stream after the layer, of embeddings and features (..., width)."""
         normed = self.hidden_norm(feature)
         y = torch.cat((self.norm1(embedded), normed), -1)
-        return self.behind(normed if self.norm_before_residual else feature, y, attend)
+        return self.run_normed(normed if self.norm_before_residual else feature, y, attend)
 
 
 class EagleModel(nn.Module):
@@ -193,7 +193,7 @@ class EagleModel(nn.Module):
         layers: Any = self.layers
         stream = layers[0].pairs(embedded, feature, attention.layer(0))
         for number, block in enumerate(layers[1:], 1):
-            stream = block.layers(stream, attention.layer(number))
+            stream = block.run(stream, attention.layer(number))
         return norm_of_sum(self.norm, stream)
 
 

@@ -167,7 +167,7 @@ def test_the_kernels_of_a_pass(
     where products end in more."""
     for op in ("linear_swiglu", "linear_kv_write"):
         module = importlib.import_module(f"dparallel_ext.ops.{op}")
-        monkeypatch.setattr(module, "ends_in_more", lambda *_: fused)
+        monkeypatch.setattr(module, "fuses_epilogue", lambda *_: fused)
     layer, beside = kernels_of(monkeypatch, functools.partial(tiny, name), cache)
     linear = {"linear": 4, "kv_write": 1, "swiglu": 1}
     if fused:

@@ -58,7 +58,7 @@ def test_shapes_where_the_product_ends_in_more(monkeypatch: pytest.MonkeyPatch, 
     given = factors(6, 64, 32, torch.bfloat16, bytewise)
     expected = in_steps(*(given[name] for name in ("x", "weight", "scale", "bias")))
     module = importlib.import_module("dparallel_ext.ops.linear_swiglu")
-    monkeypatch.setattr(module, "ends_in_more", lambda *_: True)
+    monkeypatch.setattr(module, "fuses_epilogue", lambda *_: True)
     for shape in ((6,), (2, 3)):
         x = given["x"].view(*shape, 64)
         assert torch.equal(dx.linear_swiglu(**{**given, "x": x}), expected.view(*shape, 32))
@@ -99,7 +99,7 @@ def test_a_model_whose_products_end_in_more_decodes_the_same(
     expected = dx.decode(model, torch.arange(9), **settings)
     for op in ("linear_swiglu", "linear_kv_write"):
         module = importlib.import_module(f"dparallel_ext.ops.{op}")
-        monkeypatch.setattr(module, "ends_in_more", lambda *_: True)
+        monkeypatch.setattr(module, "fuses_epilogue", lambda *_: True)
     found = dx.decode(model, torch.arange(9), **settings)
     assert torch.equal(found.sequences, expected.sequences)
     assert torch.equal(found.nfe, expected.nfe)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .modules import Named
+from .modules import CheckpointNamed
 
 
-class Expected(Named):
-    """The methods that they look for. `Model` has the parts `embed` and `lm_head`, and computes by
-    `checkpointing`."""
+class HuggingFaceInterface(CheckpointNamed):
+    """The methods that transformers, PEFT and trainers look for. `Model` has the parts `embed` and `lm_head`,
+    and computes by `checkpointing`."""
 
     embed: nn.Embedding
     lm_head: nn.Linear
