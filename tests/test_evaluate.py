@@ -174,7 +174,7 @@ def test_a_result_of_an_old_version_has_a_line():
     assert older
     assert newer
     for row in (older[0], newer[0]):
-        assert results.line(row).index(row["model"]) == results.HEADING.index("model")
+        assert results.result_line(row).index(row["model"]) == results.HEADING.index("model")
 
 
 def test_the_results_of_the_docs_are_those_of_the_recipes():

@@ -280,7 +280,7 @@ def test_on_a_file_system_without_locks_nobody_waits(tmp_path: Path, monkeypatch
 
 
 def test_lines_end_with_a_newline_of_either_kind() -> None:
-    assert [*files.lines("a\r\n \nb\u2028c\r\n")] == [(1, "a"), (3, "b\u2028c")]
+    assert [*files.numbered_lines("a\r\n \nb\u2028c\r\n")] == [(1, "a"), (3, "b\u2028c")]
 
 
 def test_a_turn_is_one_process_s_own(tmp_path: Path) -> None:

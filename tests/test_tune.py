@@ -12,7 +12,7 @@ import pytest
 from dparallel import cli, registry, tune
 from dparallel.serving import runner
 from dparallel.toy import tasks
-from dparallel.tune import Pass
+from dparallel.tune import MeasuredPass
 from typer.testing import CliRunner
 
 from dparallel_ext import speculation
@@ -34,11 +34,11 @@ def run(*args: object, code: int = 0) -> tuple[str, str]:
 
 def of_seconds(
     seconds: Callable[[int], float], tokens: Callable[[int], float], drafting: float = 0.0
-) -> dict[int, list[list[Pass]]]:
+) -> dict[int, list[list[MeasuredPass]]]:
     """Three runs of ten passes over two sequences; a pass of the second took long for another reason."""
-    runs: dict[int, list[list[Pass]]] = {}
+    runs: dict[int, list[list[MeasuredPass]]] = {}
     for size in tune.SIZES:
-        one = Pass(seconds(size) + drafting, drafting, 2, 2 * tokens(size))
+        one = MeasuredPass(seconds(size) + drafting, drafting, 2, 2 * tokens(size))
         runs[size] = [[one] * 10, [one._replace(seconds=9.0), *[one] * 9], [one] * 10]
     return runs
 

@@ -19,16 +19,16 @@ OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 @contextmanager
-def plain_errors(extra: str = "cli", kept: Callable[[], str] | None = None) -> Iterator[None]:
+def plain_errors(extra: str = "cli", progress: Callable[[], str] | None = None) -> Iterator[None]:
     """A context that reports bad input, a file that cannot be read or written, too little memory, or a
-    missing package of `extra` in one line. Ctrl-C ends it with status 130 and, where there is `kept`, a line
-    of what a run has kept."""
+    missing package of `extra` in one line. Ctrl-C ends it with status 130 and, where there is `progress`,
+    with the line that it makes of what the run has saved."""
     try:
         yield
     except KeyboardInterrupt as error:
         traceback.clear_frames(error.__traceback__)  # as below
-        if kept is not None and os.environ.get("RANK", "0") == "0":
-            typer.echo("\n" * sys.stderr.isatty() + f"interrupted: {kept()}", err=True)
+        if progress is not None and os.environ.get("RANK", "0") == "0":
+            typer.echo("\n" * sys.stderr.isatty() + f"interrupted: {progress()}", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output has closed it, which is no error
         raise
@@ -66,11 +66,11 @@ def extra_with(package: str, default: str) -> str:
     return default
 
 
-def goes_on(out: Path, kept: Callable[[Path], str | None]) -> Callable[[], str]:
-    """A line for `plain_errors`: the part that an interrupted run has kept, and how it goes on."""
+def goes_on(out: Path, saved_progress: Callable[[Path], str | None]) -> Callable[[], str]:
+    """A line for `plain_errors`: the part that an interrupted run has saved, and how it goes on."""
 
     def line() -> str:
-        if (part := kept(out)) is None:
+        if (part := saved_progress(out)) is None:
             return f"{out} keeps nothing yet; the same command begins anew"
         return f"{out} keeps {part}; the same command goes on from there"
 

@@ -23,7 +23,7 @@ from . import registry
 from .configs import Fields, changed_fields, parse_policy, with_seeds
 from .problems import Problems, Prompt, held_out
 from .recording import Recording, answer_of
-from .results import label, wilson
+from .results import settings_text, wilson
 from .text import Encoder, TokenTexts
 
 Decoded = TypeVar("Decoded", bound=dx.DecodeOutput)
@@ -74,7 +74,7 @@ def evaluate(
     config = config.replace(gen_length=length, record=True)
     cache, schedule, _ = check_model(config, model, "none")
     canvases = to_eos = 0
-    how, totals = label({"policy": policy, "config": changed}), Totals()
+    how, totals = settings_text({"policy": policy, "config": changed}), Totals()
 
     def decode(part: Sequence[Encoded]) -> dx.DecodeOutput:
         return dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
@@ -251,7 +251,9 @@ def evaluate_drafter(
         seeded = _seeded(config, part)
         return dx.speculate(model, _ids(part), seeded, drafter=loaded_drafter, draft_size=size)
 
-    how = label({"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed})
+    how = settings_text(
+        {"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed}
+    )
     for _, out in _answered(decode, task, how, totals, recording, answers):
         drafts, layers = drafts + int(out.draft_nfe.sum()), layers + int(out.layers.sum())
         drafted, accepted = (
@@ -356,7 +358,7 @@ def evaluate_adaptive(
     def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
         return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
 
-    how = label({"policy": verifier, "config": changed})
+    how = settings_text({"policy": verifier, "config": changed})
     verified, totals = 0, Totals()
     for _, out in _answered(decode, task, how, totals, recording):
         verified += int(out.verifier_nfe.sum())

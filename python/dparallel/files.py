@@ -47,7 +47,7 @@ def read_text(argument: str, file: str | Path) -> str:
         raise ValueError(f"{argument}: {file}: {error.strerror}") from error
 
 
-def lines(text: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of each line that is not blank. Only a newline ends a line: strings of JSON may
     hold U+2028 and other characters at which `str.splitlines` cuts."""
     for number, line in enumerate(text.split("\n"), 1):
@@ -117,7 +117,7 @@ def rows(
                 (n, {text_field: line})
                 if text_field is not None and not line.lstrip().startswith("{")
                 else (n, _object_in(f"{argument}: {file}:{n}", line))
-                for n, line in lines(content)
+                for n, line in numbered_lines(content)
             ]
     except ValueError as error:
         raise ValueError(f"{error}; expected {ROWS}") from error

@@ -29,24 +29,24 @@ def read_results(file: str | Path) -> list[dict[str, Any]]:
 HEADING = f"{'accuracy':>8} {'passes':>6} {'to EOS':>7} {'tok/pass':>8} {'seconds':>7} {'model':<15} policy"
 
 
-def label(row: Mapping[str, Any]) -> str:
+def settings_text(row: Mapping[str, Any]) -> str:
     """A result's policy, and the other fields of its config, as text."""
     fields = ", ".join(f"{name} {value}" for name, value in row.get("config", {}).items())
     return str(row["policy"]) + (f", {fields}" if fields else "")
 
 
-def line(row: Mapping[str, Any]) -> str:
+def result_line(row: Mapping[str, Any]) -> str:
     """A result as a line under HEADING; what may be long comes last. What rows of older versions lack is
     blank."""
     to_eos = f"{row['nfe_to_eos']:.1f}" if "nfe_to_eos" in row else ""
     tokens = f"{row['tokens_per_forward']:.2f}" if "tokens_per_forward" in row else ""
     return (
         f"{row['accuracy']:>8.1%} {row['nfe_mean']:>6.1f} {to_eos:>7} {tokens:>8} {row['seconds']:>7.1f} "
-        f"{row['model']:<15} {label(row)}"
+        f"{row['model']:<15} {settings_text(row)}"
     )
 
 
-def report(row: Mapping[str, Any]) -> str:
+def acceptance_text(row: Mapping[str, Any]) -> str:
     """A result's drafted and accepted tokens by position, as text."""
     lines = ["position   drafted  accepted   share  of all"]
     first = row["drafted"][0] if row["drafted"] else 0
@@ -91,7 +91,7 @@ def _drafters(rows: Iterable[Mapping[str, Any]]) -> str:
         if not row["drafted"]:
             drafts = accepted = ""
         lines.append(
-            f"| {row['model'].removeprefix('builtin:')} | `{label(row)}` | {row['problems']} "
+            f"| {row['model'].removeprefix('builtin:')} | `{settings_text(row)}` | {row['problems']} "
             f"| {row['accuracy']:.1%} | {same} | {row['nfe_mean']:.2f} | {drafts} "
             f"| {row['tokens_per_forward']:.2f} | {accepted} | {row['seconds']:.1f} |"
         )
@@ -112,7 +112,7 @@ def _policies(rows: Iterable[Mapping[str, Any]]) -> str:
         lines = [lines[0] + " verifier's passes |", lines[1] + "--:|"]
     for row in rows:
         low, high = row["accuracy_interval"]
-        rule = f"`{row['policy']}`" + label(row).removeprefix(row["policy"])
+        rule = f"`{row['policy']}`" + settings_text(row).removeprefix(row["policy"])
         to_eos = ["", ""]
         if row.get("nfe_to_eos"):
             tokens = row["tokens_per_forward"] * row["nfe_mean"]

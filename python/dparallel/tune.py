@@ -156,7 +156,7 @@ class Filler(speculation.DraftSession):
         return [speculation.Draft((0,) * size) for size in sizes]
 
 
-class Pass(NamedTuple):
+class MeasuredPass(NamedTuple):
     """A measured pass over roots and drafts, until its result is on the host; not over prompts."""
 
     seconds: float
@@ -167,7 +167,7 @@ class Pass(NamedTuple):
 
 
 def curve(
-    runs: Mapping[int, Sequence[Sequence[Pass]]], expected: Callable[[int], float] | None = None
+    runs: Mapping[int, Sequence[Sequence[MeasuredPass]]], expected: Callable[[int], float] | None = None
 ) -> list[Row]:
     """A row for each size, from the passes of every run over the same texts.
 
@@ -224,7 +224,7 @@ def measure_drafts(
     batch = speculation.CausalBatch(model, settings.batch, positions, drafter=loaded or Filler(), sizer=sizer)
     # One batch for all, as in an engine. A size's runs follow each other at once, so that the passes that the
     # first records are replayed in the others before recordings of other sizes replace them.
-    timed: dict[int, list[list[Pass]]] = {}
+    timed: dict[int, list[list[MeasuredPass]]] = {}
     for sizer.nodes in asked:
         runs = [[*_passes(batch, sizer, prompts, length, work.config)] for _ in range(1 + settings.repeats)]
         timed[sizer.nodes] = runs[1:]
@@ -251,7 +251,7 @@ def _passes(
     prompts: Sequence[torch.Tensor],
     gen_length: int,
     config: dx.DecodeConfig,
-) -> Iterator[Pass]:
+) -> Iterator[MeasuredPass]:
     """Decode all prompts, as many at a time as there are lanes; yield the measured passes."""
     lanes, model = len(batch.sequences), batch.model
     for at in range(0, len(prompts), lanes):
@@ -271,7 +271,7 @@ def _passes(
             seconds = time.perf_counter() - began
             if not prefills:
                 tokens = sum(sequence.known for sequence in sequences) - known
-                yield Pass(seconds, sizer.seconds - drafting, len(live), tokens)
+                yield MeasuredPass(seconds, sizer.seconds - drafting, len(live), tokens)
             for lane, sequence in zip(live, sequences, strict=True):
                 if sequence.generated >= gen_length:
                     batch.release(lane)
@@ -300,9 +300,9 @@ def measure_policies(
             measured, responses = _measured(settings, work, row)
         except ValueError as error:
             refused = error
-            report(f"left out: {label(row)}: {error}")
+            report(f"left out: {settings_text(row)}: {error}")
             continue
-        report(f"{label(row)}: {measured['tokens_per_second']:.1f} tokens a second")
+        report(f"{settings_text(row)}: {measured['tokens_per_second']:.1f} tokens a second")
         rows.append({**row, **measured})
         answers.append(responses)
     if refused is not None and not rows:
@@ -401,7 +401,7 @@ def content(settings: TuneSettings, work: Work, rows: Sequence[Row], chosen: Row
     }
 
 
-def label(row: Row) -> str:
+def settings_text(row: Row) -> str:
     """A row's settings in words, unique in a table."""
     if "draft_size" in row:
         return str(row["draft_size"])
@@ -426,11 +426,13 @@ def chart(rows: Sequence[Row], chosen: Row | None) -> Iterator[str]:
     columns = [name for name in COLUMNS if name in rows[0]]
     shown = "tokens_per_second" if "tokens_per_second" in rows[0] else "pass_ms"
     first = "draft_size" if "draft_size" in rows[0] else "policy"
-    width = max(len(first), *(len(label(row)) for row in rows))
+    width = max(len(first), *(len(settings_text(row)) for row in rows))
     heads = [f"{COLUMNS[name][0]:>{COLUMNS[name][1].split('.')[0]}}" for name in columns]
     yield " ".join([f"{first:<{width}}", *heads])
     most = max(row[shown] for row in rows)
     for row in rows:
         cells = [f"{row[name]:{COLUMNS[name][1]}}" for name in columns]
         bar = "#" * (round(BAR * row[shown] / most) if most else 0)
-        yield " ".join([f"{label(row):<{width}}", *cells, bar + (" <- chosen" if row is chosen else "")])
+        yield " ".join(
+            [f"{settings_text(row):<{width}}", *cells, bar + (" <- chosen" if row is chosen else "")]
+        )

@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path):
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(content)
     (tmp_path / "checkpoint-13").mkdir()
     assert distill.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert distill.kept(tmp_path) == "checkpoint-10"
+    assert distill.saved_progress(tmp_path) == "checkpoint-10"
 
 
 @pytest.mark.parametrize("fast", [False, True])

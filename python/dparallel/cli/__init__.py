@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 import dparallel_ext as dx
 
-from . import decode, look, serve, train
+from . import decode, measure, serve, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,14 +54,14 @@ def options(
     """
 
 
-DECODE, LOOK, TRAIN = "Decode and serve", "Look and measure", "Train"
+DECODE, MEASURE, TRAIN = "Decode and serve", "Look and measure", "Train"
 """Groups of commands in the help."""
 COMMANDS: tuple[tuple[str, str, Callable[..., None]], ...] = (
-    ("info", LOOK, look.info),
+    ("info", MEASURE, measure.info),
     ("decode", DECODE, decode.decode),
-    ("demo", LOOK, look.demo),
-    ("evaluate", LOOK, look.evaluate),
-    ("tune", LOOK, look.tune),
+    ("demo", MEASURE, measure.demo),
+    ("evaluate", MEASURE, measure.evaluate),
+    ("tune", MEASURE, measure.tune),
     ("serve", DECODE, serve.serve),
     ("train", TRAIN, train.train),
     ("trajectories", TRAIN, train.answer),

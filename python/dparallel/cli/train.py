@@ -54,7 +54,7 @@ def train(
     from ..toy.train import train as run
     from ..training import loop
 
-    with plain_errors(kept=goes_on(out, loop.kept)):
+    with plain_errors(progress=goes_on(out, loop.saved_progress)):
         sizes = {"batch": batch, "width": width, "layers": layers, "heads": heads, "mlp_width": mlp_width}
         fields: dict[str, Any] = {**sizes, "seed": seed, "causal": causal}
         shipped = {"steps": 1500} if causal else {}
@@ -63,7 +63,7 @@ def train(
         if evaluate:
             measured = json.loads((out / "training.json").read_text())["held_out"]
             typer.echo(results.HEADING)
-            typer.echo(results.line(measured))
+            typer.echo(results.result_line(measured))
 
 
 def answer(
@@ -91,7 +91,7 @@ def answer(
     """
     from ..training import trajectories
 
-    with plain_errors("train", goes_on(out, trajectories.kept)):
+    with plain_errors("train", goes_on(out, trajectories.saved_progress)):
         checker = CHECKER if checker is None else checker
         length = registry.gen_length(model) if gen_length is None else whole("gen_length", gen_length, 1)
         if block_length is not None:
@@ -139,7 +139,7 @@ def learn_filter(
         whole("batch", batch, 1)
         settings = filtering.FilterSettings(tau, steps, lr, hidden, held_out, seed)
         report = filtering.run(answers, out, settings, model=model, batch=batch, device=device)
-        for text in filtering.lines(report):
+        for text in filtering.report_lines(report):
             typer.echo(text)
 
 
@@ -237,7 +237,7 @@ def drafter(
     """
     from ..training import drafters
 
-    with plain_errors("train", goes_on(out, drafters.kept)):
+    with plain_errors("train", goes_on(out, drafters.saved_progress)):
         with registry.naming("target", "model"):
             length = registry.gen_length(target) if gen_length is None else gen_length
         fields = {
@@ -260,7 +260,7 @@ def drafter(
             chat=chat,
             device=device,
         )
-        for text in drafters.lines(report):
+        for text in drafters.report_lines(report):
             typer.echo(text)
 
 
@@ -281,7 +281,7 @@ def distill(
     """
     from ..training import distill as distilling
 
-    with plain_errors("train", None if out is None else goes_on(out, distilling.kept)):
+    with plain_errors("train", None if out is None else goes_on(out, distilling.saved_progress)):
         changes = {"model": model, "mask_id": mask_id}
         loaded = distilling.read(recipe, **{k: value for k, value in changes.items() if value is not None})
         if dry_run:

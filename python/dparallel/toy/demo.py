@@ -52,7 +52,7 @@ def run(
     rows = []
     for row in sweeping.sweep(names, sweeping.POLICIES, problems=problems, drafters=DRAFTERS):
         rows.append(row)
-        console.print(results.line(row), highlight=False)
+        console.print(results.result_line(row), highlight=False)
     files.write_json(directory / "table.json", rows)
     console.print(f"\npictures: {', '.join(map(str, pictures))}", highlight=False)
     return directory

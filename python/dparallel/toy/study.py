@@ -303,7 +303,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept(out: Path) -> str | None:
+def saved_progress(out: Path) -> str | None:
     """The stages in a directory whose files are there, in words; None if there is none."""
     return "the stages that are complete" if any(out.rglob("*.json")) else None
 
@@ -324,7 +324,7 @@ def main(
     """Distil the teacher, measure the curves, and choose the best student."""
     settings: dict[str, Any] = {"seeds": seeds, "steps": steps, "sweep_steps": sweep_steps, "model": model}
     settings |= {"problems": problems, "validation": validation, "train_teacher": train_teacher}
-    with plain_errors("train", goes_on(out, kept)):
+    with plain_errors("train", goes_on(out, saved_progress)):
         run(out, recipe, **settings)
 
 

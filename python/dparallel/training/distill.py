@@ -181,7 +181,7 @@ def last_checkpoint(directory: Path) -> str | None:
     return None
 
 
-def kept(directory: Path) -> str | None:
+def saved_progress(directory: Path) -> str | None:
     """The name of the last checkpoint; None if there is none."""
     checkpoint = last_checkpoint(directory)
     return None if checkpoint is None else Path(checkpoint).name

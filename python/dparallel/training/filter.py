@@ -293,7 +293,7 @@ def run(
     return report
 
 
-def lines(report: dict[str, Any]) -> Iterator[str]:
+def report_lines(report: dict[str, Any]) -> Iterator[str]:
     (learned, judged), (prompts, held_out) = report["passes"], report["prompts"]
     yield f"oracle: {report['oracle_passes']:.1f} passes an answer"
     yield f"trained on {learned} passes over {prompts} prompts, tested on {judged} over {held_out}"

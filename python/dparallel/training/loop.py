@@ -164,7 +164,7 @@ def run(
     return Trained(seconds, curve)
 
 
-def kept(directory: Path) -> str | None:
+def saved_progress(directory: Path) -> str | None:
     """The last saved step of the run in a directory, in words; None if there is none."""
     try:
         state = torch.load(directory / "state.pt", weights_only=True, map_location="cpu", mmap=True)

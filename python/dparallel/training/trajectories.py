@@ -233,7 +233,7 @@ def _answer(
         ]
 
 
-def kept(directory: Path) -> str | None:
+def saved_progress(directory: Path) -> str | None:
     """The whole shards of the run in a directory, in words; None if there is none."""
     count = sum(len([*directory.glob(f"part-*.{format}")]) for format in FORMATS)
     return f"{count} shard{'s' * (count > 1)}" if count else None

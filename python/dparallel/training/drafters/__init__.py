@@ -6,6 +6,6 @@ the weights is saved.
 """
 
 from .common import DrafterSettings
-from .runs import KINDS, judge, kept, lines, run, settings_of
+from .runs import KINDS, judge, report_lines, run, saved_progress, settings_of
 
-__all__ = ["KINDS", "DrafterSettings", "judge", "kept", "lines", "run", "settings_of"]
+__all__ = ["KINDS", "DrafterSettings", "judge", "report_lines", "run", "saved_progress", "settings_of"]

@@ -120,9 +120,9 @@ def run(
     return report
 
 
-def kept(directory: Path) -> str | None:
+def saved_progress(directory: Path) -> str | None:
     """The state that an interrupted run in a directory has kept, in words; None if there is none."""
-    return loop.kept(directory) or kept_answers(directory)
+    return loop.saved_progress(directory) or kept_answers(directory)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def judge(
     }
 
 
-def lines(report: dict[str, Any]) -> Iterator[str]:
+def report_lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['settings']['kind']}: {report['parameters']:,} parameters, {report['bytes']:,} bytes"
     yield f"learned from {report['answers']} answers in {report['seconds']} s"
     held = report.get("held_out")

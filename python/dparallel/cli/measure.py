@@ -1,4 +1,4 @@
-"""The commands that look and measure: info, demo, evaluate, tune."""
+"""The commands that measure, or show what is there: info, demo, evaluate, tune."""
 
 from __future__ import annotations
 
@@ -168,12 +168,12 @@ def evaluate(
     from .. import results as reporting
     from ..recording import Recording
 
-    def kept() -> str:
+    def progress() -> str:
         if json_file is None:
             return "nothing is kept; with --json FILE measurements are, and --resume goes on behind them"
         return f"{json_file} keeps the measurements that are complete; --resume goes on behind them"
 
-    with plain_errors(kept=kept):
+    with plain_errors(progress=progress):
         if problems is not None:
             whole("problems", problems, 1)
         whole("batch", batch, 1)
@@ -227,9 +227,9 @@ def evaluate(
             if not results:  # after the first measurement: an error before it is one line alone
                 typer.echo(reporting.HEADING)
             results.append(row)
-            typer.echo(reporting.line(row))
+            typer.echo(reporting.result_line(row))
             if report and row.get("drafted"):
-                typer.echo(reporting.report(row))
+                typer.echo(reporting.acceptance_text(row))
             if json_file is not None:
                 files.write_json(json_file, results + [old for old in known if old not in results])
         if markdown is not None:
@@ -342,7 +342,7 @@ def tune(
     """
     from .. import tune as tuning
 
-    with plain_errors(kept=begins_anew(out)):
+    with plain_errors(progress=begins_anew(out)):
         files.writable("out", out)
         causal = registry.is_causal(model, "block" if cache and "block" in cache else None)
         options: dict[str, Any] = {"drafter": drafter, "draft_size": draft_size, "context": context}
