@@ -98,10 +98,10 @@ bench-report: $(VENV)/developed
 # Builds for the GPU that is there and measures it, with the PYTHON whose torch is a CUDA build (no .venv).
 GPU_OUT ?= out/gpu
 GPU_MINUTES ?= 30
-GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a == 9))")
 gpu:
 	since=$$(date +%s) && \
-	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$(GPU_ARCH)}" $(PYTHON) setup.py build_ext --inplace && \
+	architecture=$$($(PYTHON) tools/toolchain.py gpu $(GPU_FLAGS)) && \
+	DPARALLEL_CUDA="$${DPARALLEL_CUDA:-$$architecture}" $(PYTHON) setup.py build_ext --inplace && \
 	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) --since $$since $(GPU_FLAGS)
 
 cuda-check:

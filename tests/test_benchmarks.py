@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -283,6 +284,20 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         gpu.main(["--out", "nowhere"])
     assert "--small" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_gpu_says_so_before_it_builds() -> None:
+    command = ["make", "--silent", "gpu", f"PYTHON={sys.executable}", "GPU_FLAGS=--only none"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode
+    assert ran.stdout == ""
+    said, of_make = ran.stderr.strip().split("\n")
+    assert re.fullmatch(r"dparallel-ext: torch \S+ of .* sees no GPU\. .*--small.*", said)
+    assert of_make.startswith("make: ***")
+    small = [sys.executable, "tools/toolchain.py", "gpu", "--out", "x", "--small"]
+    assert subprocess.run(small, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
 
 
 # --- from results to the README ------------------------------------------------------------------

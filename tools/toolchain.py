@@ -272,6 +272,25 @@ def gencode(architectures: Sequence[str]) -> list[str]:
     return [f"-gencode {code}" for code in codes]
 
 
+def gpu_architecture(needed: bool) -> str:
+    """The architecture of the GPU that torch sees first, "90a" of an H100, for `make gpu`. Where torch sees
+    none: "", or if it is `needed` an exit with a line that says so."""
+    require_python()
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(f"dparallel-ext: {sys.executable} has no torch: `make gpu PYTHON=...` names one that has.")
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{major}{minor}" + "a" * (major == 9)
+    if needed:
+        sys.exit(
+            f"dparallel-ext: torch {torch.__version__} of {sys.executable} sees no GPU. "
+            "`make gpu GPU_FLAGS=--small` runs every case at tiny sizes without one."
+        )
+    return ""
+
+
 # --- advice ---------------------------------------------------------------------------------------
 
 _ADVICE = {
@@ -322,5 +341,8 @@ def advice(output: str) -> str:
     return next(remedies, "The first error above is the cause.")
 
 
-if __name__ == "__main__":
-    require_python()  # for the Makefile, before it makes an environment of it
+if __name__ == "__main__":  # for the Makefile
+    if sys.argv[1:2] == ["gpu"]:
+        print(gpu_architecture(needed="--small" not in sys.argv))
+    else:
+        require_python()  # before it makes an environment of it
