@@ -74,7 +74,7 @@ class Measured:
     every `EVERY` passes, since the best size changes with the text, the length and the batch.
     """
 
-    EVERY, TRIALS, PART = 64, 2, 0.1
+    EVERY, TRIALS, PART = 64, 3, 0.1
 
     def __init__(
         self,
@@ -128,9 +128,11 @@ class Measured:
         begun = self._clock()
         yield
         seconds, entry = self._clock() - begun + self._drafting, self._entry
-        # The first pass of a size includes one-time costs, so the second replaces it. The seconds come before
-        # the count, since other threads divide by the seconds of sizes that were tried.
-        entry[1] = seconds if entry[0] < 2 else entry[1] + self.PART * (seconds - entry[1])
+        # The first pass of a size includes one-time costs, and on a GPU the second is recorded: so the last
+        # trial replaces them. The seconds come before the count, since other threads divide by the seconds of
+        # sizes that were tried.
+        tried = entry[0] >= self.TRIALS
+        entry[1] = entry[1] + self.PART * (seconds - entry[1]) if tried else seconds
         entry[0] += 1
 
     def learn(self, asked: int, taken: int) -> None:

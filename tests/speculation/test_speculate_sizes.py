@@ -57,12 +57,27 @@ def test_sizes_follow_what_passes_take_and_bring() -> None:
     assert run(0.05, dear, 200).count(0) > 150  # drafting is off
 
 
+def test_passes_that_are_recorded_do_not_count() -> None:
+    """On a GPU the second pass of a size is recorded: it takes longer, as the first does."""
+    now, used = [0.0], dict.fromkeys((0, 1, 2, 4, 8), 0)
+    sizer = Measured(8, clock=lambda: now[0])
+    asked = []
+    for _ in range(60):
+        size = sizer.size(1)
+        with sizer.verifying():
+            now[0] += (3.0 if size else 1.0) + (10.0 if used[size] < 2 else 0.0)
+        used[size] += 1
+        sizer.learn(size, min(size, 1))  # two tokens a pass are worth less than they take
+        asked.append(size)
+    assert set(asked[-40:]) == {0}
+
+
 def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -> None:
     """Of a name, also where the object is made anew, and of an object while there is this object."""
     model = model_of()
     name, made = f"tree:{tmp_path}", drafter_with("dflash", model)
     first = remembered_sizer(model, name, TreeDrafter(made))
-    for _ in range(2 * len(first.sizes)):
+    for _ in range(first.TRIALS * len(first.sizes)):
         first.size(1)
         with first.verifying():
             pass
