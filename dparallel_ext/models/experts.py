@@ -126,7 +126,8 @@ class Experts(nn.Module):
         of_pair, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.sizes.count, device=x.device)
         ends = torch.searchsorted(of_pair, experts, right=True, out_int32=True)  # of each expert's pairs
-        mix = self.grouped if by_one_product(self.sizes, x) else self.one_by_one
+        # Torch's kernel is not asked for a product of no rows.
+        mix = self.grouped if len(x) and by_one_product(self.sizes, x) else self.one_by_one
         return mix(x, share, order, ends).to(x.dtype)
 
     def one_by_one(self, x: Tensor, share: Tensor, order: Tensor, ends: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def test_a_row_is_what_it_is_alone(dtype: torch.dtype) -> None:
     for count in (1, 7, 9, 33, 59):
         assert torch.equal(op(x[:count], weight, None, False), together[:count])
         with torch.no_grad():
-            if x.is_cuda:
+            if x.is_cuda and torch.cuda.get_device_capability()[0] in (9, 10):  # others take torch's product
                 assert torch.equal(dx.linear(x[:count], weight), together[:count])
     assert torch.equal(op(x[40:41], weight, None, False), together[40:41])
 
