@@ -6,6 +6,24 @@
 namespace dparallel::cpu::DPARALLEL_SIMD {
 namespace {
 
+template <class T>
+struct Factors {
+  using Storage = typename T::Storage;
+
+  const LinearArgs& args;
+  const float* x;
+
+  const Storage* weights(int64_t row, int64_t) const {
+    return static_cast<const Storage*>(args.weight) + row * args.in;
+  }
+  void tile(int64_t n, int64_t height, const Storage* const (&weights)[kTileWeights],
+            Sums& sums) const {
+    const float* widened = x + n * widened_width<Weights<T>>(args.in);
+    tile_of<Weights<T>>(height, widened, weights, args.in, sums);
+  }
+  float finished(int64_t, int64_t, float sum) const { return sum; }
+};
+
 // Each step of a row is a pair of vectors as T::widen gives them, with zeros at the end.
 template <class T>
 void widen(const LinearArgs& args, int64_t first, int64_t count, float* widened) {
@@ -18,16 +36,12 @@ void widen(const LinearArgs& args, int64_t first, int64_t count, float* widened)
 template <class T>
 void rows(const LinearArgs& args, const float* x, int64_t first, int64_t count, int64_t begin,
           int64_t end) {
-  const auto* weight = static_cast<const typename T::Storage*>(args.weight);
-  product_rows<T, T>(
-      args, x, first, count, begin, end,
-      [&](int64_t row, int64_t) { return weight + row * args.in; },
-      [](int64_t, float sum) { return sum; });
+  product_rows<T>(args, first, count, begin, end, Factors<T>{args, x});
 }
 
 }  // namespace
 
-const ProductKernel linear_kernel{widened_width,
+const ProductKernel linear_kernel{widened_width<Weights<Float32>>,
                                   {widen<Float32>, widen<BFloat16>, widen<Float16>},
                                   {rows<Float32>, rows<BFloat16>, rows<Float16>}};
 

@@ -51,8 +51,8 @@ def fp8_linear(
 ) -> Tensor:
     """scale * (x weight^T) + bias, the weights in 8 bits and everything else in the dtype of x.
 
-    Up to 64 rows, or 128 on a GPU's tensor cores, the weights are read as bytes; the sum is in float32 and
-    rounded once, and a row has the same bits as alone. For more rows the weights are scaled, rounded to the
+    The weights are read as bytes; the sum is in float32 and rounded once, and a row has the same bits as
+    alone. On a GPU, for more than 64 rows, or 128 on tensor cores, the weights are scaled, rounded to the
     dtype of x for the length of the call, and multiplied by `linear`. No gradient.
 
     Args:
@@ -78,7 +78,7 @@ def fp8_linear(
         check_like("bias", bias, x, weight.shape[:1])
     rows = x.shape[:-1].numel()
     on_tensor_cores = x.is_cuda and x.dtype != torch.float32 and x.shape[-1] % 64 == 0
-    if rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
+    if not x.is_cpu and rows > (FEW_ON_TENSOR_CORES if on_tensor_cores else FEW):
         return linear(x, _fp8_widen(weight, scale, x), bias)
     x_rows = x.reshape(rows, x.shape[-1])
     out: Tensor = _fp8_linear(x_rows, weight, scale, bias, constant)
