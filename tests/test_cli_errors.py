@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -16,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from dparallel import cli
+from dparallel import cli, live, registry
 from dparallel.cli import app
 from dparallel.console import plain_errors
-from dparallel.toy import study
+from dparallel.toy import demo, study
+from rich.console import Console
 from test_cli import PROMPT, RECIPES, run
 from typer.testing import CliRunner
 
@@ -255,6 +258,44 @@ def test_missing_packages_and_output_that_nobody_reads(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "dparallel.cli")
     with pytest.raises(SystemExit, match=r'error: no typer; pip install "dparallel-ext\[cli\]"'):
         importlib.import_module("dparallel.cli")
+
+
+class Full(io.BytesIO):
+    """A disk without room."""
+
+    def write(self, data: object, /) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_output_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk is one line; what the encoding lacks is written as Python writes it."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    for args in (["info"], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["dparallel", *args])
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Full(), "utf-8"))
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert capsys.readouterr().err == "error: output: No space left on device\n"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(
+        sys, "argv", ["dparallel", "decode", "--stream", "--model", "builtin:student", PROMPT]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    sys.stdout.flush()
+    assert live.HIDDEN.encode("ascii", "backslashreplace") in written.getvalue()
+
+
+def test_the_demo_of_a_model_that_no_drafter_is_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_show", lambda *_: tmp_path)
+    demo.run([registry.VERIFIER], problems=1, out=tmp_path, console=Console(file=io.StringIO()))
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["policy"] for row in rows] == ["plain", "ngram"]
 
 
 def test_a_warning_is_one_line_without_its_place(monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Annotated
@@ -77,7 +79,17 @@ for name, group, function in COMMANDS:
 
 def main() -> None:
     warnings.formatwarning = one_line
-    app()
+    # As standard error: what an encoding lacks (LC_ALL=C) does not end a command in the midst of its answer.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of the output, since commands say what else fails
+        typer.echo(f"error: output: {error.strerror or error}", err=True)
+        sys.stdout = None  # which would be flushed at the end
+        raise SystemExit(2) from None
 
 
 def one_line(message: Warning | str, category: type[Warning], *place: object, **_: object) -> str:
