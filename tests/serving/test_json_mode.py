@@ -1,4 +1,5 @@
-"""OpenAI's JSON mode: `response_format={"type": "json_object"}` of both endpoints, whole and streaming."""
+"""OpenAI's JSON mode: `response_format={"type": "json_object"}` of both endpoints, whole and streaming; and
+calls of functions, whose arguments are JSON."""
 
 from __future__ import annotations
 
@@ -91,6 +92,69 @@ def test_a_stop_cuts_an_answer(client: OpenAI) -> None:
     middle = whole[len(whole) // 2 :][:2]
     cut = chat(client, PROMPTS[0], stop=[middle], **model).choices[0]
     assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(middle)], "stop")
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "add-b": {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]},
+    "add": {
+        "type": "object",
+        "properties": {"it": {"$ref": "#/$defs/kind"}, "ok": {"type": "boolean"}},
+        "required": ["it"],
+        "$defs": {"kind": {"enum": ["a", 'b"', "é}"]}},
+    },
+    "none": {},
+}
+
+
+def called(client: OpenAI, tools: list[str], choice: Any, length: int = 60) -> tuple[str | None, str, str]:
+    """Name and arguments of the call, whole and as they stream, and the finish reason."""
+    functions = [{"name": name, "parameters": ARGUMENTS[name] or None} for name in tools]
+    asked: dict[str, Any] = {"model": "json", "max_tokens": length, "tool_choice": choice}
+    asked["tools"] = [{"type": "function", "function": each, "strict": None} for each in functions]
+    choice = chat(client, "a", **asked).choices[0]
+    assert choice.message.content is None
+    calls = choice.message.tool_calls or []
+    assert all(call.type == "function" and call.id for call in calls)
+    whole = [(call.function.name, call.function.arguments) for call in calls]
+    names, arguments, reason = [], "", None
+    for chunk in chat(client, "a", **asked, stream=True):
+        assert not chunk.choices[0].delta.content
+        for part in chunk.choices[0].delta.tool_calls or ():
+            names += [part.function.name] if part.id else []
+            arguments += part.function.arguments
+        reason = chunk.choices[0].finish_reason or reason
+    assert ([(name, arguments) for name in names], reason) == (whole, choice.finish_reason)
+    return *(whole or [(None, "")])[0], reason
+
+
+def test_a_function_is_called(client: OpenAI) -> None:
+    """One by its name or one of some, with arguments of its schema."""
+    for tools, choice, reason in (
+        (["add"], "required", "tool_calls"),
+        (["add-b", "add", "none"], "required", "tool_calls"),
+        (["none", "add-b"], {"type": "function", "function": {"name": "add-b"}}, "stop"),
+        (["none"], {"type": "function", "function": {"name": "none"}}, "stop"),
+    ):
+        name, arguments, ended = called(client, tools, choice)
+        assert ended == reason
+        assert name is not None
+        said = json.loads(arguments)
+        assert {*said} <= {*ARGUMENTS[name].get("properties", {})}
+        if name == "add":
+            assert said["it"] in ("a", 'b"', "é}")
+        if name == "add-b":
+            assert said["n"] <= 99
+    # It is cut within the name, and in front of the last brace.
+    assert called(client, ["add-b", "add"], "required", length=2) == (None, "", "length")
+
+
+def test_a_tool_that_is_not_to_be_called(client: OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "add"}}
+    plain = chat(client, model="json", max_tokens=9)
+    assert plain.choices == chat(client, model="json", max_tokens=9, tools=[tool], tool_choice="none").choices
+    with bad_request("tools", "add: parameters: schema: "):
+        tool["function"]["parameters"] = {"type": "object", "minProperties": 3}
+        chat(client, model="json", tools=[tool], tool_choice="required")
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,25 @@ def test_variables_of_the_chat_template(
             assert re.search(said, answer["error"]["message"])
         assert here.ask(asked, path)[0] == 200
         assert not here.faults()
+    # Tools, calls of before and what they gave are there for the template.
+    (with_template / "chat_template.jinja").write_text(
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+        "{% for m in messages %}{{ m.content }} {% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments.n }} {{ c.id }} {% endfor %}"
+        "{{ m.tool_call_id or '' }}{% endfor %}"
+    )
+    function = {"name": "sam", "arguments": '{"n": "joe"}'}
+    calls = [{"id": "has", "type": "function", "function": function}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "how"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "has", "content": "4"},
+    ]
+    tools = {"tools": [{"type": "function", "function": {"name": "sam"}}], "tool_choice": "none"}
+    with serving(student, with_template) as here:
+        status, answer = here.ask({"model": MODEL, "messages": turns, **tools}, path)
+        said = decoded(student, "sam how joe has 4 has")
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, said[0])
     with serving(student) as here:
         status, answer = here.ask({**asked, "chat_template_kwargs": {"enable_thinking": True}}, path)
         assert (status, answer["error"]["param"]) == (400, "chat_template_kwargs")

@@ -36,6 +36,9 @@ from benchmarks.serving import KEY
 
 pytest_plugins = ["servers"]
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
 
 @pytest.mark.parametrize(
     ("settings", "param", "said"),
@@ -48,7 +51,20 @@ pytest_plugins = ["servers"]
         ({"max_completion_tokens": 1000}, "max_completion_tokens", "maximum context length is 256 tokens"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "one from the user"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages", "role"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages", "role tool"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages", "text of the tool"),
+        ({"tools": [{}]}, "tools", "Field required"),
+        ({"tools": [TOOL, TOOL], "tool_choice": "none"}, "tools", "different names"),
+        ({"tools": [TOOL]}, "tool_choice", "got null"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tool_choice", 'got "auto"'),
+        ({"tool_choice": "required"}, "tool_choice", "expected some tools"),
+        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice", "got 'g'"),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+            "not beside a tool",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts"),
         (
@@ -62,9 +78,9 @@ pytest_plugins = ["servers"]
             "messages.content.detail: is not supported",
         ),
         (
-            {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
             "messages",
-            "messages.tool_calls: only [] is supported",
+            "tool_calls: belongs to the role assistant, not to user",
         ),
         ({"messages": [{"role": "user", "content": "a", "audio": {}}]}, "messages", "messages.audio: is not"),
         ({"temperature": -0.1}, "temperature", "greater"),
@@ -81,7 +97,6 @@ pytest_plugins = ["servers"]
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: is not"),
         ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "only 0 is supported"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "only [] is supported"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "only 0"),
@@ -167,7 +182,7 @@ def test_what_is_not_neutral_is_named() -> None:
         "top_logprobs": False,
         "echo": 0,
         "min_tokens": 1,
-        "tools": [{}],
+        "functions": [{}],
         "ignored": 0,
     }.items():
         assert (unsupported.refused({name: value}, unsupported.CHAT) or "")[0] == name
@@ -225,6 +240,7 @@ def test_a_conversation_as_clients_send_it_back(client: OpenAI, student: tuple[A
         {"role": "assistant"},
         {"role": "assistant", "content": parts},
         {"role": "assistant", "content": []},
+        {"role": "assistant", "content": "{}", "parsed": {"a": 1}},
     ):
         messages = [
             {"role": "user", "content": PROMPTS[1]},

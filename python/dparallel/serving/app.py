@@ -31,6 +31,7 @@ from .call import Call, Score
 from .errors import ERRORS, ApiError, errors, full, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
 from .service import Service
+from .tools import CallText
 
 READ = "GET, HEAD"
 PATHS = {
@@ -181,6 +182,8 @@ class AnswerWriter:
             "model": request.model,
         }
         self.usage = bool(request.stream_options and request.stream_options.include_usage)
+        functions = [*request.calls] if isinstance(request, ChatRequest) else []
+        self.calls = [CallText(functions) for _ in call.choices] if functions else None
 
     def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
         """The entry "logprobs" for the next tokens of a choice."""
@@ -200,6 +203,20 @@ class AnswerWriter:
         scored = None if scores is None else self.logprobs(scores)
         return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
+    def reason(self, choice: int, reason: str) -> str:
+        """A choice's finish reason; "tool_calls" where the model was to call some function, as OpenAI's."""
+        chosen = isinstance(self.request, ChatRequest) and self.request.tool_choice == "required"
+        called = chosen and self.calls is not None and self.calls[choice].named
+        return "tool_calls" if called and reason == "stop" else reason
+
+    def message(self, choice: int, text: str) -> dict[str, Any]:
+        """The whole answer of a chat."""
+        said: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.calls is not None:
+            calls = self.calls[choice].put(text)
+            said |= {"content": None, "tool_calls": calls}
+        return said
+
     def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
         return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
 
@@ -212,7 +229,11 @@ class AnswerWriter:
         **fields: Any,
     ) -> str:
         """The event of a piece of a choice's text. fields: others of the choice."""
-        content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
+        if self.calls is not None:
+            calls = [{"index": 0, **each} for each in self.calls[index].put(piece)] if piece else []
+            content: dict[str, Any] = {"delta": {"tool_calls": calls} if calls else {}}
+        else:
+            content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
         return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
 
     async def events(self) -> AsyncIterator[str]:
@@ -222,7 +243,8 @@ class AnswerWriter:
             self.frame["object"] = "chat.completion.chunk"
         try:
             for index in range(len(call.choices) if self.chat else 0):
-                yield self.part(index, "", delta={"role": "assistant", "content": ""})
+                begins = "" if self.calls is None else None
+                yield self.part(index, "", delta={"role": "assistant", "content": begins})
             async for piece in call.pieces():
                 if piece.draft is not None:
                     length = call.choices[piece.choice].gen_length
@@ -230,7 +252,7 @@ class AnswerWriter:
                 if piece.text or piece.scores:
                     yield self.part(piece.choice, piece.text, scores=piece.scores)
                 if piece.reason is not None:
-                    yield self.part(piece.choice, "", piece.reason)
+                    yield self.part(piece.choice, "", self.reason(piece.choice, piece.reason))
             if self.usage:
                 yield self.event([], call.usage())
             yield "data: [DONE]\n\n"
@@ -260,10 +282,8 @@ class AnswerWriter:
         choices = [
             self.choice(
                 index,
-                {"message": {"role": "assistant", "content": text, "refusal": None}}
-                if self.chat
-                else {"text": text},
-                reason,
+                {"message": self.message(index, text)} if self.chat else {"text": text},
+                self.reason(index, reason),
                 scores[index] if self.request.scored else None,
             )
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, fie
 from ..structured import choice_pattern
 from ..text import INCOMPLETE, unicode
 from .errors import ApiError
+from .tools import NO_ARGUMENTS
 from .unsupported import CHAT, COMPLETION, MESSAGE, PART, STREAM_OPTIONS, Neutral, refused
 
 MOST_PROMPTS = 4096
@@ -18,6 +19,8 @@ MOST_PROMPTS = 4096
 checked by itself."""
 MOST_STOPS = 32
 """The most stop strings of a request, and the most stop_token_ids."""
+MOST_TOOLS = 128
+"""The most tools of a request."""
 
 TEMPLATE_NAMES = frozenset(
     {
@@ -77,9 +80,9 @@ class Health(BaseModel):
 class Form(NamedTuple):
     """The form of a response."""
 
-    kind: Literal["json", "regex"]
+    kind: Literal["json", "regex", "calls"]
     text: str
-    """A JSON schema, or a regular expression."""
+    """A JSON schema, a regular expression, or JSON of functions' names and the schemas of their arguments."""
 
 
 ANY_OBJECT = Form("json", '{"type": "object"}')
@@ -284,6 +287,46 @@ class CompletionRequest(Options):
         raise ValueError("expected a string, a list of token ids, or a list of either, none of them empty")
 
 
+class Function(Strict):
+    within = "tools"
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    """The schema of its arguments; null: it has none."""
+    strict: bool | None = None
+    """The arguments of a call have the schema's form in any case."""
+
+
+class Tool(Strict):
+    within = "tools"
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    within = "tool_choice"
+    name: str
+
+
+class ToolName(Strict):
+    within = "tool_choice"
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionCall(Strict):
+    within = "messages"
+    name: str
+    arguments: Text
+
+
+class ToolCall(Strict):
+    within = "messages"
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class TextPart(BaseModel):
     """A part of a message's content."""
 
@@ -293,10 +336,12 @@ class TextPart(BaseModel):
 
 class ChatMessage(Strict):
     neutral, within = MESSAGE, "messages"
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     """Null only in an assistant's empty answer."""
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
@@ -320,6 +365,12 @@ class ChatMessage(Strict):
     def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"content: expected the text of the {self.role}, got null")
+        for name, value, role in (
+            ("tool_calls", self.tool_calls, "assistant"),
+            ("tool_call_id", self.tool_call_id, "tool"),
+        ):
+            if value and self.role != role:
+                raise ValueError(f"{name}: belongs to the role {role}, not to {self.role}")
         return self
 
 
@@ -334,6 +385,9 @@ class ChatRequest(Options):
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template by name, such as enable_thinking."""
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
+    """With tools one of "none", "required" and a name."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -344,6 +398,46 @@ class ChatRequest(Options):
                 f"expected variables of the chat template, but {taken} is none of these: the server sets it"
             )
         return value
+
+    @model_validator(mode="after")
+    def _calls(self) -> Self:
+        names, choice = [tool.function.name for tool in self.tools or ()], self.tool_choice
+        code = None
+        if len({*names}) < len(names):
+            name, message = "tools", "expected functions of different names"
+        elif isinstance(choice, ToolName) and choice.function.name not in names:
+            name, message = "tool_choice", f"expected one of the tools {names}, got {choice.function.name!r}"
+        elif choice == "required" and not names:
+            name, message = "tool_choice", "expected some tools beside it"
+        elif names and choice in (None, "auto"):
+            name, code = "tool_choice", "unsupported_parameter"
+            message = 'with tools "required", "none" or the name of a function is supported, got '
+            message += json.dumps(choice)
+        elif self.calls and (self.structured_outputs or (self.response_format and self.response_format.form)):
+            name, message = super().form_name, "not beside a tool that is to be called"
+        else:
+            return self
+        raise ApiError(400, f"{name}: {message}", param=name, code=code)
+
+    @property
+    def calls(self) -> dict[str, dict[str, Any]]:
+        """The functions of which the response is to call one: the schemas of their arguments."""
+        choice = self.tool_choice
+        if choice is None or (isinstance(choice, str) and choice != "required"):
+            return {}
+        functions = [tool.function for tool in self.tools or ()]
+        wanted = {choice.function.name} if isinstance(choice, ToolName) else {each.name for each in functions}
+        return {each.name: each.parameters or NO_ARGUMENTS for each in functions if each.name in wanted}
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the response is to have."""
+        return Form("calls", json.dumps(self.calls)) if self.calls else super().form
+
+    @property
+    def form_name(self) -> str:
+        """The parameter by which the form is given."""
+        return "tools" if self.calls else super().form_name
 
     @property
     def scored(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from ..sandbox import Sandbox
 from .call import Call, Choice
 from .errors import ApiError, full, in_time, stopping
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, Form, Options
+from .protocol import ChatMessage, ChatRequest, CompletionRequest, Form, Options
 from .settings import ServerSettings
+from .tools import calls_pattern
 
 T = TypeVar("T")
 
@@ -90,6 +92,18 @@ class Service:
         except RuntimeError as error:  # the threads have been ended
             raise stopping() from error
         return await in_time(doing, self.aborted)
+
+
+def called(message: ChatMessage) -> dict[str, Any]:
+    """The fields of a message about calls, as chat templates take them: arguments as an object."""
+    calls = []
+    for call in message.tool_calls or ():
+        arguments: Any = call.function.arguments
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        function = {"name": call.function.name, "arguments": arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    return {"tool_calls": calls or None, "tool_call_id": message.tool_call_id}
 
 
 class ModelService:
@@ -186,12 +200,13 @@ class ModelService:
             return [ids for ids in request.prompt if isinstance(ids, list)]
         roles = {"developer": "system"}  # the newer name; templates know the older
         messages = [
-            {"role": roles.get(each.role, each.role), "content": each.content or ""}
+            {"role": roles.get(each.role, each.role), "content": each.content or "", **called(each)}
             for each in request.messages
         ]
         keywords = request.chat_template_kwargs or {}
         if self.template is not None:
-            render = functools.partial(self.template, messages, **keywords)
+            tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()] or None
+            render = functools.partial(self.template, messages, tools=tools, **keywords)
             async with self.service.rendering:  # so that templates, which wait for each other, use one thread
                 rendered = await self.service.elsewhere(render)
             return await self._ids("messages", [rendered])
@@ -275,7 +290,11 @@ class ModelService:
 
         def make() -> Automaton:
             sandbox = self.service.forms_sandbox
-            pattern = structured.json_pattern(form.text, sandbox) if form.kind == "json" else form.text
+            pattern = form.text
+            if form.kind == "json":
+                pattern = structured.json_pattern(form.text, sandbox)
+            elif form.kind == "calls":
+                pattern = calls_pattern(json.loads(form.text), sandbox)
             return structured.automaton(pattern, self.texts_of_tokens, self.engine.model.eos_ids, sandbox)
 
         if form not in self.forms:

@@ -17,6 +17,8 @@ HARMLESS = frozenset(
     {
         "cache_control",
         "metadata",
+        "parsed",
+        "parsed_arguments",
         "prompt_cache_breakpoint",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -31,7 +33,8 @@ HARMLESS = frozenset(
     }
 )
 """Parameters for the provider's records or caches, or that only modify another parameter that is not
-supported. Fields of messages and of their parts, too."""
+supported; and what OpenAI's client adds to an answer that it parses. Fields of messages and of their parts,
+too."""
 
 EITHER = (False, True)
 
@@ -48,8 +51,6 @@ OPENAI: Neutral = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
@@ -103,7 +104,8 @@ LLAMA_CPP: Neutral = {
 }
 REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
 CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
-COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
+TOOLS: Neutral = {"tool_choice": ("none", "auto"), "tools": ([],)}
+COMPLETION: Neutral = {**REQUEST, **TOOLS, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MESSAGE: Neutral = {
     "annotations": ([],),
@@ -111,7 +113,6 @@ MESSAGE: Neutral = {
     "prefix": (False,),
     "reasoning": ("",),
     "reasoning_content": ("",),
-    "tool_calls": ([],),
     "type": ("text", "message"),
 }
 """Fields of a message that clients send back with an assistant's answer, or that lm-evaluation-harness
