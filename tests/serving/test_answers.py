@@ -262,6 +262,10 @@ def test_logprobs(client: OpenAI, student: tuple[Any, Any], settings: dict[str, 
     assert [bytes(one.bytes).decode() for one in found] == [one.token for one in found]
     assert [one.logprob for one in found] == pytest.approx(values, abs=1e-4)
     assert all(one.top_logprobs == [] for one in found)
+    if not settings:  # the tokens are then the most probable ones
+        best = chat(client, max_tokens=64, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+        assert [one.top_logprobs[0].token for one in best] == [one.token for one in found]
+        assert all(one.top_logprobs[0].logprob == one.logprob for one in best)
     streamed = []
     for chunk in chat(client, max_tokens=64, logprobs=True, stream=True, **asked):
         streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
@@ -320,8 +324,8 @@ def test_logprobs_end_where_the_tokens_are_counted(client: OpenAI) -> None:
 
 
 def test_logprobs_are_json() -> None:
-    assert protocol.chat_logprobs([("a", float("-inf"))])["content"][0]["logprob"] == -9999.0
-    assert protocol.chat_logprobs([(text.INCOMPLETE, -1.0)])["content"][0]["bytes"] is None
+    assert protocol.chat_logprobs([("a", float("-inf"))], True)["content"][0]["logprob"] == -9999.0
+    assert protocol.chat_logprobs([(text.INCOMPLETE, -1.0)], False)["content"][0]["bytes"] is None
 
 
 def of_drafts(chunks: Any) -> tuple[list[Any], dict[int, list[Any]]]:

@@ -95,7 +95,19 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: is not"),
-        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "only 0 is supported"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "less than or equal to 1"),
+        ({"top_logprobs": 1}, "top_logprobs", "belongs to logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 1, "temperature": 0.5}, "top_logprobs", "above 0"),
+        (
+            {"logprobs": True, "top_logprobs": 1, "extra_body": {"policy": "credit+confidence:0.8"}},
+            "top_logprobs",
+            "by the policy credit",
+        ),
+        (
+            {"logprobs": True, "top_logprobs": 1, "extra_body": {"structured_outputs": {"choice": ["sam"]}}},
+            "top_logprobs",
+            "with structured_outputs",
+        ),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
@@ -179,7 +191,7 @@ def test_what_is_not_neutral_is_named() -> None:
         assert found[0] == name
         assert found[1].startswith(f"{name}: only ")
     for name, value in {
-        "top_logprobs": False,
+        "stop_regex": "a",
         "echo": 0,
         "min_tokens": 1,
         "functions": [{}],

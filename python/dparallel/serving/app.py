@@ -189,9 +189,9 @@ class AnswerWriter:
         """The entry "logprobs" for the next tokens of a choice."""
         tokens = [(self.token_texts(each.token, first=each.start == 0), each.logprob) for each in scores]
         if isinstance(self.request, ChatRequest):
-            return protocol.chat_logprobs(tokens)
+            return protocol.chat_logprobs(tokens, bool(self.request.top))
         starts = [each.start for each in scores]
-        return protocol.completion_logprobs(tokens, starts, bool(self.request.logprobs))
+        return protocol.completion_logprobs(tokens, starts, bool(self.request.top))
 
     def choice(
         self,

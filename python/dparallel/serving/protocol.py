@@ -37,17 +37,14 @@ TEMPLATE_NAMES = frozenset(
 """Names that chat_template_kwargs must not have: the server sets them, or a request's other parameters do."""
 
 
-def chat_logprobs(tokens: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """ "logprobs" of a chat completion, from the texts of tokens and their log-probabilities."""
-    content = [
-        {
-            "token": text,
-            "logprob": finite(value),
-            "bytes": None if INCOMPLETE in text else list(text.encode()),
-            "top_logprobs": [],
-        }
-        for text, value in tokens
-    ]
+def chat_logprobs(tokens: Sequence[tuple[str, float]], top: bool) -> dict[str, Any]:
+    """ "logprobs" of a chat completion, from the texts of tokens and their log-probabilities. `top`: each
+    token is the most probable one of its place, and is listed as such too."""
+    content = []
+    for text, value in tokens:
+        encoded = None if INCOMPLETE in text else list(text.encode())
+        token = {"token": text, "logprob": finite(value), "bytes": encoded}
+        content.append({**token, "top_logprobs": [token] if top else []})
     return {"content": content, "refusal": None}
 
 
@@ -180,6 +177,7 @@ class Options(Strict):
 
     asked: ClassVar[str]
     """The parameter that holds what is asked."""
+    top_name: ClassVar[str]
     model: str
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
@@ -252,7 +250,7 @@ class CompletionRequest(Options):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
     follows the response, which is decoded between the two."""
 
-    neutral, asked = COMPLETION, "prompt"
+    neutral, asked, top_name = COMPLETION, "prompt", "logprobs"
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
     logprobs: int | None = Field(None, ge=0, le=1)
@@ -262,6 +260,11 @@ class CompletionRequest(Options):
     def scored(self) -> bool:
         """Whether log-probabilities are requested."""
         return self.logprobs is not None
+
+    @property
+    def top(self) -> int:
+        """How many of the most probable tokens are requested, by the parameter `top_name`."""
+        return self.logprobs or 0
 
     @field_validator("logprobs", mode="before")
     @classmethod
@@ -377,12 +380,14 @@ class ChatMessage(Strict):
 class ChatRequest(Options):
     """POST /v1/chat/completions."""
 
-    neutral, asked = CHAT, "messages"
+    neutral, asked, top_name = CHAT, "messages", "top_logprobs"
     suffix: ClassVar[None] = None
     # Only one error is reported, so validation stops at the first: there may be one in every message.
     messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=1)
+    """As `CompletionRequest.logprobs`, beside `logprobs`."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template by name, such as enable_thinking."""
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
@@ -443,6 +448,17 @@ class ChatRequest(Options):
     def scored(self) -> bool:
         """Whether log-probabilities are requested."""
         return bool(self.logprobs)
+
+    @property
+    def top(self) -> int:
+        """How many of the most probable tokens are requested, by the parameter `top_name`."""
+        return self.top_logprobs or 0
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.top and not self.logprobs:
+            raise ApiError(400, "top_logprobs: belongs to logprobs=true", param="top_logprobs")
+        return self
 
     @property
     def length_name(self) -> str:

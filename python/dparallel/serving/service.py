@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments
+from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments, rules
 from dparallel_ext.decoding.config import with_ends
 
 from .. import page, registry, structured, text
@@ -360,12 +360,16 @@ class ModelService:
         else:
             parse_policy(request.policy, files=False)
             config = config.with_rule(request.policy, **changes)
-        sampled = arguments.temperature_in_force(config.temperature) > 0
-        if sampled and isinstance(request, CompletionRequest) and request.logprobs:
-            message = (
-                "logprobs: expected 0 at a temperature above 0, where a token may not be the most probable"
-            )
-            raise ApiError(400, f"{message}, got {request.logprobs}", param="logprobs")
+        if request.top:
+            rule = rules.parse(config.rule, default=False)[0] if isinstance(config.rule, str) else config.rule
+            for sampled, how in (
+                (arguments.temperature_in_force(config.temperature) > 0, "at a temperature above 0"),
+                (automaton is not None and self.engine.mask_id is not None, f"with {request.form_name}"),
+                (getattr(rule, "greedy", False), f"by the policy {request.policy or 'of the server'}"),
+            ):
+                if sampled:
+                    message = f"expected 0 {how}, where a token may not be the most probable"
+                    raise ApiError(400, f"{request.top_name}: {message}", param=request.top_name)
         return config
 
     def _check_ids(self, param: str, ids: list[int]) -> None:

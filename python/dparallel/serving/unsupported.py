@@ -51,7 +51,6 @@ OPENAI: Neutral = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
 VLLM_AND_SGLANG: Neutral = {
@@ -104,8 +103,8 @@ LLAMA_CPP: Neutral = {
 }
 REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
 CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
-TOOLS: Neutral = {"tool_choice": ("none", "auto"), "tools": ([],)}
-COMPLETION: Neutral = {**REQUEST, **TOOLS, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
+OF_CHATS: Neutral = {"tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,)}
+COMPLETION: Neutral = {**REQUEST, **OF_CHATS, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MESSAGE: Neutral = {
     "annotations": ([],),
