@@ -56,6 +56,11 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
         ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages", "text of the tool"),
         ({"tools": [{}]}, "tools", "Field required"),
         ({"tools": [TOOL, TOOL], "tool_choice": "none"}, "tools", "different names"),
+        (
+            {"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools",
+            "schema of an object, got the type 'array'",
+        ),
         ({"tools": [TOOL]}, "tool_choice", "got null"),
         ({"tools": [TOOL], "tool_choice": "auto"}, "tool_choice", 'got "auto"'),
         ({"tool_choice": "required"}, "tool_choice", "expected some tools"),

@@ -299,6 +299,13 @@ class Function(Strict):
     strict: bool | None = None
     """The arguments of a call have the schema's form in any case."""
 
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and value.get("type", "object") != "object":
+            raise ValueError(f"expected the schema of an object, got the type {value['type']!r:.80}")
+        return value
+
 
 class Tool(Strict):
     within = "tools"
