@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-import typer.testing
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,8 +42,11 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40
 settings.register_profile("host_emulation", parent=settings.get_profile("ci"), max_examples=10)
 settings.load_profile("host_emulation" if EMULATED else "ci")
 
-# The command line is built once: for each of some 400 calls it would take a thirtieth of the tests' time.
-typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
+with suppress(ModuleNotFoundError):  # `make gpu` runs tests where torch, pytest and hypothesis are
+    import typer.testing
+
+    # The command line is built once: for each of some 400 calls it would take a thirtieth of the tests' time.
+    typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 if not torch.cuda.is_available():
     # torch would write down the stack for each kind of device that is not there, should one begin later.

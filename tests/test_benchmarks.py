@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,13 +17,20 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch._dynamo  # imported by an emulated GPU's first operator, where it fails
 from conftest import ROOT
 from dparallel.files import write_text
+from emulated_gpu import GPU, emulated_gpu
+from tape import Tape
 from torch import Tensor
 
+import dparallel_ext as dx
 from benchmarks import baselines, bench_decode, cases, gpu, harness, records, report, systems
+from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
 from dparallel_ext.ops import streams
+
+pytest_plugins = ["taping"]
 
 COMMIT = "0" * 40
 
@@ -148,6 +156,28 @@ def test_a_gpu_runs_the_tests_that_take_a_device() -> None:
     assert names.isdisjoint({"test_answers.py", "test_causal.py"})  # of "every family"
 
 
+def test_a_gpu_s_tests_need_little_installed() -> None:
+    """What they import at once, helpers too: others wait until a test asks for them, or may be missing."""
+    local = {path.stem: path for path in (ROOT / "tests").glob("**/*.py")}
+    todo, read, needed = [ROOT / "tests" / "conftest.py", *gpu.gpu_tests()], set(), set()
+    while todo:
+        path = todo.pop()
+        read.add(path)
+        for statement in ast.parse(path.read_text()).body:
+            names = []
+            if isinstance(statement, ast.Import):
+                names = [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.ImportFrom) and statement.module:
+                names = [statement.module]
+            for name in (name.partition(".")[0] for name in names):
+                if name not in local:
+                    needed.add(name)
+                elif local[name] not in read:
+                    todo.append(local[name])
+    others = needed - sys.stdlib_module_names - {"benchmarks", "dparallel", "dparallel_ext"}
+    assert others == {"hypothesis", "numpy", "pytest", "safetensors", "torch"}
+
+
 def run(out: Path, *arguments: str) -> dict[str, Any]:
     command = ["--small", "--out", str(out), "--commit", COMMIT, "--only", "select", *arguments]
     assert gpu.main(command) == 0
@@ -260,6 +290,36 @@ def test_a_graph_is_recorded_as_a_decode_s_are(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: torch.empty(size, dtype=dtype))
     clock.graph(lambda: shared.append(streams.counters_for(like, 5)))  # type: ignore[arg-type]
     assert len({id(counters) for counters in shared}) == 1
+
+
+WITH_GRADIENTS = {case.name for case in cases.CASES if case.op.endswith("_loss")}
+ON_A_GPU = {
+    (case.op, case.make): case
+    for case in reversed(cases.CASES)
+    if case.op != "decode" and case.name not in WITH_GRADIENTS
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU.values(), ids=lambda case: case.name)
+def test_a_gpu_runs_every_case_and_its_graphs_wait_for_nothing(
+    case: harness.Case, taped: list[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But gradients, which the emulated GPU does not compute, and decodes (test_every_device.py)."""
+    of_cpu = {"__new__": lambda cls, device=None: torch.default_generator}
+    generator = type("Generator", (torch.Generator,), of_cpu)
+    monkeypatch.setattr(baselines, "backend", None)
+    with emulated_gpu():
+        monkeypatch.setattr(torch, "Generator", generator)
+        work = case.build(GPU, True)
+        expected = harness.result_of(work, next(iter(work.run)))
+        for name in work.run:
+            assert work.agree(harness.result_of(work, name), expected), name
+            dx.check_errors()
+        assert harness.OURS in work.graphs or not case.op
+        for name in work.run.keys() & work.graphs:
+            with work.under(), Tape():
+                for turn in range(work.sets):
+                    work.run[name](turn, turn)
 
 
 def test_it_runs_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

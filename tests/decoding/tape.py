@@ -24,24 +24,28 @@ from dparallel_ext import models
 from dparallel_ext.decoding.graphs import Graphs
 
 aten = torch.ops.aten
-WAITS = {
-    aten.item.default,
-    aten._local_scalar_dense.default,
-    aten.is_nonzero.default,
-    aten.equal.default,
-    aten.nonzero.default,
-    aten.where.default,  # of a condition alone: where it holds
-    aten.masked_select.default,
-    aten.repeat_interleave.Tensor,
-    aten.repeat_interleave.self_Tensor,
-    aten._unique2.default,
-    aten.bincount.default,
-    aten.isin.Tensor_Tensor,  # of many ids: it sorts them, and waits for the number of different ones
-    aten.lift_fresh.default,  # a tensor of numbers from the host
-}
-"""What a GPU's recording does not permit; so with an index that is a mask."""
-READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
-"""The same of what reads numbers by no operator."""
+RECORDED = """
+    __and__.Tensor __iand__.Tensor __ior__.Tensor __or__.Tensor _grouped_mm _safe_softmax _to_copy
+    _unsafe_view add.Tensor add_.Tensor alias all.dim amax amin any.dim arange argmax argmin as_strided
+    bitwise_and.Tensor bitwise_left_shift.Scalar_Tensor bitwise_not bitwise_or.Tensor bmm cat chunk clamp
+    clamp.Tensor clamp.out clone contiguous copy_ cos cummax cumsum detach div.Tensor einsum embedding
+    empty_like eq.Scalar eq.Tensor exp expand fill_.Scalar flatten.using_ints floor_divide full full_like
+    gather ge.Scalar ge.Tensor gt.Scalar gt.Tensor index.Tensor index_add_ index_copy_
+    index_fill_.int_Scalar index_put_ isnan le.Scalar le.Tensor lerp.Scalar linalg_vector_norm linear log
+    log1p logsumexp lt.Scalar lt.Tensor masked_fill.Scalar masked_fill_.Scalar matmul mean.dim minimum
+    mul.Scalar mul.Tensor mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg new_full new_zeros ones ones_like
+    pad pow.Tensor_Scalar promote_types reciprocal relu remainder.Scalar repeat_interleave.self_int reshape
+    round rsqrt rsub.Scalar scalar_tensor scatter.src scatter_.value scatter_add scatter_reduce.two
+    scatter_reduce_.two searchsorted.Tensor select.int sigmoid silu slice.Tensor softmax.int sort
+    sort.stable split.Tensor split_with_sizes square squeeze.dim stack sub.Tensor sub_.Tensor
+    sum.dim_IntList to.device to.dtype to.dtype_layout topk transpose.int unbind.int unflatten.int unsqueeze
+    view view.dtype where.Scalar where.ScalarOther where.ScalarSelf where.self where.self_out zeros
+    zeros_like
+"""
+"""Torch's operators of which passes and benchmarks are made. By torch's sources their CUDA kernels neither
+wait for the device nor copy from the host: look there (aten/src/ATen/native/cuda) before you add another."""
+READS = ("tolist", "numpy", "cpu")
+"""Methods that read numbers by no operator."""
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 LOOKS = {
     "_check",
@@ -68,6 +72,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield from tensors_of(list(value.values()))
 
 
+def on_one_device(*values: Any) -> bool:
+    """Whether all tensors are, single numbers too: a recording would keep the value of one on the CPU."""
+    return len({tensor.device.type for tensor in tensors_of(values)}) < 2
+
+
 @functools.cache
 def writes(func: Any) -> list[tuple[int, str]]:
     """The arguments that an op changes: places and names."""
@@ -80,9 +89,17 @@ def writes(func: Any) -> list[tuple[int, str]]:
 
 class NoReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS and not looks():
+        if any(func is getattr(Tensor, name) for name in READS) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def is_recorded(func: Any) -> bool:
+    """Whether a GPU's recording permits the operator, for tensors of one device and no mask as an index."""
+    space, name = func._schema.name.split("::")
+    name = f"{name}.{func._schema.overload_name}".removesuffix(".")
+    return space == "dparallel" or (space == "aten" and name in RECORDED.split())
 
 
 class Tape(TorchDispatchMode):
@@ -104,16 +121,16 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-        moves = len({t.device.type for t in tensors_of((args, kwargs)) if t.ndim}) > 1 or (
-            func is aten._to_copy.default and kwargs.get("device", args[0].device).type != args[0].device.type
-        )
-        if (func in WAITS or by_mask or moves) and not looks():
+        permitted = is_recorded(func) and not by_mask and on_one_device(args, kwargs)
+        if not permitted and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         for place, name in writes(func):
             given = args[place] if place < len(args) else kwargs.get(name)
             if isinstance(given, Tensor):
                 self.written.append((given, given.clone()))
         out = func(*args, **kwargs)
+        if not on_one_device(args, kwargs, out) and not looks():
+            raise RuntimeError(f"{func}: not permitted while recording, from one device to another")
         self.calls.append((func, args, kwargs, out))
         return out
 

@@ -21,6 +21,7 @@ from dparallel.training.drafters.common import Target
 from dparallel.training.drafters.runs import KINDS as TRAINEES
 from emulated_gpu import GPU, emulated_gpu, on_cpu
 from forms import a_form
+from tape import Tape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -354,3 +355,28 @@ def test_the_emulated_gpu_refuses_what_a_gpu_refuses(taped: list[Graphs]) -> Non
         for made in (here.to(GPU), there + here[0], torch.full((2,), 1, device=GPU)):
             assert made.device == GPU
         assert there[1:].cpu().tolist() == [2, 2]
+
+
+FROM_THE_HOST: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "to": lambda there, here: here.to(there.device),
+    "to the host": lambda there, here: there.to("cpu"),
+    "like": lambda there, here: here.to(there),
+    "another dtype": lambda there, here: here.to(there.device, torch.float32),
+    "a list": lambda there, here: there[[1, 2]],
+    "a tensor of a list": lambda there, here: torch.tensor([1, 2], device=GPU),
+    "an index": lambda there, here: there[here],
+    "a copy": lambda there, here: there.copy_(here),
+    "a number": lambda there, here: there[0].copy_(here[1]),
+    "a number that is kept": lambda there, here: there + here[1],
+    "tolist": lambda there, here: there.tolist(),
+}
+
+
+@pytest.mark.parametrize("how", FROM_THE_HOST)
+def test_a_recording_takes_nothing_from_the_host(how: str) -> None:
+    """Also in inference mode, in which passes run, and torch has other operators."""
+    for mode in (torch.inference_mode, torch.no_grad):
+        with emulated_gpu(), mode():
+            there, here = torch.arange(3, device=GPU), torch.arange(3)
+            with pytest.raises(RuntimeError, match="not permitted while recording"), Tape():
+                FROM_THE_HOST[how](there, here)

@@ -265,6 +265,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "where": lambda ids: torch.where(ids > 3),
     "mask": lambda ids: ids[ids > 3],
     "repeats": lambda ids: ids.repeat_interleave(ids % 2),
+    "whatever is not known": lambda ids: ids.unique_consecutive(),
 }
 
 
