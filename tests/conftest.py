@@ -52,7 +52,8 @@ if not torch.cuda.is_available():
     # torch would write down the stack for each kind of device that is not there, should one begin later.
     torch.manual_seed = torch.default_generator.manual_seed
 
-GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+GPU = "cuda:0"
+GPUS = [pytest.param(GPU, marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 LEVELS = ["portable", "avx2", "avx512"]
 LEVELS = ["cpu"] if EMULATED else LEVELS[: LEVELS.index(dx.simd_level()) + 1]
 """The CPU's instruction sets that this machine runs, see `every_level`."""
@@ -92,9 +93,9 @@ class OnDevice(TorchFunctionMode):
 @pytest.fixture(params=["cpu", *GPUS])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a test that runs on the CPU, and on the GPU where there is one: what it makes is made there."""
-    if request.param == "cuda":
-        with OnDevice("cuda"):
-            yield "cuda"
+    if request.param == GPU:
+        with OnDevice(GPU):
+            yield GPU
         dx.check_errors()  # no test leaves one unread
     elif request.param == "cpu":
         yield "cpu"

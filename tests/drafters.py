@@ -135,7 +135,7 @@ def exits(layers: Sequence[int] = (2,), gamma: float = 0.5, most: int = 6, targe
     options = AdaDecodeOptions(s.width, s.embedding_size, s.layers, tuple(layers), gamma, most, origin)
     heads = ExitHeads(options)
     for p in heads.parameters():
-        p.data.add_(torch.randn(p.shape), alpha=0.02)
+        p.data.add_(torch.randn(p.shape, device="cpu"), alpha=0.02)
     return AdaDecode(heads)
 
 
@@ -156,7 +156,9 @@ def strided(target: Model = MODEL) -> StridedDrafter:
     tensors, last = {}, f"model.layers.{target.shape.layers - 1}."
     for name, rows in (("self_attn.q_proj", 32), ("self_attn.o_proj", 32), ("mlp.up_proj", 48)):
         for leaf, shape in (("lora_A", (4, 32)), ("lora_B", (rows, 4))):
-            tensors[f"{last}{name}.{leaf}.weight"] = torch.randn(shape, generator=generator) * 0.4
+            tensors[f"{last}{name}.{leaf}.weight"] = (
+                torch.randn(shape, generator=generator, device="cpu") * 0.4
+            )
     adapter = Adapter(DraftCheckpoint("adapter", {"r": 4, "lora_alpha": 4}, tensors))
     return StridedDrafter(adapter=adapter, mask_id=60)
 
@@ -176,10 +178,10 @@ def eagle_tensors(
     g = torch.Generator().manual_seed(7)
 
     def matrix(rows: int, columns: int, std: float = 0.4) -> Tensor:
-        return torch.randn(rows, columns, generator=g) * std
+        return torch.randn(rows, columns, generator=g, device="cpu") * std
 
     def scale(size: int) -> Tensor:
-        return torch.rand(size, generator=g) + 0.5
+        return torch.rand(size, generator=g, device="cpu") + 0.5
 
     t = {"fc.weight": matrix(width, taps * target.shape.width, 0.2), "norm.weight": scale(width)}
     for i in range(layers):
@@ -195,9 +197,9 @@ def eagle_tensors(
             t[f"{at}self_attn.{name}_norm.weight"] = scale(8)
     t["lm_head.weight"] = matrix(vocabulary, width)
     if vocabulary < every:
-        ids = torch.randperm(every, generator=g)[:vocabulary].sort().values
-        t["d2t"] = ids - torch.arange(vocabulary)
-        t["t2d"] = torch.zeros(every, dtype=torch.bool).index_fill_(0, ids, True)
+        ids = torch.randperm(every, generator=g, device="cpu")[:vocabulary].sort().values
+        t["d2t"] = ids - torch.arange(vocabulary, device="cpu")
+        t["t2d"] = torch.zeros(every, dtype=torch.bool, device="cpu").index_fill_(0, ids, True)
     t["embed_tokens.weight"] = matrix(every, width, 1.0)
     t["mask_hidden"] = matrix(1, taps * target.shape.width, 1.0)
     return t

@@ -16,7 +16,7 @@ def a_form(seed: int, vocab: int = 512, ends: Sequence[int] = (7, 9)) -> Automat
     rng = random.Random(seed)
     while True:
         states, classes = rng.randint(1, 6), rng.randint(1, 5)
-        token_class = torch.tensor([rng.randrange(classes) for _ in range(vocab)])
+        token_class = torch.tensor([rng.randrange(classes) for _ in range(vocab)], device="cpu")
         token_class[[vocab - 1, *rng.sample(range(vocab), vocab // 12)]] = classes
         token_class[[*ends]] = classes + 1
         rows = [[rng.choice([NOWHERE, rng.randrange(states)]) for _ in range(classes)] for _ in range(states)]
@@ -26,7 +26,8 @@ def a_form(seed: int, vocab: int = 512, ends: Sequence[int] = (7, 9)) -> Automat
         ]
         rows.append([NOWHERE] * (classes + 1) + [states])
         try:
-            form = Automaton(token_class, torch.tensor(rows), torch.tensor([*accepting, True]))
+            accepts = torch.tensor([*accepting, True], device="cpu")
+            form = Automaton(token_class, torch.tensor(rows, device="cpu"), accepts)
         except ValueError:  # no response has it
             continue
         if (form.transitions[0, :-1] >= 0).any():

@@ -46,6 +46,7 @@ def taped(seen_graphs: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> list[Gr
     monkeypatch.setattr(TapeGraph, "pools", {})
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count(1).__next__)
     monkeypatch.setattr(torch.cuda, "Stream", TapeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", TapeStream)
+    current = TapeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     return seen_graphs

@@ -83,7 +83,7 @@ def test_products_of_few_rows_on_the_device(device: str, how: str) -> None:
     for way in ({"cache": "dual"}, {"cache": "none", "active_blocks": 2}):
         settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 2.0, **way}
         plain = dx.decode(model, prompts, graphs=False, **settings)
-        for _ in range(3 if device == "cuda" else 1):  # the last replays what the others have recorded
+        for _ in range(1 if device == "cpu" else 3):  # the last replays what the others have recorded
             replayed = dx.decode(model, prompts, **settings)
             assert torch.equal(replayed.sequences, plain.sequences)
             assert torch.equal(replayed.nfe, plain.nfe)

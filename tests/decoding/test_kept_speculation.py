@@ -98,6 +98,8 @@ def test_what_recordings_read_outlives_the_decode(taped: list[Graphs], way: dict
 def test_a_gpu_records_every_drafter(device: str, kind: str | None, seen_graphs: list[Graphs]) -> None:
     model, drafter = drafter_of(kind)
     model = copy.deepcopy(model).to(device)
+    if kind == "model":
+        drafter = copy.deepcopy(drafter).to(device)
     for temperature in (0.0, 0.8):
         settings = {**CAUSAL, "drafter": drafter, "temperature": temperature, "seed": 3, "logprobs": True}
         expected = dx.speculate(model, PROMPTS, graphs=False, **settings)
