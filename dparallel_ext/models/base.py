@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import model_store
 from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
-from . import experts, fused_weights, rope
+from . import experts, fields, fused_weights, rope
 from .attention import PagedAttention
 from .config import Config, ModelConfig, Output, config_ids
 from .fp8 import Fp8Linear
@@ -42,6 +42,8 @@ class Model(HuggingFaceInterface):
     """Our name of a module -> the checkpoint's; `{}` stands for the layer."""
     published_mask_id: ClassVar[int | None] = None
     """The mask token of this family's released checkpoints, used if a config names none."""
+    mask_key: ClassVar[str] = "mask_token_id"
+    """The key of a config.json under which the published code looks for the mask token."""
     shift: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     strict: ClassVar[frozenset[str]] = frozenset()
@@ -63,7 +65,9 @@ class Model(HuggingFaceInterface):
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
         self.window = s.window or type(self).window
         published = self.released_mask_id(s.embedding_size)
-        if config.get("mask_token_id") is None and published is not None:
+        if config.get(self.mask_key) is not None:
+            self.config["mask_token_id"] = config[self.mask_key]
+        elif config.get("mask_token_id") is None and published is not None:
             self.config["mask_token_id"] = published
         self.mask_id = next(iter(config_ids(self.config, "mask_token_id", s.embedding_size)), None)
         self.end_at(config_ids(self.config, "eos_token_id", s.embedding_size))
@@ -93,6 +97,8 @@ class Model(HuggingFaceInterface):
     @classmethod
     def shape_of(cls, config: Mapping[str, Any]) -> ModelConfig:
         """The transformer's sizes and options in a config.json. Raises ValueError as `Model` does."""
+        if cls.causal:  # transformers reads the key, though its classes do not name it
+            fields.check_supported(config, {"is_causal": True})
         try:
             shape = cls.read_config(config)
         except KeyError as error:

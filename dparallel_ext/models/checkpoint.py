@@ -98,15 +98,16 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
 def _set_mask(config: dict[str, Any], mask_id: int | None, directory: Path, rows: int) -> None:
     """Set the config's mask token: `mask_id`, else that of the checkpoint's files, of a causal model that of
     its config alone."""
-    name, token = "mask_id", mask_id
+    name, token, family = "mask_id", mask_id, family_in(config, f"path: {directory}")
     if mask_id is None:
         name = f"path: the mask token of {directory}, unless mask_id is given"
-        causal = family_in(config, f"path: {directory}").causal
-        token = config.get("mask_token_id") if causal else files.mask_token_id(directory)
+        token = (
+            config.get(family.mask_key) if family.causal else files.mask_token_id(directory, family.mask_key)
+        )
     if token is not None and (type(token) is not int or not 0 <= token < rows):
         raise ValueError(f"{name}: expected an id below {rows}, got {token!r}")
     if token is not None:
-        config["mask_token_id"] = token
+        config["mask_token_id"] = config[family.mask_key] = token
 
 
 def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: str) -> None:

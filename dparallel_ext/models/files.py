@@ -279,19 +279,21 @@ def is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST_IDS
 
 
-def mask_token_id(directory: Path) -> int | None:
+def mask_token_id(directory: Path, key: str = "mask_token_id") -> int | None:
     """The mask's id in config.json, else generation_config.json, else the tokenizer's files, else None.
 
-    Of the tokenizer's files, mask_token comes first, then an added token named in `MASK_TOKENS`.
+    In config.json `key` comes before mask_token_id; of the tokenizer's files, mask_token, then an added token
+    named in `MASK_TOKENS`.
 
     Raises ValueError naming the file.
     """
-    for name in ("config.json", "generation_config.json"):
-        token: int | None = read_json(directory / name).get("mask_token_id")
+    usual = ("mask_token_id", "config.json"), ("mask_token_id", "generation_config.json")
+    for key_, name in dict.fromkeys(((key, "config.json"), *usual)):
+        token: int | None = read_json(directory / name).get(key_)
         if token is not None:
             if not is_id(token):
                 raise ValueError(
-                    f"path: {directory / name}: mask_token_id={token!r:.80}, expected an id or null, unless "
+                    f"path: {directory / name}: {key_}={token!r:.80}, expected an id or null, unless "
                     "mask_id is given"
                 )
             return token

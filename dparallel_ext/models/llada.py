@@ -105,7 +105,10 @@ _MOE_SUPPORTED = {
     "qk_layernorm": True,
     "norm_topk_prob": False,
     "routed_scaling_factor": 1,
+    "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False,
+    "router_num_group": None,
+    "router_topk_group": None,
     "clip_qkv": None,
 }
 _MOE_FIELDS = {

@@ -26,7 +26,7 @@ LLAMA_NAMES = {
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
-_SUPPORTED = {"hidden_act": "silu", "partial_rotary_factor": 1}
+_SUPPORTED = {"hidden_act": "silu", "partial_rotary_factor": 1, "per_layer_config": None}
 _FIELDS = {
     "num_hidden_layers": fields.LAYERS,
     "hidden_size": fields.WIDTH,
@@ -103,10 +103,13 @@ def _refuse_windows(config: Mapping[str, Any], layers: int) -> None:
             raise ValueError(
                 f"config: layer_types with {others[0]!r:.80} is not supported, only 'full_attention'"
             )
-    elif c["use_sliding_window"] and c["sliding_window"] is not None and c["max_window_layers"] < layers:
+        return
+    # transformers takes a missing key for 4096.
+    window = c["sliding_window"] if "sliding_window" in config else 4096
+    if c["use_sliding_window"] and window is not None and c["max_window_layers"] < layers:
         raise ValueError(
             f"config: use_sliding_window=True is not supported: layers from max_window_layers="
-            f"{c['max_window_layers']} on would see {c['sliding_window']} positions"
+            f"{c['max_window_layers']} on would see {window} positions"
         )
 
 

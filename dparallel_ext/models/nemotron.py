@@ -22,6 +22,8 @@ from .mistral import Ministral3
 
 _SUPPORTED = {"dlm_type": "llada"}
 """With "dream" the logits for a mask are at the position before it."""
+_ROPE_THETA = 1e6
+"""The published base, where a config has none."""
 
 
 class NemotronDiffusion(Ministral3):
@@ -46,4 +48,9 @@ class NemotronDiffusion(Ministral3):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
+        rope = config.get("rope_parameters") or config.get("rope_scaling")
+        if not rope:
+            raise ValueError("config: 'rope_parameters' is missing or null")
+        if isinstance(rope, Mapping) and rope.get("rope_theta") is None and config.get("rope_theta") is None:
+            config = {**config, "rope_theta": _ROPE_THETA}
         return Ministral3.read_config(config)

@@ -44,6 +44,11 @@ class Qwen2(Model):
         return llama_shape(config, qkv_bias=True)
 
 
+def _qwen3_shape(config: Mapping[str, Any], **keywords: Any) -> ModelConfig:
+    bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
+    return llama_shape(config, qk_norm=True, qkv_bias=bias, o_bias=bias, **keywords)
+
+
 class Qwen3(Model):
     """Queries and keys are normalised; heads have 128 dimensions unless the config says otherwise."""
 
@@ -52,12 +57,12 @@ class Qwen3(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
-        return llama_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)
+        return _qwen3_shape(config, head_dim=128)
 
 
 class Qwen3MoE(Qwen3):
-    """Qwen3 with mixtures of experts, see `experts`."""
+    """Qwen3 with mixtures of experts, see `experts`; heads share the model's width unless the config says
+    otherwise."""
 
     NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
 
@@ -65,7 +70,7 @@ class Qwen3MoE(Qwen3):
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         if config.get("use_sliding_window"):  # which transformers' class gives to every layer
             config = {**config, "max_window_layers": 0, "layer_types": None}
-        return replace(Qwen3.read_config(config), experts=experts_of(config))
+        return replace(_qwen3_shape(config), experts=experts_of(config))
 
 
 def experts_of(config: Mapping[str, Any]) -> ExpertsConfig:

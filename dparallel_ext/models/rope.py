@@ -251,11 +251,14 @@ def read(
         fields.check_supported(rope, {"partial_rotary_factor": 1})
         thetas[key] = fields.read(rope, {"rope_theta": FIELDS["rope_theta"]}, key)["rope_theta"]
         by_layer[key] = None if kind == "default" else SCALINGS[kind](rope, c, key)
+    if len(set(by_layer.values())) > 1:
+        raise ValueError("config: rope_scaling and rope_parameters ask for different embeddings")
+    if len(by_layer) > 1 and thetas["rope_theta"] is None and thetas["rope_scaling"] is None:
+        # transformers reads rope_scaling alone, whose base is then the default.
+        thetas["rope_scaling"] = fields.ROPE_THETA.default
     bases = {key: theta for key, theta in thetas.items() if theta is not None}
     if len(set(bases.values())) > 1:
         raise ValueError(f"config: the rope_theta of {' and '.join(map(str, bases))} differ: {bases}")
-    if len(set(by_layer.values())) > 1:
-        raise ValueError("config: rope_scaling and rope_parameters ask for different embeddings")
     theta = next(iter(bases.values()), fields.ROPE_THETA.default)
     scaling = next(iter(by_layer.values()), None)
     if isinstance(scaling, Yarn) and theta == 1:

@@ -34,6 +34,7 @@ class SDARMoE(SDAR):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        fields.check_supported(config, {"use_regular_causal": False})  # I-DLM's, which is known of SDAR alone
         return replace(SDAR.read_config(config), experts=experts_of(config))
 
 

@@ -56,17 +56,13 @@ class SDLM(Model):
     aligned_blocks = False
     window = 4
     published_mask_id = 151665
+    mask_key = "text_mask_token_id"
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        if config.get("mask_token_id") is None and config.get("text_mask_token_id") is not None:
-            config = {**config, "mask_token_id": config["text_mask_token_id"]}
-        super().__init__(config)
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
         size = fields.read(config, {"block_size": Field(int, SDLM.window, most=WORD)})["block_size"]
         shape = replace(llama_shape(config, qkv_bias=True), window=size)
-        config_ids(config, "text_mask_token_id", shape.embedding_size)
+        config_ids(config, SDLM.mask_key, shape.embedding_size)
         return shape

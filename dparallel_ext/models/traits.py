@@ -42,9 +42,9 @@ def traits(model: Any) -> Traits:
     config = getattr(inner, "config", None)
     family = family_of({key: getattr(config, key, None) for key in DECISIVE}) or Model
     candidates = [
-        getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))
+        getattr(config, family.mask_key, None),
+        *(getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))),
     ]
-    candidates.append(getattr(config, "text_mask_token_id", None))
     candidates.append(family.released_mask_id(getattr(config, "vocab_size", None)))
     mask_id, block_length = next((candidate for candidate in candidates if candidate is not None), None), None
     if family is FastDLLM:  # block-causal whenever it is called, unlike SDAR, whose mask its caller makes

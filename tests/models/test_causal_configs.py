@@ -12,7 +12,7 @@ import torch
 from test_causal import LLAMA3, MINISTRAL, case, config_of, transformers
 
 from dparallel_ext import models
-from dparallel_ext.models import Llama, Qwen2, Qwen3
+from dparallel_ext.models import Llama, Qwen2, Qwen3, Qwen3MoE
 
 LLAMA_2 = {
     **{"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "model_type": "llama"},
@@ -127,6 +127,7 @@ def test_an_end_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 SCALED = {"rope_type": "yarn", "factor": 4.0}
+SLIDING = {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
         ("qwen3", {"layer_types": "full_attention"}, "layer_types with 'full_attention' is not"),
         (
             "qwen2",
-            {"layer_types": None, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            {**SLIDING, "sliding_window": 8},
             "use_sliding_window=True is not supported: layers from max_window_layers=1 on would see 8",
         ),
         *(
@@ -154,6 +155,17 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
             )
             for kinds in ({}, {"layer_types": ["full_attention"] * 2})
         ),
+        *(  # transformers takes a missing key for 4096
+            (
+                family,
+                {**SLIDING, "sliding_window": ...},
+                f"layers from max_window_layers={first} on would see 4096 positions",
+            )
+            for family, first in (("qwen2", 1), ("qwen3", 1), ("qwen3_moe", 0))
+        ),
+        ("qwen2", {"is_causal": False}, "is_causal=False is not supported, only True"),
+        ("llama", {"is_causal": None}, "is_causal=None is not supported, only True"),
+        ("qwen3", {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config={'0': .* not supp"),
         ("llama", {"sliding_window": 8}, "sliding_window=8 is not supported: Llama attends to all positions"),
         ("llama", {"attention_chunk_size": 8}, "attention_chunk_size=8 is not supported"),
         ("qwen3", {"num_key_value_heads": 3}, "3 key heads do not divide 4 heads"),
@@ -172,6 +184,11 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor=0, expected a n"),
         ("llama", {"rope_scaling": SCALED}, "rope_scaling and rope_parameters ask for different embeddings"),
         ("llama", {"rope_theta": 7.0}, "the rope_theta of rope_theta and rope_parameters differ"),
+        (  # transformers reads rope_scaling alone, and takes the default base
+            "llama",
+            {"rope_scaling": {"type": "default"}},
+            "the rope_theta of rope_scaling and rope_parameters differ: .*10000.0, .*500.0",
+        ),
         (
             "llama",
             {"rope_parameters": SCALED, "max_position_embeddings": None},
@@ -202,7 +219,7 @@ SCALED = {"rope_type": "yarn", "factor": 4.0}
         ("qwen3", {"hidden_size": ...}, "'hidden_size' is missing"),
         (
             "ministral3",
-            {"rope_scaling": {**MINISTRAL, "llama_4_scaling_beta": 0.1}},
+            {"rope_scaling": {**MINISTRAL, "rope_theta": 500.0, "llama_4_scaling_beta": 0.1}},
             "the llama_4_scaling_beta of rope_parameters and rope_scaling differ: .*0.7, .*0.1",
         ),
     ],
@@ -234,4 +251,7 @@ def test_what_a_config_may_say_without_effect() -> None:
     absent = {key: value for key, value in plain.items() if key not in ("head_dim", "rope_parameters")}
     assert Qwen3(absent).shape.head_dim == 128  # the published default
     assert Qwen2(absent).shape.head_dim == 8
+    experts = {key: value for key, value in config_of("qwen3_moe").to_dict().items() if key != "head_dim"}
+    assert Qwen3MoE(experts).shape.head_dim == 8  # unlike Qwen3's
+    assert Qwen3MoE({**experts, "is_causal": True, "per_layer_config": {}}).shape == Qwen3MoE(experts).shape
     assert Qwen2(absent).shape.rope_theta == 10000

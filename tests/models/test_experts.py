@@ -410,6 +410,7 @@ def test_names_of_parts() -> None:
         ({"decoder_sparse_step": 0}, "decoder_sparse_step=0, expected a whole number >= 1"),
         ({"mlp_only_layers": 1}, "mlp_only_layers=1, expected a list of layers"),
         ({"mlp_only_layers": ["1"]}, r"mlp_only_layers=\['1'\], expected a list of layers"),
+        ({"use_regular_causal": True}, "use_regular_causal=True is not supported, only False"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
@@ -423,6 +424,9 @@ def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: s
         ({"qk_layernorm": False}, "qk_layernorm=False is not supported, only True"),
         ({"norm_topk_prob": True}, "norm_topk_prob=True is not supported, only False"),
         ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True is not supported"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function='sigmoid' is not supported"),
+        ({"router_num_group": 2}, "router_num_group=2 is not supported, only None"),
+        ({"router_topk_group": 1}, "router_topk_group=1 is not supported, only None"),
         (
             {"shared_expert_intermediate_size": 8},
             "shared_expert_intermediate_size=8, expected a whole number",

@@ -100,7 +100,6 @@ def test_a_checkpoint_is_read_and_written(size: int, tmp_path: Path) -> None:
     assert (model.shape.qkv_bias, model.shape.o_bias) == (True, False)
     assert models.traits(model) == models.traits(theirs(size))
     assert models.traits(ours(4)) == TRAITS
-    assert models.load(tmp_path, mask_id=3).mask_id == 3
     expected = model(x).logits
     assert own_choices(str(tmp_path))["block_length"] == (size,)
     models.save(model, tmp_path / "again")
@@ -109,6 +108,19 @@ def test_a_checkpoint_is_read_and_written(size: int, tmp_path: Path) -> None:
     assert torch.equal(again(x).logits, expected)
     settings: dict[str, Any] = {"gen_length": 20, "rule": "confidence:0.3"}
     assert torch.equal(*(dx.decode(each, x[5], **settings).sequences for each in (model, again)))
+
+
+def test_the_mask_token_has_a_key_of_its_own(tmp_path: Path) -> None:
+    """Which comes before mask_token_id, wherever that is, as in the published code."""
+    of = theirs(4, mask_token_id=7)
+    of.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"mask_token_id": 8}')
+    for model in (models.load(tmp_path), models.wrap(of), SDLM(of.config.to_dict())):
+        assert model.mask_id == model.config["mask_token_id"] == MASK
+    assert models.traits(of).mask_id == MASK
+    other = models.load(tmp_path, mask_id=3)
+    models.save(other, tmp_path / "again")
+    assert other.mask_id == models.load(tmp_path / "again").mask_id == 3
 
 
 def test_the_published_config() -> None:

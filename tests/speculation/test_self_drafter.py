@@ -267,6 +267,7 @@ def test_models_without_masks_are_refused() -> None:
     ("changes", "said"),
     [
         ({"dlm_type": "dream"}, "dlm_type='dream' is not supported, only 'llada'"),
+        ({"rope_parameters": None}, "'rope_parameters' is missing or null"),
         ({"sliding_window": 64}, "sliding_window=64 is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         (
@@ -278,6 +279,16 @@ def test_models_without_masks_are_refused() -> None:
 def test_configs_that_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         NemotronDiffusion({**CONFIG, **changes})
+
+
+def test_the_base_of_rotary_embeddings_that_a_config_lacks() -> None:
+    """The published config class has its own default, wherever the rest of rope_parameters comes from."""
+    without = {key: value for key, value in ROPE.items() if key != "rope_theta"}
+    assert NemotronDiffusion({**CONFIG, "rope_parameters": without}).shape.rope_theta == 1e6
+    for key in ("rope_parameters", "rope_scaling"):
+        config = {**CONFIG, "rope_parameters": None, "rope_theta": 7.0, key: without}
+        assert NemotronDiffusion(config).shape.rope_theta == 7
+    assert NemotronDiffusion(CONFIG).shape.rope_theta == ROPE["rope_theta"]
 
 
 def test_the_published_class_is_wrapped(model: models.Model) -> None:
