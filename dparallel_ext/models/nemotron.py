@@ -33,6 +33,7 @@ class NemotronDiffusion(Ministral3):
     Where diffusion differs from the published code:
     - gen_length need not be a multiple of block_length: the last block is shorter.
     - There is no budget of thinking tokens, and no fixed schedule (`steps`).
+    - No pass is run over a block whose first token is an end.
     - The mask token is never committed.
 
     The tests compare, on random weights, its logits with transformers' Ministral 3, and tokens, drafts and
