@@ -24,6 +24,8 @@ from .families import FAMILIES, family_in, family_of
 from .modules import shapes_only
 from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
 
+_WEIGHTS = "model.safetensors"
+
 
 def load(
     path: str | Path,
@@ -89,6 +91,11 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     file = directory / "config.json"
     config = files.read_json(file, required=True)
     family = family_in(config, f"path: {file}")
+    named = config.get("transformers_weights")  # files that transformers reads in place of the usual ones
+    if named not in (None, _WEIGHTS):
+        raise ValueError(
+            f"path: {file}: transformers_weights={named!r:.80} is not supported, only {_WEIGHTS}"
+        )
     try:
         return config, family.shape_of(config)
     except ValueError as error:
@@ -264,6 +271,7 @@ def save(
         ).items()
     }
     config = {**model.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("transformers_weights", None)
     if "dtype" in config:  # the newer name, which transformers reads first
         config["dtype"] = config["torch_dtype"]
     if family_of(config) is not type(model):
@@ -437,7 +445,7 @@ def fetch(file: Path, shard: Any, name: str) -> Tensor:
 
 def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
     """The files of weights, each with the index, {tensor: file}; None for a single file."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / _WEIGHTS, directory / f"{_WEIGHTS}.index.json"
     if files.is_there(single):  # before an index, as in transformers
         return {single: None}
     if not files.is_there(index):

@@ -119,6 +119,13 @@ def test_every_end_is_known(config: Any, generation: Any, expected: tuple[int, .
         assert model.eos_id == (expected[0] if expected else None)
 
 
+def test_files_of_weights_that_a_config_names_are_not_written_again(tmp_path: Path) -> None:
+    theirs = copy.deepcopy(case("llama"))
+    theirs.config.transformers_weights = "other.safetensors"
+    models.save(models.wrap(theirs), tmp_path)
+    assert "transformers_weights" not in models.load(tmp_path).config
+
+
 def test_an_end_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     case("llama").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 97]}')
@@ -163,6 +170,7 @@ SLIDING = {"layer_types": None, "use_sliding_window": True, "max_window_layers":
             )
             for family, first in (("qwen2", 1), ("qwen3", 1), ("qwen3_moe", 0))
         ),
+        ("qwen2", {"transformers_weights": "a.safetensors"}, "transformers_weights=.* is not supported"),
         ("qwen2", {"is_causal": False}, "is_causal=False is not supported, only True"),
         ("llama", {"is_causal": None}, "is_causal=None is not supported, only True"),
         ("qwen3", {"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config={'0': .* not supp"),
