@@ -209,8 +209,11 @@ def _allowed(
                 raise ValueError(f"{type(rule).__name__}: {name}: expected None of a rule whose edits are 0")
     if remask is not None:
         remask = remask & where.decoded
-        fewer = remask.cumsum(1) < commit.sum(1, keepdim=True)  # so that every decode ends
-        remask &= fewer | ~where.open.any(1, keepdim=True)
+        # So that every decode ends: each pass leaves fewer masks, or at least as many decoded tokens in the
+        # block as there were passes over it.
+        made, held = commit.sum(1), where.decoded.sum(1)
+        most = made - 1 + (held - where.turn).clamp(min=0)
+        remask &= (remask.cumsum(1) <= most[:, None]) | ~where.open.any(1, keepdim=True)
     if edit is not None:
         edit = edit & where.decoded & sound
         commit |= edit if remask is None else edit & ~remask

@@ -57,14 +57,14 @@ class Where:
     lane: Tensor
     """(W,) int64: the sequence of each window."""
     start: Tensor
-    """(W,) int64: the sequence's column in cell 0."""
+    """(W,) int64: the sequence's column in cell 0; not always `block`, where the window's block begins."""
     read: Tensor
     """(W, C) bool: cells with statistics; in other cells the ids are -1 and the numbers NaN."""
     open: Tensor
     """(W, C) bool: cells with statistics that hold masks. A rule may commit them."""
     masked: Tensor
     """(W, C) bool: open cells in the window. In a window that `must_move`, as the front block's, at least one
-    of them commits, whatever the rule decides."""
+    of them commits: if the rule commits none, the most confident."""
     token: Tensor
     """(W, C) int64: the token in each cell; -1 without statistics."""
     decoded: Tensor
@@ -155,8 +155,8 @@ class Decision(NamedTuple):
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens are replaced by `token`."""
     remask: Tensor | None = None
     """(W, C) bool, for a rule that `edits`: cells whose decoded tokens become masks again, from left to right
-    as long as they are fewer than the masks that the pass commits in the block, so that every pass leaves
-    fewer masks. A pass over a block without a mask may remask any of its cells."""
+    as long as the pass leaves fewer masks in the block, or after n passes over the block at least n decoded
+    tokens. A pass over a block without a mask may remask any of its cells."""
     complete: Tensor | None = None
     """(W,) bool, for a rule that `edits`: windows whose block needs no further pass if this one leaves no
     mask in it. None: a block needs further passes until one changes nothing."""
@@ -168,18 +168,18 @@ class Rule:
     """Decides what a pass commits. A frozen dataclass: equal rules share their state.
 
     Whatever a rule decides, at least one mask of the front block's window is committed, and never the mask
-    token; and fewer tokens become masks again.
+    token; and so few tokens become masks again that every decode ends (`Decision.remask`).
     """
 
     reads: Literal["masked", "block", "response"] = "masked"
-    """The columns whose statistics it needs: the masks of the active window; the whole active block; or the
-    whole response if the pass computes it (caches "none" and "prefix"; else the block). Where logits are
-    shifted, a pass from the block on has none for the block's first column, and a pass that takes a block's
-    first token from the block before (Fast-dLLM v2) reads this one column."""
+    """The columns whose statistics it needs: the masks of the active window; the whole active block, from the
+    response's first token on; or the whole response if the pass computes it (caches "none" and "prefix"; else
+    the block). Where logits are shifted, a pass from the block on has none for the block's first column, and
+    a pass that takes a block's first token from the block before (Fast-dLLM v2) reads this one column."""
     edits: int = 0
     """0: committed tokens stay. N > 0: they may change, or become masks again, while their block is open; a
-    block without a mask is complete once a pass changes nothing, or after N such passes. The rule then needs
-    `reads` "block"."""
+    block without a mask is complete once a pass changes nothing, or after N such passes, or when
+    `Decision.complete` says so. The rule then needs `reads` "block"."""
     soft: bool = False
     """Whether the model sees soft tokens, see `models.soft_embeddings`, in the cells that the rule reads: the
     first tensor of its state, (lanes, columns) float32, is the mask's share of each cell's embedding, from 0,

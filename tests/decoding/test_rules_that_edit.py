@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -165,21 +166,77 @@ def test_an_edit_to_an_impossible_token_leaves_what_is_there(llada: models.Model
 def test_remasking_is_its_loop(llada: models.Model, by: float, edits: int) -> None:
     """A given token never becomes a mask."""
     taken: list[int] = []
+    turns: Counter[int] = Counter()
 
     def after(z: Tensor, x: Tensor, inside: Tensor, given: Tensor) -> Tensor:
         token, masked, p = argmax(z), inside & (x == MASK), z.softmax(1)
         sure = p.gather(1, token[:, None])[:, 0]
         commit = masked & (sure >= 0.3)
+        decoded, turn = inside & ~masked & ~given, turns[int(inside.nonzero()[0])]
+        turns[int(inside.nonzero()[0])] += 1
+        back = (decoded & (p.gather(1, x[:, None])[:, 0] < 0.3)).nonzero()[:, 0]
         if bool(masked.any()):
             commit |= best(sure, masked) & ~commit.any()
-        back = (inside & ~masked & ~given & (p.gather(1, x[:, None])[:, 0] < 0.3)).nonzero()[:, 0]
-        if bool(masked.any()):
-            back = back[: int(commit.sum()) - 1]
+            back = back[: int(commit.sum()) - 1 + max(0, int(decoded.sum()) - turn)]
         taken.append(len(back))
         return torch.where(commit, token, x).index_fill(0, back, MASK)
 
     check_edits(Sharp(llada, by), Backtrack(edits=edits), after)
     assert max(taken) > 1
+
+
+@dataclass(frozen=True)
+class Revoke(Rule):
+    """Takes back the least likely tokens, fewer than the pass before has committed: WINO's measure (arXiv
+    2507.18578), by which a pass may leave more masks than it found."""
+
+    likely: float = 0.4
+    back: float = 0.5
+    edits: int = 1
+    reads = "block"
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (torch.zeros((lanes, 1), dtype=torch.int64, device=device),)
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        sure = torch.where(where.masked, stats.confidence, -1.0)
+        first = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1) == 0
+        commit = where.masked & ((sure >= self.likely) | first)
+        made = commit.sum(1, keepdim=True)
+        p = (where.logits(where.token[..., None])[..., 0] - stats.lse).exp()
+        p = torch.where(where.decoded, p, 2.0)
+        rank = p.argsort(dim=1, stable=True).argsort(dim=1)
+        before = torch.where(where.turn[:, None] == 0, 1, state[0][where.lane])
+        state[0][where.lane] = made
+        back = (p < self.back) & (made > 1) & (rank < before - 1)
+        return Decision(commit, remask=back, complete=torch.ones_like(where.turn, dtype=torch.bool))
+
+
+def test_a_pass_may_take_back_more_than_it_commits(llada: models.Model) -> None:
+    """As long as n passes leave n tokens."""
+    model, grown = Sharp(llada, 0.6), 0
+    for prompt in PROMPTS:
+        x, passes = torch.cat((prompt, torch.full((32,), MASK))), 0
+        for start in (len(prompt), len(prompt) + 16):
+            inside = torch.zeros(len(x), dtype=torch.bool)
+            inside[start : start + 16] = True
+            before = 1
+            while bool((x[inside] == MASK).any()):
+                z, passes = model(x[None]).logits[0].double(), passes + 1
+                token, masked, p = argmax(z), inside & (x == MASK), z.softmax(1)
+                sure = p.gather(1, token[:, None])[:, 0]
+                commit = masked & (sure >= 0.4)
+                commit |= best(sure, masked) & ~commit.any()
+                doubt = p.gather(1, x[:, None])[:, 0].masked_fill(~inside | masked, 2.0)
+                made = int(commit.sum())
+                back = doubt.argsort(stable=True)[: before - 1 if made > 1 else 0]
+                back = back[doubt[back] < 0.5]
+                grown += len(back) > made
+                x, before = torch.where(commit, token, x).index_fill(0, back, MASK), made
+        out = dx.decode(model, prompt, gen_length=32, block_length=16, rule=Revoke(), mask_id=MASK)
+        assert torch.equal(out.sequences[0], x)
+        assert int(out.nfe) == passes
+    assert grown
 
 
 @pytest.mark.parametrize(
@@ -197,7 +254,7 @@ def test_remasking_is_its_loop(llada: models.Model, by: float, edits: int) -> No
     ],
 )
 def test_a_rule_that_always_remasks_ends(name: str, settings: dict[str, Any]) -> None:
-    """Each pass leaves fewer masks, but for `edits` passes over a block without one."""
+    """After n passes a block has n tokens, but for `edits` passes over a block without a mask."""
     model = golden.model(name, dtype=torch.float32)
     prompts = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
     settings = {"rule": Backtrack(0.0, 2.0, 2), "gen_length": 16, "block_length": 8, **settings}
