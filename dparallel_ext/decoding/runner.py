@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata
-from ..models import Model, Stream, logits_of, own_precision, soft_embeddings
+from ..models import Model, Stream, logits_of, mixed_embeddings, own_precision, soft_embeddings
 from ..ops import commit_
 from ..ops.errors import Cell, explain
 from ..packed import unpack
@@ -221,20 +221,30 @@ class Runner:
     def _soft(
         self, ids: Tensor, metadata: AttentionMetadata, groups: Sequence[SamplingGroup], edges: Tensor
     ) -> Stream:
-        """The first layer's input for ids (N,), in which tokens are soft in the cells that soft rules read.
+        """The first layer's input for ids (N,), soft in the cells that soft rules read, see `Rule.soft`.
 
         edges: (groups, 4, W) int64, see `sampler.decide`.
         """
-        share = torch.zeros(ids.shape, device=ids.device)
+        tokens = self.model.embedded(ids).sum
         for group, windows in zip(groups, edges, strict=True):
-            if group.rule is not None and group.rule.soft:
-                # A rule that edits has one block open, and so its lane's first window.
-                first, last = windows[2:, :: self.windows_of_lane][:, metadata.rows]
-                inside = (metadata.positions >= first) & (metadata.positions < last)
-                of_rule = self.states[group.rule][0][metadata.rows, metadata.positions]
-                share = torch.where(inside, of_rule, share)
-        mask = self.model.embedded(ids.new_full((1,), self.mask_id)).sum
-        return Stream(soft_embeddings(self.model.embedded(ids).sum, mask, share))
+            if group.rule is None or not group.rule.soft:
+                continue
+            first, last = windows[2:].view(2, len(self.tokens), -1)[:, metadata.rows]
+            column = metadata.positions[:, None]
+            soft = ((column >= first) & (column < last)).any(1)
+            if not group.rule.edits:
+                soft &= ids == self.mask_id
+            shares = self.states[group.rule][0][metadata.rows, metadata.positions]
+            shares = torch.where(soft if shares.ndim == 1 else soft[:, None], shares, 0)
+            if shares.ndim == 1:
+                mask = self.model.embedded(ids.new_full((1,), self.mask_id)).sum
+                tokens = soft_embeddings(tokens, mask, shares)
+            else:
+                others = self.states[group.rule][1][metadata.rows, metadata.positions]
+                others = others.clamp(0, self.model.shape.embedding_size - 1)
+                each = (self.model.embedded(column).sum for column in others.unbind(1))
+                tokens = mixed_embeddings(tokens, each, shares)
+        return Stream(tokens)
 
     def _complete(self, counts: CommitOutput, decided: Sequence[Decided]) -> CommitOutput:
         """`counts` without the changes in blocks that need no further pass."""

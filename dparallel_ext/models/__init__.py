@@ -15,7 +15,7 @@ from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
 from .mistral import Ministral3, Mistral
-from .modules import Stream, Taps, soft_embeddings
+from .modules import Stream, Taps, mixed_embeddings, soft_embeddings
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
@@ -76,6 +76,7 @@ __all__ = [
     "locate",
     "logits_of",
     "max_positions",
+    "mixed_embeddings",
     "native",
     "own_precision",
     "save",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -136,6 +136,18 @@ def soft_embeddings(tokens: Tensor, mask: Tensor, share: Tensor) -> Tensor:
     mixed = (1 - s) * e + s * m
     mixed = mixed * (((1 - s) * length(e) + s * length(m)) / (length(mixed) + 1e-6))
     return torch.where(s > 0, mixed.to(tokens.dtype), tokens)
+
+
+def mixed_embeddings(tokens: Tensor, others: Iterable[Tensor], shares: Tensor) -> Tensor:
+    """Mixtures (N, width) of the embeddings `tokens` (N, width) and K others (N, width).
+
+    shares: (N, K) float32, those of the others; what is left to 1 is the token's. Their lengths stay as the
+    sum makes them (EvoToken-DLM, arXiv 2601.07351). A token without shares keeps its embedding.
+    """
+    mixed = (1 - shares.sum(1, keepdim=True)) * tokens.float()
+    for other, share in zip(others, shares.unbind(1), strict=True):
+        mixed = mixed + share[:, None] * other.float()
+    return torch.where((shares != 0).any(1, keepdim=True), mixed.to(tokens.dtype), tokens)
 
 
 def norm_of_sum(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:

@@ -181,9 +181,11 @@ class Rule:
     block without a mask is complete once a pass changes nothing, or after N such passes, or when
     `Decision.complete` says so. The rule then needs `reads` "block"."""
     soft: bool = False
-    """Whether the model sees soft tokens, see `models.soft_embeddings`, in the cells that the rule reads: the
-    first tensor of its state, (lanes, columns) float32, is the mask's share of each cell's embedding, from 0,
-    the token as it is, to 1. It needs `edits`, and a model of `dparallel_ext.models`."""
+    """Whether the model sees soft tokens in the cells that the rule reads. The state then begins with the
+    mask's share of each cell's embedding, (lanes, columns) float32, from 0, the token as it is, to 1
+    (`models.soft_embeddings`); or with the shares of K ids, (lanes, columns, K) float32, and the ids, (lanes,
+    columns, K) int64, and what is left to 1 is the share of what the cell holds (`models.mixed_embeddings`).
+    Of a rule without `edits` only masks are soft. It needs a model of `dparallel_ext.models`."""
     hidden: bool = False
     """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
     in_order: bool = False
@@ -254,8 +256,6 @@ def check_rule(rule: Rule) -> None:
     one_of(f"{name}: reads", rule.reads, ("masked", "block", "response"))
     if whole(f"{name}: edits", rule.edits, 0) and rule.reads != "block":
         raise ValueError(f"{name}: reads: expected 'block' of a rule that edits, got {rule.reads!r}")
-    if rule.soft and not rule.edits:
-        raise ValueError(f"{name}: edits: expected at least 1 of a rule that makes soft tokens, got 0")
 
 
 def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -273,12 +273,22 @@ def state_of(rule: Rule, lanes: int, columns: int, device: torch.device) -> tupl
                 f"{name}: expected Tensors ({lanes}, ...) of a rule without a reset of its own, got one "
                 f"{tuple(values.shape)}"
             )
-    if rule.soft and [(s.shape, s.dtype) for s in state[:1]] != [((lanes, columns), torch.float32)]:
+    if rule.soft and not _makes_soft(state, lanes, columns):
         raise ValueError(
-            f"{name}: expected float32 ({lanes}, {columns}) in front, the mask's shares of a rule that makes "
-            f"soft tokens, got {[described(values) for values in state[:1]]}"
+            f"{name}: expected, of a rule that makes soft tokens, the mask's shares in front, float32 "
+            f"({lanes}, {columns}), or shares and ids, float32 and int64 ({lanes}, {columns}, K), got "
+            f"{[described(values) for values in state[:2]]}"
         )
     return state
+
+
+def _makes_soft(state: tuple[Tensor, ...], lanes: int, columns: int) -> bool:
+    """Whether a state begins as `Rule.soft` says."""
+    kinds = [(values.shape, values.dtype) for values in state[:2]]
+    if kinds[:1] == [((lanes, columns), torch.float32)]:
+        return True
+    shape = (lanes, columns, *kinds[0][0][2:3]) if kinds else ()
+    return len(shape) == 3 and kinds == [(shape, torch.float32), (shape, torch.int64)]
 
 
 def expect(name: str, value: Any, like: Tensor) -> None:

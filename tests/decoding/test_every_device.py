@@ -22,6 +22,7 @@ from dparallel.training.drafters.runs import KINDS as TRAINEES
 from emulated_gpu import GPU, emulated_gpu, on_cpu
 from forms import a_form
 from tape import Tape
+from test_soft import Mixed
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -229,6 +230,8 @@ WAYS: dict[str, Way] = {
     "self-speculation": decoded(of("llada_tiny_a"), cache="dual", draft_size=3),
     "a form": decoded(of("llada_tiny_a"), automaton=a_form(3), cache="dual"),
     "a form, in blocks": decoded(of("sdar_tiny_a"), automaton=a_form(2), cache="block", threshold=4.5),
+    "soft masks": decoded(of("llada_tiny_a"), rule=Mixed(), cache="dual", active_blocks=2),
+    "soft tokens": decoded(of("sdar_tiny_a"), rule=Mixed(reads="block", edits=1), cache="block"),
     "a function": decoded(of("llada_tiny_a"), rule=lambda stats, masked, step: stats.confidence > 0.02),
     **{
         rule: decoded(of("llada_tiny_a"), rule=rule, cache="dual", eos_id=5)

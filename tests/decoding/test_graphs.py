@@ -18,6 +18,7 @@ from tape import PROMPTS, TINY, recordings
 from test_infill import fast_dllm
 from test_rules import Planner
 from test_rules_that_edit import Backtrack, Revoke
+from test_soft import Mixed
 from torch import Tensor
 
 import dparallel_ext as dx
@@ -132,6 +133,8 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("sdar_tiny_a", {"cache": "block", "block_length": 8, "draft_size": 2, "temperature": 0.7, "seed": 5}),
     ("llada_tiny_a", {"cache": "dual", "rule": "soft:0.05,0.9,6"}),
     ("sdar_tiny_a", {"cache": "block", "rule": "soft:0.05,0.9,6", "block_length": 8}),
+    ("llada_tiny_a", {"cache": "dual", "rule": Mixed(likely=0.95), "active_blocks": 2}),
+    ("sdar_tiny_a", {"cache": "block", "rule": Mixed(reads="block", edits=1), "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "rule": Revoke()}),
 ]
 
