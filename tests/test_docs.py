@@ -6,6 +6,7 @@ without a GPU "cuda" is "cpu". Blocks of a page run in order, in one namespace. 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import runpy
@@ -52,12 +53,14 @@ def test_code_runs(page: Path, here: Path) -> None:
     code = "\n".join(blocks(page, "python"))
     if not torch.cuda.is_available():
         code = code.replace('device="cuda"', 'device="cpu"')
+    # Without this file's annotations as strings, which a page's dataclasses would look up in a module.
+    compiled = functools.partial(compile, filename=page.name, mode="exec", dont_inherit=True)
     if "http://127.0.0.1:8000" in code:
         path = "path/to/LLaDA-8B-Instruct"
         with serving(registry.load("builtin:teacher"), name=path, keys=(KEY,), max_length=512) as running:
-            exec(compile(code.replace("http://127.0.0.1:8000", running.url), page.name, "exec"), names)
+            exec(compiled(code.replace("http://127.0.0.1:8000", running.url)), names)
     else:
-        exec(compile(code, page.name, "exec"), names)
+        exec(compiled(code), names)
 
 
 @pytest.mark.parametrize("page", named(PAGES, "bash"))
