@@ -359,9 +359,9 @@ def test_a_diffusion_model_guesses_what_the_next_passes_commit() -> None:
     plain, guessed = (json.loads(run(*given, *more)) for more in ((), ("--draft-size", 4)))
     assert guessed["response"] == plain["response"]
     assert guessed["forwards"] <= plain["forwards"] * 2 / 3
-    refused = run("decode", PROMPT, "--draft-size", 4, code=2)
-    assert "draft_size: needs a fixed number of tokens a pass" in refused
-    assert "a policy 'one' or 'steps:N'" in refused
+    refused = run("decode", PROMPT, "--policy", "credit", "--draft-size", 4, code=2)
+    assert "draft_size: goes with policy rows alone" in refused
+    assert "'one' or 'entropy:0.5'" in refused
 
 
 def test_an_autoregressive_model_with_and_without_a_drafter(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_policies_are_checked_before_anything_is_decoded():
         (["one"], {"drafters": ["plain", "jump_forward"]}, "drafter: jump_forward drafts along the form"),
         (["one"], {"drafters": ["plain", "self"]}, "drafter: "),
         (["one", {"rule": "one", "cache": "block"}], {}, 'cache: expected "none", "prefix" or "dual"'),
-        (["one", {"rule": "entropy:0.5", "draft_size": 3}], {}, "draft_size: needs a fixed number of tokens"),
+        (["one", {"rule": "credit", "draft_size": 3}], {}, "draft_size: goes with policy rows alone"),
         (["one", "edit+confidence:0.9"], {}, "rule: Edit decides without a policy row"),
         (
             ["one", {"rule": "one", "active_blocks": 2}],

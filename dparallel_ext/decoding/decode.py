@@ -118,8 +118,9 @@ def decode(
         config: how the prompts are decoded; default: `DecodeConfig()`.
         draft_size: self-speculation (SSD, arXiv 2510.04147), see `self_speculation`: the same text in fewer
             passes, each over up to 1 + draft_size copies of a sequence, which hold guesses of what the next
-            passes would commit (`DecodeOutput.canvases` counts the copies). Needs the fixed schedule or the
-            selector "quota". None and 0: nothing is guessed.
+            passes would commit (`DecodeOutput.canvases` counts the copies). Goes with policy rows, not with
+            other rules; with cache "window" with a fixed number of tokens a pass. None and 0: nothing is
+            guessed.
         attention_mask: bool or whole numbers, in the shape of `prompt`; 0 marks padding, on either side.
             Padding is taken out: it costs nothing and changes nothing.
         streamer: an object with `put` and `end`, as transformers' streamers, and perhaps `put_draft`. Needs a
@@ -130,7 +131,7 @@ def decode(
     Returns:
         DecodeOutput. Each sequence goes from block to block at its own pace, and once complete is in no
         pass. The published loops run some passes that change nothing: `nfe_published` counts them too (with
-        `draft_size`, the passes of the schedule that is followed).
+        `draft_size`, the passes that there would be without it).
 
     Raises:
         ValueError: naming the argument that does not fit; or, if the logits hold NaN or leave no token to

@@ -1,16 +1,17 @@
-"""Self-speculation of masked diffusion models (SSD, arXiv 2510.04147): several passes of a schedule in one.
+"""Self-speculation of masked diffusion models (SSD, arXiv 2510.04147): several passes of a policy in one.
 
-A decode that commits a fixed number of tokens a pass, most often one, needs many passes. The statistics of a
-pass hint at what the next passes will commit:
+A decode that commits few tokens a pass, most often one, needs many passes. The statistics of a pass hint at
+what the next passes will commit:
 
     draft     rank the window's masks by the rule's score in the last pass. State 0 is the sequence itself,
-              state i the sequence after i more passes, if ranks and tokens stay as they are
+              state i the sequence after i more passes of the fewest commits, if ranks and tokens stay
     verify    one pass over states 0 to N side by side; in each the rule decides as in a pass of its own
-    accept    state i + 1 as long as the commits of state i, positions and tokens, turn it into state i + 1
+    accept    from state 0 on, the state into which the commits, positions and tokens, turn the state before
     commit    the last accepted state with its own commits; its statistics make the next draft
 
-So every token is committed where, when and by which statistics the schedule alone would have committed it:
-the text is the same. A pass computes N + 1 canvases, the rejected ones for nothing.
+So every token is committed where, when and by which statistics the rule alone would have committed it: the
+text is the same. A pass computes N + 1 canvases, the rejected ones for nothing. A threshold may commit more
+than the fewest, and so pass over states.
 
 Where keys and values outlive a pass, a guessed state shares the sequence's pages, but for the positions that
 its pass computes, which have pages of its own. Positions that it does not compute are as the passes before
@@ -101,15 +102,16 @@ def states_to_guess(draft_size: int | None, schedule: Schedule) -> int:
 def check_draft(settings: Sequence[SequenceSettings], schedule: Schedule) -> None:
     """Raise ValueError naming `draft_size` if states cannot be guessed."""
     for setting in settings:
-        free = setting.rule is not None and not isinstance(setting.rule, Leading)
-        got = f"the rule {type(setting.rule).__name__}" if free else None
-        if got is None and setting.policy[0] != policies.SELECTORS["quota"]:
-            selector = next(name for name, i in policies.SELECTORS.items() if i == setting.policy[0])
-            got = f"the selector {selector!r}"
-        if got is not None:
+        if setting.rule is not None and not isinstance(setting.rule, Leading):
             raise ValueError(
-                "draft_size: needs a fixed number of tokens a pass, so no threshold (the fixed schedule; as "
-                f"a policy 'one' or 'steps:N') or the selector 'quota', got {got}"
+                "draft_size: goes with policy rows alone, as 'one' or 'entropy:0.5', got the rule "
+                f"{type(setting.rule).__name__}"
+            )
+        if schedule.known_first and setting.policy[0] != policies.SELECTORS["quota"]:
+            selector = next(name for name, i in policies.SELECTORS.items() if i == setting.policy[0])
+            raise ValueError(
+                "draft_size: needs a fixed number of tokens a pass with cache 'window' (as a policy 'one' or "
+                f"'steps:N', or the selector 'quota'), got the selector {selector!r}"
             )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
@@ -230,7 +232,7 @@ class SelfSpeculation(Batch):
         known.sort(key=lambda column: (-ranks[column - start], column))
         guesses: list[Guess] = []
         while len(guesses) < self.draft_size:
-            columns = known[: int(policies.most(sequence.policy(sequence.open[0])))]
+            columns = known[: int(policies.least(sequence.policy(sequence.open[0])))]
             known = known[len(columns) :]
             for column in columns:
                 held[column] = tokens[column - start]
@@ -339,28 +341,21 @@ class SelfSpeculation(Batch):
         """Run the pass; return the sequences of which it completed a block. lanes: of each sequence's
         states."""
         before = self.tokens.clone()
-        windows = {
-            b: self.schedule.front_window(self.sequences[b])[:2] for states in lanes.values() for b in states
-        }
-        numbers = {b: self.sequences[b].nfe + 1 for b in windows}
-        computed = {b: self.schedule.computed(self.sequences[b]) for b in windows}
+        begun = {b: copy.copy(self.sequences[b]) for states in lanes.values() for b in states}
+        windows = {b: self.schedule.front_window(sequence)[:2] for b, sequence in begun.items()}
+        computed = {b: self.schedule.computed(sequence) for b, sequence in begun.items()}
         self._ended = {}
         finished = set(super().step(list(windows)))
-        pairs = [pair for states in lanes.values() for pair in itertools.pairwise(states)]
-        earlier, later = ([pair[side] for pair in pairs] for side in (0, 1))
-        is_right = dict(zip(earlier, (self.tokens[earlier] == before[later]).all(1).tolist(), strict=True))
-        # Behind a state that has ended, at an EOS, nothing comes, whatever its masks became.
-        is_right |= {lane: False for lane in windows if self.sequences[lane].done}
-        last = {
-            b: next(lane for lane in states if not is_right.get(lane, False)) for b, states in lanes.items()
-        }
+        paths = self._paths(lanes, before, begun)
+        last = {b: path[-1] for b, path in paths.items()}
         self.tokens[list(last)] = self.tokens[list(last.values())]
         completed = []
         for b, lane in last.items():
-            accepted = lanes[b][: lanes[b].index(lane) + 1]
+            accepted = paths[b]
             self.passes[b] += 1
             self.canvases[b] += len(lanes[b])
-            self.sequences[b] = self.sequences[lane]
+            skipped = lanes[b].index(lane) + 1 - len(accepted)
+            self.sequences[b] = earlier(self.sequences[lane], skipped)
             first, end = computed[lane]
             if lane != b and first < self.sequences[b].num_cached:  # final, and perhaps shared from now on
                 final = min(end, self.sequences[b].num_cached)
@@ -368,12 +363,44 @@ class SelfSpeculation(Batch):
                 first = final
             self._last[b] = LastPass(lane, *windows[lane], (first, end))
             if self.sequences[b].settings.record:
-                self._record(b, {each: numbers[each] for each in accepted})
+                self._record(b, {each: begun[each].nfe + 1 for each in accepted})
                 if lane in self._ended:
                     self.runner.trajectory.clear(b, self._ended[lane])
             if finished.intersection(accepted):
                 completed.append(b)
         return completed
+
+    def _paths(
+        self, lanes: dict[int, list[int]], before: Tensor, begun: dict[int, SequenceState]
+    ) -> dict[int, list[int]]:
+        """By sequence, the lanes of the states to which decoding comes, one after the other.
+
+        before: the tokens before the pass. begun: what the lanes held then.
+        """
+        each = list(lanes.values())
+        became = [(self.tokens[states][:, None] == before[states]).all(2).flatten() for states in each]
+        answers = iter(torch.cat(became).tolist() if became else [])
+        paths = {}
+        for b, states in lanes.items():
+            follows = [[next(answers) for _ in states] for _ in states]
+            path = [0]
+            # Behind a state that has ended, at an EOS, nothing comes, whatever its masks became.
+            while not self.sequences[states[path[-1]]].done:
+                later = range(path[-1] + 1, len(states))
+                after = next((i for i in later if follows[path[-1]][i]), None)
+                if after is None or not self._comes_to(begun[states[after]], after - len(path)):
+                    break
+                path.append(after)
+            paths[b] = [states[i] for i in path]
+        return paths
+
+    def _comes_to(self, state: SequenceState, skipped: int) -> bool:
+        """Whether the pass over a guessed state is decoding's own, so many passes sooner than guessed.
+        Samples are keyed by the number of their pass."""
+        if not skipped:
+            return True
+        alike = self.schedule.computed(earlier(state, skipped)) == self.schedule.computed(state)
+        return alike and state.settings.temperature == 0
 
     def _record(self, b: int, numbers: dict[int, int]) -> None:
         """Copy the commits of sequence b's accepted states to its trajectory.
@@ -386,6 +413,16 @@ class SelfSpeculation(Batch):
             for field in (kept.confidence, kept.logprob):
                 field[b] = torch.where(fresh, field[lane], field[b])
             kept.step[b] = torch.where(fresh, self.passes[b], kept.step[b])
+
+
+def earlier(sequence: SequenceState, passes: int) -> SequenceState:
+    """The sequence, had it come to its tokens in so many passes fewer."""
+    sooner = copy.copy(sequence)
+    sooner.nfe, sooner.published, sooner.step_in_block = (
+        number - passes for number in (sequence.nfe, sequence.published, sequence.step_in_block)
+    )
+    sooner.open = tuple(block._replace(step=block.step - passes) for block in sequence.open)
+    return sooner
 
 
 def covers(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

@@ -228,6 +228,9 @@ WAYS: dict[str, Way] = {
     "fused": decoded(lambda: golden.model("llada_tiny_a").fuse(), **DUAL),
     "8 bits": decoded(lambda: golden.model("llada_tiny_a").quantize(), **DUAL),
     "self-speculation": decoded(of("llada_tiny_a"), cache="dual", draft_size=3),
+    "self-speculation, a threshold": decoded(
+        of("sdar_tiny_a"), cache="block", rule="confidence:0.6", draft_size=3
+    ),
     "a form": decoded(of("llada_tiny_a"), automaton=a_form(3), cache="dual"),
     "a form, in blocks": decoded(of("sdar_tiny_a"), automaton=a_form(2), cache="block", threshold=4.5),
     "soft masks": decoded(of("llada_tiny_a"), rule=Mixed(), cache="dual", active_blocks=2),

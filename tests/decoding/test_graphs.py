@@ -130,6 +130,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("sdar_tiny_a", {"cache": "block", "threshold": 2.0, "block_length": 8, "sub_block_length": 4}),
     ("llada_tiny_a", {"cache": "none", "draft_size": 3}),
     ("llada_tiny_a", {"cache": "dual", "draft_size": 3, "block_length": 12}),
+    ("sdar_tiny_a", {"cache": "block", "rule": "confidence:0.8", "block_length": 8, "draft_size": 3}),
     ("sdar_tiny_a", {"cache": "block", "block_length": 8, "draft_size": 2, "temperature": 0.7, "seed": 5}),
     ("llada_tiny_a", {"cache": "dual", "rule": "soft:0.05,0.9,6"}),
     ("sdar_tiny_a", {"cache": "block", "rule": "soft:0.05,0.9,6", "block_length": 8}),

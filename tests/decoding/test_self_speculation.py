@@ -38,6 +38,8 @@ MODELS: dict[str, Model] = {
     name: fast_dllm() if name == "fast_dllm" else golden.model(name) for name, _ in WAYS
 }
 CASES = 5 if EMULATED else 11
+BARS = {"confidence": 1.0, "margin": 1.0, "entropy": 4.0, "factor": 2.0, "entropy_bound": 6.0}
+"""Selectors, and thresholds up to which they tell masks apart."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def random_case(g: torch.Generator, name: str, cache: str) -> tuple[list[Tensor]
     if draw(0, 2):
         ends = torch.randint(0, 500, (3,), generator=g).tolist()
         case |= {"eos_id": ends[::2], "stop": [ends[1:2], ends[1:]]}
-    kind = draw(0, 4)
+    kind = draw(0, 6)
     if name == "fast_dllm":
         case |= {"block_length": [8, 16][draw(0, 2)], "sub_block_length": [2, 4][draw(0, 2)]}
         kind = -1 if kind in (1, 2) else kind
@@ -81,6 +83,10 @@ def random_case(g: torch.Generator, name: str, cache: str) -> tuple[list[Tensor]
         for prompt in prompts:
             prompt[torch.rand(len(prompt), generator=g) < 0.4] = MASK
         case |= {"infill": True}
+    elif kind > 3:
+        selector, most = list(BARS.items())[draw(0, len(BARS))]
+        case |= {"selector": selector, "threshold": most * draw(1, 10) / 10, "score": None}
+        case |= {"min_commit": draw(1, 3), "max_commit": [None, 3][draw(0, 2)]}
     if cache == "dual":
         case["refresh"] = [None, None, 1, 3][draw(0, 4)]
     return prompts, case
@@ -215,6 +221,45 @@ def test_where_the_order_holds_every_state_is_accepted(tie: bool) -> None:
     assert int(decoded(Canned(logits), gen_length=24, block_length=12, draft_size=0).nfe) == 24
 
 
+def test_a_threshold_passes_over_states() -> None:
+    """Each pass commits two tokens that become sure together, where the draft guesses one after the other.
+
+    Above temperature 0 the noise is keyed by the number of the pass, and a state behind two guesses has
+    another."""
+    logits = torch.zeros(26, 10)
+    logits[torch.arange(26), torch.arange(26) % 7] = torch.linspace(5.0, 4.0, 26)  # p: 0.94 to 0.86
+
+    def in_pairs(ids: Tensor, logits: Tensor) -> None:
+        for own, rows in zip(ids, logits, strict=True):
+            known = int((own != 9).long().cumprod(0).sum())
+            rows[known : known + 2] *= 4
+
+    model, shared = Canned(logits, in_pairs), {"gen_length": 24, "block_length": 12, "record": True}
+    for temperature in (0.0, 0.01):
+        threshold = {"rule": "confidence:0.99", "temperature": temperature, "seed": 3}
+        plain = decoded(model, **shared, **threshold)
+        assert int(plain.nfe) == 2 * 6
+        for draft_size, passes in ((1, 6), (2, 4), (3, 4), (4, 3), (11, 2)):
+            out = decoded(model, draft_size=draft_size, **shared, **threshold)
+            assert torch.equal(out.sequences, plain.sequences)
+            assert torch.equal(out.nfe_published, plain.nfe_published)
+            assert int(out.nfe) == 2 * (6 if temperature else passes)
+            check_trajectories(out, plain)
+
+
+@pytest.mark.parametrize("refresh", [2, 3])
+def test_a_state_is_not_come_to_early_by_a_pass_over_other_positions(refresh: int) -> None:
+    """Whether a pass of Fast-dLLM v2 computes its whole block depends on how many there were."""
+    g = torch.Generator().manual_seed(8)
+    prompts = [torch.randint(0, 500, (n,), generator=g) for n in (5, 11)]
+    shared: dict[str, Any] = {"gen_length": 32, "block_length": 16, "sub_block_length": 8, "cache": "dual"}
+    shared |= {"refresh": refresh, "selector": "entropy_bound", "threshold": 2.0}
+    plain = dx.decode(MODELS["fast_dllm"], prompts, **shared)
+    out = dx.decode(MODELS["fast_dllm"], prompts, draft_size=7, **shared)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.nfe_published, plain.nfe_published)
+
+
 def test_a_token_at_another_place_than_guessed_is_refused() -> None:
     """All tokens are alike, so that places alone tell states apart: the order is part of the text."""
     logits = torch.zeros(8, 10)
@@ -313,6 +358,8 @@ def test_an_engine_guesses_too(way: tuple[str, str]) -> None:
         tail = torch.randint(0, 500, (int(torch.randint(1, 12, (), generator=g)),), generator=g)
         own = {"gen_length": int(torch.randint(8, 24, (), generator=g)), "seed": request}
         own |= {"temperature": [0.0, 0.7][request % 2], "logprobs": True}
+        if request > 2:
+            own |= {"rule": ["entropy_bound:2", "confidence:0.6"][request - 3]}
         prompt = torch.cat((common, tail)) if request % 2 else tail
         plain, alone = (dx.decode(model, prompt, draft_size=n, **own, **fixed) for n in (0, 4))
         requests.append((prompt, own, plain, alone))
@@ -360,8 +407,6 @@ def test_an_engine_guesses_nothing_behind_an_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"threshold": 0.5}, "draft_size: .*the selector 'entropy'"),
-        ({"rule": "confidence:0.9"}, "draft_size: .*the selector 'confidence'"),
         ({"rule": "credit"}, "draft_size: .*the rule Credit"),
         ({"rule": "sched:7.5"}, "draft_size: .*the rule "),
         ({"policy": lambda stats, masked, step: masked}, "draft_size: .*the rule FunctionRule"),

@@ -195,7 +195,7 @@ def test_a_streamer_gets_every_token_once() -> None:
     ("name", "rule", "said"),
     [
         ("sdlm", "confidence:0.9", "draft_size: needs a fixed number .* got the selector 'confidence'"),
-        ("wedlm", "distance:0.4,0.02", "draft_size: needs a fixed number .* got the rule Distance"),
+        ("wedlm", "distance:0.4,0.02", "draft_size: goes with policy rows alone, .* got the rule Distance"),
     ],
 )
 def test_a_threshold_is_refused(name: str, rule: str, said: str) -> None:

@@ -242,7 +242,7 @@ def test_a_streamer_gets_blocks() -> None:
         ({"active_blocks": 2, "threshold": 0.5}, "active_blocks: expected 1, got 2: .* a window slides"),
         ({"rule": "edit:0.03,0.05,4"}, "rule: Edit reads more than the masks of its window, .* WeDLM"),
         ({"rule": "eot:2"}, "rule: EndOfText reads more than the masks"),
-        ({"draft_size": 2, "rule": RULE}, "draft_size: needs a fixed number .* got the rule Distance"),
+        ({"draft_size": 2, "rule": RULE}, "draft_size: goes with policy rows .* got the rule Distance"),
         ({"block_length": 65}, "block_length: expected a window of at most 64 masks, got 65"),
         ({"block_length": 16, "sub_block_length": 8}, "sub_block_length: a window is filled as a whole"),
         ({"refresh": 2}, "refresh: belongs to cache"),

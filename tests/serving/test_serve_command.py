@@ -65,7 +65,7 @@ import dparallel_ext as dx
         (("--verifier", VERIFIER, "--policy", "one"), "policy: not together with --verifier, got 'one'"),
         (("--verifier", VERIFIER, "--cache", "none"), "cache: not together with --verifier, got 'none'"),
         (("--verifier", VERIFIER, "--draft-size", "2"), "draft_size: not together with --verifier, got 2"),
-        (("--draft-size", "2"), "draft_size: needs a fixed number of tokens a pass"),
+        (("--policy", "credit", "--draft-size", "2"), "draft_size: goes with policy rows alone"),
         (("--policy", "one", "--draft-size", "-1"), "draft_size: expected a whole number >= 0, got -1"),
         (("--verifier", VERIFIER, "--mixture", "2"), "mixture: expected a number from 0 to 1, got 2"),
         (("--window", "2"), "window: belongs to --verifier, got 2"),

@@ -67,7 +67,7 @@ DraftSizeOption = Annotated[
     int | None,
     typer.Option(
         help="the most tokens of a draft; default: the fastest number, as measured. For diffusion models "
-        "with a policy one, steps:N or quota:K: guesses of self-speculation; default: none"
+        "with a policy row, as one or entropy:0.5: guesses of self-speculation; default: none"
     ),
 ]
 VerifierOption = Annotated[
