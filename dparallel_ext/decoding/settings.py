@@ -260,7 +260,10 @@ def mask_of(model: Any, mask_id: int | None) -> int:
     """`mask_id`, by default the model's own. Raises ValueError if there is none, or as `check_mask`."""
     mask = traits(model).mask_id if mask_id is None else mask_id
     if mask is None:
-        raise ValueError("mask_id: the model's config has no mask_token_id, so give one")
+        raise ValueError(
+            "mask_id: the model's config has no mask_token_id, and it states none as its attribute traits "
+            "(dparallel_ext.models.Traits), so give one"
+        )
     return check_mask(model, mask)
 
 

@@ -82,8 +82,9 @@ def wrapping_chain(model: Any) -> Iterator[Any]:
 
 
 def stated_traits(model: Any) -> Traits | None:
-    """The object's own attribute `traits`, if it has one."""
-    stated = getattr(model, "__dict__", {}).get("traits")
+    """The attribute `traits` of the object or its class, if it has one; not that of an object to which it
+    passes questions on."""
+    stated = inspect.getattr_static(model, "traits", None)
     return stated if isinstance(stated, Traits) else None
 
 

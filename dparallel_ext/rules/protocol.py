@@ -114,8 +114,14 @@ class Where:
         """(W, C, K) float32: the logits of `ids` (W, C, K) int64 in each cell; NaN in cells without
         statistics.
 
-        As in the statistics, +inf counts as the largest float32.
+        As in the statistics, +inf counts as the largest float32. Raises ValueError for ids of another shape
+        or type.
         """
+        if ids.ndim != 3 or ids.shape[:2] != self.read.shape or ids.dtype != torch.int64:
+            cells = ", ".join(map(str, self.read.shape))
+            raise ValueError(
+                f"Where.logits: ids: expected an int64 Tensor ({cells}, K), got {described(ids)}"
+            )
         columns = self.cells.gather(ids.clamp(0, self.rows.shape[1] - 1), 0)  # (N, K)
         gathered = self.rows.gather(1, columns).float().clamp(max=LARGEST)
         return self.cells.spread(gathered, torch.nan)
@@ -133,13 +139,33 @@ class Where:
         return self.cells.spread(self.hidden_rows, torch.nan)
 
     def recall(self, state: Tensor) -> Tensor:
-        """(W, C, ...): the values of the cells in a state (lanes, columns, ...)."""
-        return state[self.lane[:, None], self.column]
+        """(W, C, ...): the values of the cells in a state (lanes, columns, ...).
+
+        Raises ValueError for a state of too few columns (on the CPU).
+        """
+        try:
+            return state[self.lane[:, None], self.column]
+        except IndexError as error:
+            raise ValueError(_too_small("recall", state)) from error
 
     def remember(self, state: Tensor, values: Tensor) -> None:
-        """Write values (W, C, ...) into a state (lanes, columns, ...), for the cells with statistics."""
+        """Write values (W, C, ...) into a state (lanes, columns, ...), for the cells with statistics.
+
+        Raises ValueError as `recall`.
+        """
         beyond = state.shape[1] - 1  # no window reaches the last column
-        state[self.lane[:, None], torch.where(self.read, self.column, beyond)] = values.to(state.dtype)
+        try:
+            state[self.lane[:, None], torch.where(self.read, self.column, beyond)] = values.to(state.dtype)
+        except IndexError as error:
+            raise ValueError(_too_small("remember", state)) from error
+
+
+def _too_small(method: str, state: Tensor) -> str:
+    """The error text for a state that has not the columns of a pass."""
+    return (
+        f"Where.{method}: expected a state (lanes, columns, ...) of the columns that new_state was given, "
+        f"got {described(state)}"
+    )
 
 
 class Decision(NamedTuple):

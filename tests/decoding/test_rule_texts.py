@@ -127,6 +127,25 @@ class Remasks(Rule):
 
 
 @dataclass(frozen=True)
+class Narrow(Rule):
+    """Has a state of five columns, where a pass has more; or asks for the logits of ids (W, C)."""
+
+    asks: str
+
+    def new_state(self, lanes: int, columns: int, device: torch.device) -> Any:
+        return (torch.zeros((lanes, 5)),)
+
+    def decide(self, stats: Any, where: Where, state: Any) -> Decision:
+        if self.asks == "remember":
+            where.remember(state[0], stats.confidence)
+        elif self.asks == "recall":
+            where.recall(state[0])
+        else:
+            where.logits(stats.token if self.asks == "flat" else stats.token[..., None].int())
+        return Decision()
+
+
+@dataclass(frozen=True)
 class Decides(Rule):
     """One field of a decision, of two columns."""
 
@@ -183,6 +202,9 @@ def test_what_a_rule_of_a_users_own_lacks_is_said(llada: models.Model) -> None:
         (Own(edits=math.inf, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got inf"),
         (Own(edits=-1, reads="block"), ValueError, "Own: edits: expected a whole number >= 0, got -1"),
         (Own(edits=2), ValueError, "Own: reads: expected 'block' of a rule that edits, got 'masked'"),
+        *((Narrow(asks), ValueError, rf"Where.{asks}: .* got .*\(3, 5\)") for asks in ("recall", "remember")),
+        (Narrow("flat"), ValueError, r"Where.logits: ids: .* \(3, 8, K\), got .*\(3, 8\)"),
+        (Narrow("int"), ValueError, r"Where.logits: ids: expected an int64 Tensor .* got torch.int32"),
         (Own(state=None), ValueError, "Own: new_state: expected a tuple of Tensors, got None"),
         (Own(state=(3,)), ValueError, r"Own: new_state: expected a tuple of Tensors, got \(3,\)"),
         (Own(state=(torch.ones(3, 4, device="meta"),)), ValueError, "Own: new_state: .* on cpu, got .* meta"),

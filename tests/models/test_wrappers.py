@@ -132,6 +132,23 @@ def test_a_method_of_a_model_has_its_traits() -> None:
         assert models.traits(compiled(model.forward)) == models.traits(native())
 
 
+def test_a_class_says_the_traits_of_its_objects() -> None:
+    class Says:
+        traits = models.Traits(mask_id=3, block_length=8)
+
+    class Asks:
+        """An object that passes questions on to another, whose traits are not its own."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(Says, name)
+
+        def __call__(self) -> None:
+            raise AssertionError
+
+    assert models.traits(Says()) == Says.traits
+    assert models.traits(Asks()) == models.Traits(mask_id=None)
+
+
 def test_a_function_says_its_traits_itself() -> None:
     model = native()
 
