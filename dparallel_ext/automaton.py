@@ -107,12 +107,12 @@ class Automaton:
             token_class[list(left_out)] = classes
             transitions = F.pad(self.transitions, (0, 1), value=NOWHERE)
             try:
-                found = Automaton(token_class, transitions, self.accepting)
+                automaton = Automaton(token_class, transitions, self.accepting)
             except ValueError as error:
                 raise ValueError(
                     "automaton: expected one with a response of tokens that the model decodes, got none"
                 ) from error
-            self._without.setdefault((size, left_out), found)
+            self._without.setdefault((size, left_out), automaton)
         return self._without[size, left_out]
 
     def tables(self, device: torch.device) -> Tables:

@@ -109,9 +109,9 @@ def diffusion_generate(
     x = inputs.repeat_interleave(copies, 0)  # (B, P)
     padding = None
     if attention_mask is not None:
-        kept = visible(attention_mask, "inputs", inputs)
-        check_prompts("inputs", inputs[kept], model)
-        padding = kept.repeat_interleave(copies, 0)
+        is_visible = visible(attention_mask, "inputs", inputs)
+        check_prompts("inputs", inputs[is_visible], model)
+        padding = is_visible.repeat_interleave(copies, 0)
         padding = F.pad(padding, (0, options.new), value=True)
     else:
         check_prompts("inputs", inputs, model)

@@ -115,8 +115,8 @@ def generate(
         if by_logits:
             return _by_logits(model, prompt, cfg_scale=cfg_scale, last=last, **shared)
         return _generate("none", model=model, prompt=prompt, **shared)
-    kept = visible(attention_mask, "prompt", prompt)
-    rows = [row[keep] for row, keep in zip(prompt, kept, strict=True)]
+    is_visible = visible(attention_mask, "prompt", prompt)
+    rows = [row[columns] for row, columns in zip(prompt, is_visible, strict=True)]
     if by_logits:  # one sequence after another
         each = [_by_logits(model, row, cfg_scale=cfg_scale, last=last, **shared) for row in rows]
         responses, forwards = [tokens[0] for tokens, _ in each], max((ran for _, ran in each), default=0)
@@ -124,7 +124,7 @@ def generate(
         padded, forwards = _generate("none", model=model, prompt=rows, **shared)
         responses = [tokens[: len(row) + gen_length] for tokens, row in zip(padded, rows, strict=True)]
     tokens = F.pad(prompt, (0, gen_length))
-    tokens[F.pad(kept, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *responses])
+    tokens[F.pad(is_visible, (0, gen_length), value=True)] = torch.cat([tokens[:0, 0], *responses])
     return tokens, forwards
 
 

@@ -17,11 +17,11 @@ def logits_of(model: Any, x: Tensor, attention_mask: Tensor | None = None) -> Te
     """(B, L, V): the logits at column p are for the token of column p; 0 for padding."""
     if attention_mask is not None and not bool(attention_mask.all()):
         logits: Tensor | None = None
-        for b, kept in enumerate(attention_mask):
-            row = logits_of(model, x[b, kept][None])[0]
+        for b, is_visible in enumerate(attention_mask):
+            row = logits_of(model, x[b, is_visible][None])[0]
             if logits is None:
                 logits = row.new_zeros((*x.shape, row.shape[-1]))
-            logits[b, kept] = row
+            logits[b, is_visible] = row
         assert logits is not None
         return logits
     logits = models.logits_of(models.for_decoding(model), x)

@@ -198,23 +198,23 @@ class Batch:
         """
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         before = [vars(self.sequences[b]).copy() for b in live], self.tokens.clone(), self.forwards
-        memory = self._memory(live)
-        remembered = [kept.clone() for kept in memory]
+        states = self._rule_states(live)
+        saved_states = [state.clone() for state in states]
         try:
             return self._step(live, min(ahead, self._certain(live)))
         except BaseException:
             sequences, tokens, self.forwards = before
             self.tokens.copy_(tokens)
-            for kept, old in zip(memory, remembered, strict=True):
-                kept.copy_(old)
+            for state, saved in zip(states, saved_states, strict=True):
+                state.copy_(saved)
             for b, sequence in zip(live, sequences, strict=True):
                 vars(self.sequences[b]).update(sequence)
             raise
 
-    def _memory(self, live: list[int]) -> list[Tensor]:
+    def _rule_states(self, live: list[int]) -> list[Tensor]:
         """The state tensors of these sequences' rules."""
         rules = {rule: None for b in live if (rule := self.sequences[b].settings.rule) is not None}
-        return [kept for rule in rules for kept in self.runner.states[rule]]
+        return [state for rule in rules for state in self.runner.states[rule]]
 
     def _certain(self, live: list[int]) -> int:
         """How many passes can be issued in a row, such that no block can be complete before the last."""

@@ -79,8 +79,8 @@ class Runner:
     def suppress(self, ids: Tensor | None) -> Tensor | None:
         """The ids as a tensor, the same object for the same ids. It is on the device with our models; with
         others on the CPU, where the ops check the range."""
-        own = isinstance(self.model, Model)
-        return self._suppress(ids, self.tokens.device if own else torch.device("cpu"))
+        is_native = isinstance(self.model, Model)
+        return self._suppress(ids, self.tokens.device if is_native else torch.device("cpu"))
 
     def begin(self, lane: int, rule: Rule, columns: Sequence[int], used: Collection[Rule]) -> None:
         """Begin a sequence that is decoded by `rule` in the lane.
@@ -274,8 +274,12 @@ class Runner:
         for other in (each.stats for each in decided[1:]):  # groups have sequences, and so rows, of their own
             confidence = torch.where(other.token >= 0, other.confidence, confidence)
             logprob = torch.where(other.token >= 0, other.sample_logprob, logprob)
-        kept = self.trajectory
-        values = (kept.step, nfe[positions // self.tokens.shape[1]]), (kept.confidence, confidence)
-        for field, value in (*values, (kept.logprob, logprob)):
+        trajectory = self.trajectory
+        steps = nfe[positions // self.tokens.shape[1]]
+        for field, value in (
+            (trajectory.step, steps),
+            (trajectory.confidence, confidence),
+            (trajectory.logprob, logprob),
+        ):
             flat = field.view(-1)
             flat[positions] = torch.where(fresh, value, flat[positions])

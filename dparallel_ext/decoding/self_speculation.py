@@ -216,7 +216,7 @@ class SelfSpeculation(Batch):
         """For each live sequence the guesses that make its states 1, 2, ..."""
         tokens = self.tokens[: self.count].tolist()
         rules = {rule: None for b in live if (rule := self.sequences[b].settings.rule) is not None}
-        states = {rule: [kept.cpu() for kept in self.runner.states[rule]] for rule in rules}
+        states = {rule: [state.cpu() for state in self.runner.states[rule]] for rule in rules}
         return {b: self._draft(b, tokens[b], *states[self.sequences[b].settings.rule]) for b in live}  # type: ignore[index]
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
@@ -227,7 +227,7 @@ class SelfSpeculation(Batch):
         start, end = max(window.start, last.start), min(window.end, last.end)
         if start >= end:
             return []
-        tokens, ranks = (kept[last.lane, start:end].tolist() for kept in (token, rank))
+        tokens, ranks = (state[last.lane, start:end].tolist() for state in (token, rank))
         known = [column for column in range(start, end) if held[column] == self.mask_id]
         known.sort(key=lambda column: (-ranks[column - start], column))
         guesses: list[Guess] = []
@@ -269,8 +269,8 @@ class SelfSpeculation(Batch):
             return False
         if not self.schedule.keeps:
             return True
-        within = covers(self.schedule.computed(after), self.schedule.computed(before))
-        return within and not self.schedule.full(after)  # which needs more pages of its own
+        recomputed = covers(self.schedule.computed(after), self.schedule.computed(before))
+        return recomputed and not self.schedule.full(after)  # which needs more pages of its own
 
     # --- verify, accept, commit ---------------------------------------------------------------------
 
@@ -286,10 +286,10 @@ class SelfSpeculation(Batch):
                 for lane in states[1:]:
                     self.sequences[lane] = IDLE
         for b, guesses in drafts.items():
-            kept = lanes[b].index(self._last[b].lane)
+            accepted = lanes[b].index(self._last[b].lane)
             tokens, sequence = [guess.tokens for guess in guesses], self.sequences[b]
-            sequence.drafted, sequence.accepted = sum(map(len, tokens)), sum(map(len, tokens[:kept]))
-            sequence.refused = tuple(itertools.chain.from_iterable(tokens[kept:]))
+            sequence.drafted, sequence.accepted = sum(map(len, tokens)), sum(map(len, tokens[:accepted]))
+            sequence.refused = tuple(itertools.chain.from_iterable(tokens[accepted:]))
         return finished
 
     def _keep(self, b: int) -> None:
@@ -407,12 +407,12 @@ class SelfSpeculation(Batch):
 
         numbers: for each state's lane, the number that its pass would have without self-speculation.
         """
-        kept = self.runner.trajectory
+        trajectory = self.runner.trajectory
         for lane, number in numbers.items():
-            fresh = kept.step[lane] == number
-            for field in (kept.confidence, kept.logprob):
+            fresh = trajectory.step[lane] == number
+            for field in (trajectory.confidence, trajectory.logprob):
                 field[b] = torch.where(fresh, field[lane], field[b])
-            kept.step[b] = torch.where(fresh, self.passes[b], kept.step[b])
+            trajectory.step[b] = torch.where(fresh, self.passes[b], trajectory.step[b])
 
 
 def earlier(sequence: SequenceState, passes: int) -> SequenceState:

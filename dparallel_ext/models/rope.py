@@ -215,14 +215,14 @@ def query_scaling(config: Mapping[str, Any]) -> QueryScaling | None:
     """The scaling of queries that a config.json specifies. Raises ValueError as `fields.read`, and if
     `rope_scaling` and `rope_parameters` differ."""
     c = fields.read(config, FIELDS)
-    found = {
+    betas = {
         key: fields.read(c[key], {_QUERY_BETA: _BETA}, key)[_QUERY_BETA] or None
         for key in ("rope_parameters", "rope_scaling")
         if c[key]
     }
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config: the {_QUERY_BETA} of {' and '.join(found)} differ: {found}")
-    key, beta = next(iter(found.items()), ("", None))
+    if len(set(betas.values())) > 1:
+        raise ValueError(f"config: the {_QUERY_BETA} of {' and '.join(betas)} differ: {betas}")
+    key, beta = next(iter(betas.items()), ("", None))
     return None if beta is None else QueryScaling(beta, _original(c[key], c, key))
 
 

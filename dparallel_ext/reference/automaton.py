@@ -17,8 +17,8 @@ _FIELDS = RowStats._fields[:-1]
 def class_stats(logits: Tensor, ids: Tensor, offsets: Tensor) -> RowStats:
     """See `dparallel_ext.ops.class_stats`; (N, V) -> fields (N, K)."""
     spans = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
-    found = [_of_class(row, ids[begin:end].long()) for row in logits for begin, end in spans]
-    columns = zip(*found, strict=True) if found else [()] * len(_FIELDS)
+    of_classes = [_of_class(row, ids[begin:end].long()) for row in logits for begin, end in spans]
+    columns = zip(*of_classes, strict=True) if of_classes else [()] * len(_FIELDS)
     shape = len(logits), len(spans)
     stats = []
     for name, column in zip(_FIELDS, columns, strict=True):

@@ -118,12 +118,12 @@ def nucleus(logits: Tensor, top_p: float | None, top_k: int | None, temperature:
     top_p of the probability."""
     order = logits.argsort(dim=1, descending=True, stable=True)
     p = (logits / temperature).softmax(1).gather(1, order)
-    kept = torch.ones_like(p, dtype=torch.bool)
+    allowed = torch.ones_like(p, dtype=torch.bool)
     if top_p is not None and top_p < 1:
-        kept &= p.cumsum(1) - p <= top_p
+        allowed &= p.cumsum(1) - p <= top_p
     if top_k:
-        kept[:, top_k:] = False
-    return torch.zeros_like(kept).scatter(1, order, kept)
+        allowed[:, top_k:] = False
+    return torch.zeros_like(allowed).scatter(1, order, allowed)
 
 
 def gumbel(seed: Tensor, sequence: Tensor, position: Tensor, step: Tensor, vocab: int) -> Tensor:

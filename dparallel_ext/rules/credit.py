@@ -49,7 +49,7 @@ class Credit(Rule):
         return ids, torch.zeros(ids.shape, device=device)
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        ids, credit = (where.recall(kept) for kept in state)  # (W, C, K)
+        ids, credit = (where.recall(remembered) for remembered in state)  # (W, C, K)
         token = stats.token[..., None]
         credit = credit * self.decay
         slot = torch.where((ids == token) & (credit > 0), torch.inf, -credit).argmax(2, keepdim=True)
@@ -57,8 +57,8 @@ class Credit(Rule):
         gained = stats.confidence[..., None] ** self.power  # nothing is sampled: p(argmax)
         ids = ids.scatter(2, slot, token)
         credit = credit.scatter(2, slot, before + gained)
-        for kept, values in zip(state, (ids, credit), strict=True):
-            where.remember(kept, values)
+        for remembered, values in zip(state, (ids, credit), strict=True):
+            where.remember(remembered, values)
         raised = self._raised(stats, where.logits(ids), credit, ids)
         return Decision(where.by_policy(raised), raised.token)
 

@@ -275,7 +275,7 @@ class AdaptiveBatch(CausalBatch):
     def _run(self, live: Sequence[int]) -> Mapping[int, Judged]:
         judged: dict[int, Judged] = {}
         for group in [[b] for b in live] if self.batch_invariant else [live]:
-            judged |= self._judge([self._part(b) for b in group])
+            judged |= self._judge([self._work(b) for b in group])
         return judged
 
     def _advance(self, b: int, result: Judged) -> None:
@@ -286,7 +286,7 @@ class AdaptiveBatch(CausalBatch):
             self.counts.add(drafted, count - 1)
         sequence.judged(Verified(drafted, count - 1, tuple(result.tokens[count:])))
 
-    def _part(self, b: int) -> AdaptiveWork:
+    def _work(self, b: int) -> AdaptiveWork:
         sequence, first = self.sequences[b], b * self.tokens.shape[1]
         return AdaptiveWork(
             b,
@@ -298,32 +298,34 @@ class AdaptiveBatch(CausalBatch):
             sequence.settings.key,
         )
 
-    def _judge(self, parts: Sequence[AdaptiveWork]) -> dict[int, Judged]:
+    def _judge(self, work: Sequence[AdaptiveWork]) -> dict[int, Judged]:
         """Run a pass over some sequences, which changes nothing but keys and values."""
-        found = self._passes.judge(parts)  # waits for the device
+        judged = self._passes.judge(work)  # waits for the device
         self.forwards += 1
-        self.draft_forwards += any(part.verified for part in parts)
-        logprobs = floats_of(found[2]).tolist()
-        by_place = found.T.tolist()
+        self.draft_forwards += any(lane_work.needs_verifier for lane_work in work)
+        logprobs = floats_of(judged[2]).tolist()
+        by_place = judged.T.tolist()
         results, first = {}, 0
-        for part in parts:
-            last = first + len(part.columns)
-            taken = self._agreed(part, by_place[first:last])
+        for lane_work in work:
+            last = first + len(lane_work.columns)
+            taken = self._agreed(lane_work, by_place[first:last])
             tokens = [row[0] for row in by_place[first:last]]
-            results[part.lane] = Judged(tokens, logprobs[first:last], taken, part.verified)
+            results[lane_work.lane] = Judged(tokens, logprobs[first:last], taken, lane_work.needs_verifier)
             first = last
         return results
 
-    def _agreed(self, part: AdaptiveWork, results: Sequence[Sequence[int]]) -> int:
+    def _agreed(self, lane_work: AdaptiveWork, results: Sequence[Sequence[int]]) -> int:
         """How many tokens of a draft are committed. results: for each column what `judge` returns of it.
 
         Raises ValueError for the first bad row among the committed tokens or right behind them.
         """
         width = self.tokens.shape[1]
-        for number, (column, (token, bad, _, *choice)) in enumerate(zip(part.columns, results, strict=True)):
+        for number, (column, (token, bad, _, *choice)) in enumerate(
+            zip(lane_work.columns, results, strict=True)
+        ):
             for error in (bad, *choice[1:]) if number else (bad,):
                 if error != UNKNOWN:
-                    explain(4 * (part.lane * width + column) + error, Cell(width))
+                    explain(4 * (lane_work.lane * width + column) + error, Cell(width))
             if number and token != choice[0]:
                 return number
-        return len(part.columns)
+        return len(lane_work.columns)

@@ -42,7 +42,7 @@ class AdaptiveWork(NamedTuple):
     """Seed and sequence number."""
 
     @property
-    def verified(self) -> bool:
+    def needs_verifier(self) -> bool:
         """Whether there is anything to verify."""
         return len(self.columns) > 1
 
@@ -92,28 +92,31 @@ class AdaptiveSession(RecordedSession):
     def addresses(self) -> Sequence[int] | None:
         return self.verifier.addresses()
 
-    def judge(self, parts: Sequence[AdaptiveWork]) -> Tensor:
+    def judge(self, work: Sequence[AdaptiveWork]) -> Tensor:
         """Run a pass over some sequences, which changes nothing but keys and values.
 
-        Returns (3, n) or, if any is verified, (5, n) int64 on the CPU, for the n columns of all parts: the
+        Returns (3, n) or, if any is verified, (5, n) int64 on the CPU, for the n columns of all work: the
         drafted tokens and their error codes, the bits of their log-probabilities in float32, and the choices
         by both models' logits and their error codes. Error code `UNKNOWN`: none.
         """
         packing = Packing()
-        places = [(part, column) for part in parts for column in part.columns]
-        masks = [[self._mask] * len(part.columns) for part in parts]
-        starts = [part.start for part in parts]
-        longest = self._put(packing, self.model, self.kv_cache, self._pad_to, parts, starts, masks)
-        if any(part.verified for part in parts):
+        places = [(lane_work, column) for lane_work in work for column in lane_work.columns]
+        masks = [[self._mask] * len(lane_work.columns) for lane_work in work]
+        starts = [lane_work.start for lane_work in work]
+        longest = self._put(packing, self.model, self.kv_cache, self._pad_to, work, starts, masks)
+        if any(lane_work.needs_verifier for lane_work in work):
             # Place i of the draft stands for its token, which the host does not know, as ~i.
             draft = iter(range(len(places)))
-            unknown = [[~next(draft) for _ in part.columns] for part in parts]
-            starts = [part.num_cached if part.verified else len(part.known) for part in parts]
+            unknown = [[~next(draft) for _ in lane_work.columns] for lane_work in work]
+            starts = [
+                lane_work.num_cached if lane_work.needs_verifier else len(lane_work.known)
+                for lane_work in work
+            ]
             caches = self.verifier_cache, self._pad_verifier_to
-            longest += self._put(packing, self.verifier, *caches, parts, starts, unknown)
-        keys = [number for part, column in places for number in (*part.key, column)]
+            longest += self._put(packing, self.verifier, *caches, work, starts, unknown)
+        keys = [number for lane_work, column in places for number in (*lane_work.key, column)]
         packing.padded(keys, 0, self._padded(len(places)), 3)
-        numbers, groups = grouped(part.sampling for part, _ in places)
+        numbers, groups = grouped(lane_work.sampling for lane_work, _ in places)
         for group in range(len(groups)):
             at = [place for place, number in enumerate(numbers) if number == group]
             packing.padded(at, at[0], self._padded(len(at)))
@@ -130,26 +133,26 @@ class AdaptiveSession(RecordedSession):
         model: Model,
         kv_cache: KVCache,
         pad_to: PadTo,
-        parts: Sequence[AdaptiveWork],
+        work: Sequence[AdaptiveWork],
         starts: Sequence[int],
         drafts: Sequence[Sequence[int]],
     ) -> tuple[int, ...]:
         """Pack what `_logits` reads: the metadata of a model's pass, the ids of its rows, and the row of each
         place; return the metadata's `max_q_len` and `max_kv_len`.
 
-        starts: the first position of each part that is computed; behind the known tokens none is, and nobody
-        reads the logits. drafts: the ids in the columns of each part.
+        starts: the first position of each lane that is computed; behind the known tokens none is, and nobody
+        reads the logits. drafts: the ids in the columns of each lane.
         """
         causal, back = traits(model).causal, int(traits(model).shift or traits(model).causal)
         spans: list[Span] = []
         ids: list[int] = []
         source: list[int] = []
-        for part, start, draft in zip(parts, starts, drafts, strict=True):
+        for lane_work, start, draft in zip(work, starts, drafts, strict=True):
             # The last token's logits are not needed.
-            end = part.columns.stop - int(causal)
-            spans += model.spans(part.lane, start, end, end)
-            source += (max(0, column - back - start + len(ids)) for column in part.columns)
-            ids += [*part.known[start:], *draft][: end - start]
+            end = lane_work.columns.stop - int(causal)
+            spans += model.spans(lane_work.lane, start, end, end)
+            source += (max(0, column - back - start + len(ids)) for column in lane_work.columns)
+            ids += [*lane_work.known[start:], *draft][: end - start]
         rows, *longest = kv_cache.put(packing, spans, pad_to)
         packing.padded(ids, 0, rows)
         packing.padded(source, 0, len(source) if pad_to is None else pad_to(len(source)))

@@ -273,8 +273,8 @@ class CausalBatch:
         ]
         drafts: list[Draft] = []
         with self._sizer.drafting():
-            alone = [slice(i, i + 1) for i in range(len(sequences))]
-            for part in alone if self.batch_invariant else [slice(None)]:
+            one_by_one = [slice(i, i + 1) for i in range(len(sequences))]
+            for part in one_by_one if self.batch_invariant else [slice(None)]:
                 proposed = self._session.propose(views[part], list(sizes.values())[part])
                 if not isinstance(proposed, Sequence):
                     raise ValueError(f"drafter: expected a list of drafts, got {type(proposed).__name__}")

@@ -230,11 +230,11 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
     """The drafter in a published file. Raises ValueError for a config key or tensors that do not fit."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        plain = name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
-        if plain in tensors:
-            raise ValueError(f"{checkpoint.source}: {name}: expected {plain} once, got it by two names")
-        if plain != "t2d":  # which says the same as d2t
-            tensors[plain] = tensor
+        ours = name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+        if ours in tensors:
+            raise ValueError(f"{checkpoint.source}: {name}: expected {ours} once, got it by two names")
+        if ours != "t2d":  # which says the same as d2t
+            tensors[ours] = tensor
     options = EagleOptions.of(checkpoint.config, tensors)
     with shapes_only():
         model = EagleModel(checkpoint.config, options)
@@ -358,7 +358,7 @@ class _Session(RecordedSession):
         groups: the number of each lane's. end: rows of the result of the first pass. Returns the row of each
         guess, lane by lane.
         """
-        found = [[row] for row in range(len(lanes))]
+        rows = [[row] for row in range(len(lanes))]
         going = list(range(len(lanes)))
         for step in range(1, max(counts)):
             before, going = going, [i for i in going if counts[i] > step]
@@ -369,9 +369,9 @@ class _Session(RecordedSession):
             packing.padded([before.index(i) for i in going], 0, padded)
             packing.padded([groups[i] for i in going], -1, padded)
             for row, i in enumerate(going, end):
-                found[i].append(row)
+                rows[i].append(row)
             end += padded
-        return [row for of_lane in found for row in of_lane]
+        return [row for of_lane in rows for row in of_lane]
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, pass after pass, and the bits of their

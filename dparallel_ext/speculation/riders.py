@@ -123,9 +123,9 @@ class RiderDrafter(RiderPlanner):
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a model of another vocabulary, other sizes or other weights."""
-        own = self.model
-        sizes = {"vocabulary": own.vocabulary, "width": own.width, "layers": own.target_layers}
-        check_target(self.source, own.origin, model, **sizes)
+        riders = self.model
+        sizes = {"vocabulary": riders.vocabulary, "width": riders.width, "layers": riders.target_layers}
+        check_target(self.source, riders.origin, model, **sizes)
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         riders = self.on(model.device, model.dtype)

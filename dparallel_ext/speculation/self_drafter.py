@@ -61,10 +61,10 @@ class _Session(BlockSession):
     def __init__(self, drafter: SelfDrafter, model: Model, kv_cache: KVCache, graphs: bool) -> None:
         assert model.mask_id is not None
         self._parts = {} if drafter.adapter is None else drafter.adapter.of(model)
-        own = nn.ParameterList([t for part in self._parts.values() for t in (part.down, part.up)])
-        self.size = sum(t.nbytes for t in own)
+        weights = nn.ParameterList([t for part in self._parts.values() for t in (part.down, part.up)])
+        self.size = sum(t.nbytes for t in weights)
         super().__init__(
-            own,
+            weights,
             model,
             kv_cache,
             block=drafter.block,

@@ -170,9 +170,9 @@ class _Session(RiderSession):
     def __init__(
         self, drafter: StridedDrafter, riders: MaskRiders, lanes: int, parts: Mapping[str, LowRank]
     ) -> None:
-        own = [t for part in parts.values() for t in (part.down, part.up)]
-        self.size = sum(t.nbytes for t in own)
-        super().__init__(drafter, riders, lanes, own)
+        weights = [t for part in parts.values() for t in (part.down, part.up)]
+        self.size = sum(t.nbytes for t in weights)
+        super().__init__(drafter, riders, lanes, weights)
 
     def begin(self) -> None:
         self.riders.begin()

@@ -397,7 +397,7 @@ def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
     decoding = importlib.import_module("dparallel_ext.decoding.decode")
     quota = dx.policies.make("quota", 1, batch=2)
     config = dx.DecodeConfig(policy=quota, gen_length=6, block_length=6, mask_id=31)
-    batch = decoding.start(model, [torch.tensor([1, 2])] * 2, config)
+    batch = decoding.start_batch(model, [torch.tensor([1, 2])] * 2, config)
     before = batch.tokens.clone(), [vars(row).copy() for row in batch.sequences]
     with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 5 holds NaN"):
         batch.step(ahead=4)
