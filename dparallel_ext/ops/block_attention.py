@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..arguments import check_tensor, described, number
 from .fake import register_fake
 from .inputs import check_caches, check_heads, expect, on_device_of_q, within
@@ -150,10 +150,12 @@ def attend_checked(
     the CPU."""
     scale = max(1, q.shape[2]) ** -0.5 if scale is None else scale
     if q.dtype == torch.float64:
-        indices = {"q_start": q_start, "q_end": q_end, "kv_lens": kv_lens, "block_table": block_table}
-        on_device_of_q(q, **indices, ancestors=ancestors)
-        segments = q_start, q_end, kv_lens, block_table
-        return _in_float64(q, k_cache, v_cache, *segments, scale, causal, ancestors)
+        segments = {"block_table": block_table, "q_start": q_start, "q_end": q_end}
+        on_device_of_q(q, **segments, kv_lens=kv_lens, ancestors=ancestors)
+        _check_indices(len(q), k_cache, q_start, q_end, kv_lens, block_table, causal, ancestors)
+        return reference.block_attention(
+            q, k_cache, v_cache, kv_lens, **segments, causal=causal, ancestors=ancestors, scale=scale
+        )
     out: Tensor = _block_attention(
         q,
         k_cache,
@@ -171,47 +173,32 @@ def attend_checked(
     return out
 
 
-def _in_float64(
-    q: Tensor,
+def _check_indices(
+    count: int,
     k_cache: Tensor,
-    v_cache: Tensor,
     q_start: Tensor,
     q_end: Tensor,
     kv_lens: Tensor,
     block_table: Tensor,
-    scale: float,
     causal: bool,
     ancestors: Tensor | None,
-) -> Tensor:
-    """By torch: the kernels have no float64."""
-    rows, capacity = q_end - q_start, block_table.shape[1] * k_cache.shape[2]
+) -> None:
+    """Raise ValueError for indices out of bounds, or rows of q (count, H, D) in two segments. For float64;
+    the kernels check theirs."""
+    page_size = k_cache.shape[2]
+    rows, capacity = q_end - q_start, block_table.shape[1] * page_size
     within("kv_lens", kv_lens, 0, capacity + 1)
-    within("q_start", q_start, 0, len(q) + 1)
-    within("q_end", q_end, 0, len(q) + 1)
+    within("q_start", q_start, 0, count + 1)
+    within("q_end", q_end, 0, count + 1)
     if causal or ancestors is not None:
         within("kv_lens", kv_lens - rows, 0, capacity + 1)
     if ancestors is not None:
         within("ancestors", rows, 0, 64 * ancestors.shape[1] + 1)
-    out, page_size = torch.zeros_like(q), k_cache.shape[2]
-    segments = list(zip(q_start.tolist(), q_end.tolist(), kv_lens.tolist(), block_table, strict=True))
-    _check_apart([(first, last) for first, last, *_ in segments])
-    for first, last, length, table in segments:
-        if first == last or not length:
-            continue
-        within("block_table", table[: -(-length // page_size)], 0, len(k_cache))
-        slot = torch.arange(length, device=q.device)
-        page, offset = table[slot // page_size], slot % page_size
-        k, v = (cache[page, :, offset].transpose(0, 1) for cache in (k_cache, v_cache))  # (Hkv, kv_len, D)
-        row, place = torch.arange(last - first, device=q.device)[:, None], slot - (length - (last - first))
-        seen = place <= (row if causal else torch.full_like(row, last - first))  # (Q, kv_len)
-        if ancestors is not None:
-            bit = place.clamp(min=0)
-            seen = (place < 0) | ((ancestors[first:last, bit // 64] >> bit % 64) & 1).bool()
-        y = F.scaled_dot_product_attention(
-            q[None, first:last].transpose(1, 2), k[None], v[None], seen, scale=scale, enable_gqa=True
-        )
-        out[first:last] = y[0].transpose(0, 1).masked_fill(~seen.any(1)[:, None, None], 0)
-    return out
+    segments = list(zip(q_start.tolist(), q_end.tolist(), strict=True))
+    _check_apart(segments)
+    for (start, end), length, table in zip(segments, kv_lens.tolist(), block_table, strict=True):
+        if start < end:
+            within("block_table", table[: -(-length // page_size)], 0, len(k_cache))
 
 
 def _check_apart(segments: Sequence[tuple[int, int]]) -> None:

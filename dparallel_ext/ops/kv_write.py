@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..arguments import described, number, whole
 from .fake import register_fake
 from .inputs import check_caches, check_heads, check_like, expect, on_device_of_q, within
@@ -131,13 +132,12 @@ def write_checked(
         on_device_of_q(q, positions=positions, slot_mapping=slot_mapping, cos=cos, sin=sin)
         within("positions", positions, 0, len(cos))
         within("slot_mapping", slot_mapping, None, len(k_cache) * k_cache.shape[2])
-        norms = q_norm, k_norm, eps
         tables = {"positions": positions, "slot_mapping": slot_mapping, "cos": cos, "sin": sin}
         own_memory(
             {"v_cache": v_cache, "k_cache": k_cache, "q": q},
             {"k": k, "v": v, **tables, "q_norm": q_norm, "k_norm": k_norm},
         )
-        return _in_float64(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, *norms)
+        return reference.kv_write(q, k, v, k_cache, v_cache, **tables, q_norm=q_norm, k_norm=k_norm, eps=eps)
     _kv_write(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
 
 
@@ -154,38 +154,6 @@ def check_places(
         raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {described(cos)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         expect(name, tensor, cos.shape, torch.float32)
-
-
-def _in_float64(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-) -> None:
-    """By torch: the kernels have no float64."""
-    half = cos.shape[1]
-    c, s = (table[positions][:, None].double() for table in (cos, sin))  # (N, 1, R / 2)
-
-    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is not None:
-            x = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
-        a, b, rest = x.split((half, half, x.shape[2] - 2 * half), -1)
-        return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
-
-    written = (slot_mapping >= 0).nonzero()[:, 0]
-    slot = slot_mapping[written]
-    page, offset = slot // k_cache.shape[2], slot % k_cache.shape[2]
-    k_cache[page, :, offset] = rotated(k, k_norm)[written]
-    v_cache[page, :, offset] = v[written]
-    q.copy_(rotated(q, q_norm))
 
 
 @register_fake("kv_write")

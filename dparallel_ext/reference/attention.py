@@ -22,24 +22,22 @@ def kv_write(
     eps: float = 1e-6,
 ) -> None:
     """See `dparallel_ext.kv_write`; any floating-point dtype."""
-    half = cos.shape[1]
+    half, rest = cos.shape[1], q.shape[2] - 2 * cos.shape[1]
+    c, s = (table[positions][:, None].double() for table in (cos, sin))  # (N, 1, R / 2)
 
-    def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
+    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is not None:
             scale = (x.double().square().mean(-1, keepdim=True) + eps).rsqrt()
             x = (weight.double() * (x.double() * scale).to(x.dtype).double()).to(x.dtype)
-        turned = x.double()
-        for row, position in enumerate(positions.tolist()):
-            pairs = torch.complex(turned[row, :, :half], turned[row, :, half : 2 * half])
-            pairs = pairs * torch.complex(cos[position].double(), sin[position].double())
-            turned[row, :, : 2 * half] = torch.cat((pairs.real, pairs.imag), -1)
-        return turned.to(x.dtype)
+        a, b, unrotated = x.double().split((half, half, rest), -1)
+        return torch.cat((a * c - b * s, b * c + a * s, unrotated), -1).to(x.dtype)
 
     written = slot_mapping >= 0
     page, at = slot_mapping[written] // k_cache.shape[2], slot_mapping[written] % k_cache.shape[2]
-    k_cache[page, :, at] = rotate(k, k_norm)[written]
-    v_cache[page, :, at] = v[written]
-    q.copy_(rotate(q, q_norm))
+    keys, values, queries = rotated(k, k_norm)[written], v[written], rotated(q, q_norm)
+    k_cache[page, :, at] = keys
+    v_cache[page, :, at] = values
+    q.copy_(queries)
 
 
 def kv_move(kv_cache: Tensor, source: Tensor, target: Tensor) -> None:

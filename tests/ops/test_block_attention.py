@@ -259,6 +259,17 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         dx.block_attention(**{"q": q, "k_cache": k, "v_cache": v, **arguments, **change})
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_slots_that_a_row_does_not_see_may_hold_nan(dtype: torch.dtype) -> None:
+    segment = {"q_start": torch.tensor([0]), "q_end": torch.tensor([3]), "kv_lens": torch.tensor([5])}
+    segment["block_table"] = torch.tensor([[0]])
+    q, (k, v) = torch.randn(3, 2, 8).to(dtype), torch.randn(2, 1, 2, 8, 8).to(dtype)
+    v[0, :, 4] = torch.nan  # the last row's own
+    for seen in ({"causal": True}, {"ancestors": torch.tensor([[1], [3], [7]])}):
+        found = dx.block_attention(q, k, v, **segment, **seen)
+        assert found.isnan().flatten(1).any(1).tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_word_too_few_is_refused(dtype: torch.dtype) -> None:
     q, k, v, _ = case(1, dtype, [5, 70], 2, 2, 16, 8)
