@@ -58,6 +58,7 @@ def _cpu_multiplies_bfloat16() -> bool:
         return False
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    # There oneDNN supports what it converts, too. What a torch cannot say is taken for fast, as torch does.
+    # There oneDNN supports dtypes that it converts, too. Without an answer from torch a dtype counts as fast,
+    # as in torch.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: True)() for name in names)

@@ -61,8 +61,8 @@ def block_causal_spans(
 
 
 def known_first(known: Tensor, all_known: Tensor, earlier: Tensor) -> Tensor:
-    """What tokens see where masks come behind all known tokens: a known token the known tokens up to itself,
-    a mask all known tokens and the masks up to itself.
+    """The tokens that each token sees where masks come behind all known tokens: a known token the known
+    tokens up to itself, a mask all known tokens and the masks up to itself.
 
     known: bool, whether each token is known. all_known, earlier: all known tokens, and the tokens up to each,
     both bool or both as bits of words.
@@ -71,8 +71,8 @@ def known_first(known: Tensor, all_known: Tensor, earlier: Tensor) -> Tensor:
 
 
 def runs_joined(masked: Tensor) -> Tensor:
-    """(B, L, L) bool: what tokens see where a run of masks and the token in front of it see each other. No
-    other token sees them, and each sees the other tokens up to itself.
+    """(B, L, L) bool: the tokens that each token sees where a run of masks and the token in front of it see
+    each other. No other token sees them, and each sees the other tokens up to itself.
 
     masked: (B, L) bool, whether each token is a mask.
     """
@@ -85,7 +85,7 @@ def runs_joined(masked: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What one forward pass computes: spans of any sequences and lengths, packed.
+    """The work of one forward pass: spans of any sequences and lengths, packed.
 
     N tokens in the order of the spans, S spans; see `ops.kv_write` and `ops.block_attention`. Padding may
     follow: rows that are no tokens (position 0, no slot, no span), and spans without rows.

@@ -39,7 +39,7 @@ def generate(model: Any, input_ids: Tensor, *, multinomial: bool = False, **sett
         settings: arguments of `model.generate`: max_new_tokens, max_denoising_steps, t_min, t_max, ...
 
     Returns:
-        What `model.generate` returns.
+        The output of `model.generate`.
 
     Raises:
         ValueError: if the model has no denoising step to replace, or one whose arguments have other names
@@ -84,7 +84,7 @@ def run_pipeline(pipeline: Any, *, multinomial: bool = False, **settings: Any) -
         settings: arguments of the pipeline: prompt, gen_length, num_inference_steps, generator, ...
 
     Returns:
-        What the pipeline returns.
+        The output of the pipeline.
 
     Raises:
         ValueError: if the pipeline has none of the three schedulers, and (on a GPU when the call ends) if its

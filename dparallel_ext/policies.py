@@ -49,7 +49,7 @@ class Selector(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What its threshold has to be, for error texts."""
+        """The thresholds that it takes, for error texts."""
         kind = "a whole number" if self.whole else "a number"
         above = f" and <= {self.high:g}" if math.isfinite(self.high) else ""
         return f"{kind} >= {self.low:g}{above} ({self.commits})"
@@ -98,7 +98,7 @@ _BY_ID: dict[float, tuple[float, float, Selector, str]] = {
 
 
 def describe() -> str:
-    """Every rule as SELECTOR:PARAMETER, with what it commits, for `--help`."""
+    """Every rule as SELECTOR:PARAMETER, with the positions that it commits, for `--help`."""
     return "; ".join(f"{name}:{rule.parameter} ({rule.commits})" for name, rule in RULES.items())
 
 

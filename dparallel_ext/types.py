@@ -71,7 +71,7 @@ class RowTopK(NamedTuple):
 
 
 class UnmaskOutput(NamedTuple):
-    """What `unmask_` committed; tensors on the device, without synchronisation."""
+    """The commits of `unmask_`; tensors on the device, without synchronisation."""
 
     committed: Tensor
     """(W,) int64: positions committed in each window."""
@@ -120,7 +120,7 @@ class AcceptOutput(NamedTuple):
 
 
 class CertaintyForcingLossOutput(NamedTuple):
-    """What `certainty_forcing_loss` returns; the per-row fields have the shape of `labels`.
+    """The output of `certainty_forcing_loss`; the per-row fields have the shape of `labels`.
 
     Rows that are not active are 0 and False. `loss`, `nll` and `entropy` carry gradients.
     """

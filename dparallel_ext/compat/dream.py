@@ -27,7 +27,7 @@ _UNREAD = {"bos_token_id", "eos_token_id", "pad_token_id", "generation_kwargs", 
 
 @dataclass
 class DreamOutput:
-    """What `diffusion_generate` returns with `return_dict_in_generate`."""
+    """The output of `diffusion_generate` with `return_dict_in_generate`."""
 
     sequences: Tensor
     """(B, L) int64: prompts and responses."""

@@ -93,7 +93,8 @@ class Batch:
         masked: Sequence[int] = (),
         num_cached: int = 0,
     ) -> SequenceState:
-        """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of what the lane held.
+        """Begin a sequence: `gen_length` tokens after `prompt` (P,) int64, in place of the lane's last
+        sequence.
 
         `masked`: columns of the prompt that hold masks and are filled too, ascending. `num_cached`: positions
         whose keys and values are cached already, where the schedule stores blocks.
@@ -326,7 +327,7 @@ class Batch:
         return True
 
     def _work(self, lanes: list[int], sequences: Sequence[SequenceState]) -> dict[int, SequenceWork]:
-        """What the next pass does with each lane."""
+        """The work of the next pass, by lane."""
         work = {}
         for b in lanes:
             sequence = sequences[b]
@@ -348,7 +349,7 @@ class Batch:
 
     def _stops(self, b: int, start: int, end: int) -> bool:
         """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where the one begins
-        that ends first, the longer one if two end together. What follows an EOS is filling, and no text.
+        that ends first, the longer one if two end together. Tokens behind an EOS are filling, and no text.
 
         Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """

@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class DecodeKeywords(TypedDict, total=False):
-    """The fields of `DecodeConfig` as keywords; for what they are, see there."""
+    """The fields of `DecodeConfig` as keywords; their meanings are there."""
 
     gen_length: int | Sequence[int] | Tensor
     infill: bool
@@ -121,8 +121,9 @@ class DecodeConfig:
     max_commit: policies.Number | None = None
     """With a `threshold`, the most tokens that a pass commits, one per sequence; None: no limit."""
     score: policies.Name | None = None
-    """What "quota" and the fixed schedule rank by, one per sequence: "confidence", "entropy" or "margin".
-    None, as published: entropy for the fixed schedule with cache "prefix" or "dual", else confidence."""
+    """The score that "quota" and the fixed schedule rank by, one per sequence: "confidence", "entropy" or
+    "margin". None, as published: entropy for the fixed schedule with cache "prefix" or "dual", else
+    confidence."""
     cache: str | None = None
     """"none", the whole sequence each pass; for our models also "prefix" (one full pass per block, then from
     the block on), "dual" (one full pass per block, then the block alone), and for block-causal ones "block"
@@ -301,7 +302,7 @@ OTHER_LIBRARIES = {
     "generator": "seed",
     "output_scores": "logprobs",
 }
-"""Other libraries' names of what a field is for, where they are unlike the field's."""
+"""Other libraries' names of a field's purpose, where they are unlike the field's."""
 PER_SEQUENCE_FIELDS = (
     "gen_length",
     "threshold",
@@ -358,11 +359,11 @@ def _listed(value: Any) -> Any:
     return [_listed(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
-# --- what decides ------------------------------------------------------------------------------
+# --- the decider ------------------------------------------------------------------------------
 
 
 class Decider(NamedTuple):
-    """What decides which tokens a pass commits."""
+    """The rule, the schedule or the policy rows that choose the tokens which a pass commits."""
 
     rule: Rule | None
     """The rule beside the policy rows, if any."""
@@ -375,7 +376,7 @@ class Decider(NamedTuple):
 
 
 def decider(config: DecodeConfig, size: int, cache: str) -> Decider:
-    """What decides for `size` sequences. Raises ValueError naming the field that does not fit."""
+    """The decider of `size` sequences. Raises ValueError naming the field that does not fit."""
     rule, row = _rule(config)
     threshold, selector, steps = row["threshold"], row["selector"], row["steps"]
     selectors: list[str] = []

@@ -29,7 +29,7 @@ Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | 
 
 @dataclass
 class DecodeOutput:
-    """What `decode` returns; `sequences, forwards = decode(...)` unpacks."""
+    """The output of `decode`; `sequences, forwards = decode(...)` unpacks."""
 
     sequences: Tensor
     """(B, L) int64: prompts and decoded tokens. Padding, the first `eos_id` or else the mask token, follows

@@ -43,7 +43,7 @@ class Recorder(Protocol):
 _recording = threading.Lock()
 """Held while a pass is recorded: the garbage collector is off then, for the whole process."""
 recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
-"""No two share a stream: else one would record what the other launches."""
+"""No two share a stream: else one would record the other's launches."""
 
 
 def can_record(device: torch.device) -> bool:
@@ -180,7 +180,8 @@ def run_pass(
     """compute(inputs), replayed where it can be.
 
     graphs: None: nothing can be recorded. key: all that the launches depend on beside the values of `inputs`;
-    None: run eagerly, in turn. inputs: (n,) int64 on the CPU. held: what must live as long as the recording.
+    None: run eagerly, in turn. inputs: (n,) int64 on the CPU. held: objects that must live as long as the
+    recording.
     """
     recorder = None if graphs is None or graphs.addresses is None else graphs.recorder
     with nullcontext() if recorder is None else recorder.turn():

@@ -18,7 +18,7 @@ from .workspace import Workspace
 
 
 class SequenceWork(NamedTuple):
-    """What a pass does with one sequence. Columns are positions of the sequence."""
+    """The work of a pass on one sequence. Columns are positions of the sequence."""
 
     spans: list[Span]
     """The positions to compute, adjoining spans."""
@@ -31,8 +31,8 @@ class SequenceWork(NamedTuple):
     ending: tuple[int, int]
     """Columns [start, end) in which an EOS ends the sequence."""
     onward: bool = False
-    """Whether the positions are final and see those up to themselves, so that their logits are for the next
-    position; the same for all sequences of a pass."""
+    """Whether the positions are final and see the positions up to themselves, so that their logits are for
+    the next position; the same for all sequences of a pass."""
 
 
 class GraphKey(NamedTuple):

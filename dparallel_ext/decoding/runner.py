@@ -122,7 +122,7 @@ class Runner:
     def read_counts(
         self, sequences: Sequence[SequenceState], results: Sequence[Tensor]
     ) -> list[list[Counts]]:
-        """For each pass and lane, the counts in what `run` returned; waits for the device.
+        """For each pass and lane, the counts in the results of `run`; waits for the device.
 
         Raises ValueError for the first pass in which an error kept a sequence from committing.
         """
@@ -197,7 +197,7 @@ class Runner:
         return torch.cat((error, *counts, *end))
 
     def _commit(self, positions: Tensor, decided: Sequence[Decided], counted: Tensor) -> CommitOutput:
-        """Write what the rules decided, and count the blocks in columns `counted` (2, lanes * k)."""
+        """Write the decided tokens, and count the blocks in columns `counted` (2, lanes * k)."""
         commit, token = None, None
         for each in decided:  # groups have sequences, and so rows, of their own
             if each.remask is not None:

@@ -40,7 +40,7 @@ class Predicted(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """What a policy row or a rule decided."""
+    """The decision of policy rows or a rule, as far as it may be carried out."""
 
     stats: RowStats
     """Fields (N,): statistics of the rows that were read; ids are -1 elsewhere."""

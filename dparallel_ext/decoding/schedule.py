@@ -56,7 +56,8 @@ class Schedule:
     """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from there.
     Aligned, a response fills its last block."""
     onward: bool
-    """Whether finished positions see those up to themselves, and predict the next (`models.Traits`)."""
+    """Whether finished positions see the positions up to themselves, and predict the next
+    (`models.Traits`)."""
     active_blocks: int = 1
     open_at: float = 0.1
     activate_at: float = 0.95

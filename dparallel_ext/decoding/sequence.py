@@ -308,7 +308,7 @@ class SequenceState:
 
 _SETTINGS = SequenceSettings((0.0, 0.0, 1.0, math.inf, 0.0))
 IDLE = SequenceState(0, Layout((), [], 0), _SETTINGS, _SETTINGS.sampling(None), 0)
-"""What a lane without a sequence holds."""
+"""The placeholder in a lane without a sequence."""
 
 
 def eos_ids(sequences: Sequence[SequenceState]) -> tuple[int, ...]:
@@ -316,6 +316,6 @@ def eos_ids(sequences: Sequence[SequenceState]) -> tuple[int, ...]:
     return tuple(sorted({eos for sequence in sequences for eos in sequence.settings.eos_ids}))
 
 
-def reads(sequence: SequenceState, what: str) -> bool:
-    """Whether the sequence has a rule whose `reads` is `what`, see `rules.Rule`."""
-    return sequence.settings.rule is not None and sequence.settings.rule.reads == what
+def reads(sequence: SequenceState, columns: str) -> bool:
+    """Whether the sequence has a rule whose `reads` is `columns`, see `rules.Rule`."""
+    return sequence.settings.rule is not None and sequence.settings.rule.reads == columns

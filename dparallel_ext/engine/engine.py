@@ -2,7 +2,7 @@
 
 `decode` and `speculate` are for prompts at hand; an `Engine` is for prompts that arrive while others are
 being decoded. Its thread runs passes over the requests in its lanes; between passes it lets requests in and
-out. A request gets what `decode`, `speculate` or `adaptive_decode` would give it alone.
+out. A request gets the tokens that `decode`, `speculate` or `adaptive_decode` would give it alone.
 """
 
 from __future__ import annotations
@@ -295,7 +295,8 @@ class Engine:
         plan = self._kind.plan(ids, gen_length, config)
         with self.core.lock:
             self.core.check_open()
-            # Arrivals get their lanes between two passes: until then, what has a free lane is not waiting.
+            # Arrivals get their lanes between two passes: until then, a request with a free lane is not
+            # waiting.
             free = self.lanes - len(self.core.running)
             if self.core.waiting - free >= self.max_waiting:
                 raise EngineFull(f"{self.max_waiting} requests wait already (max_waiting)")

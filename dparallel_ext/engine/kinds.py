@@ -58,7 +58,7 @@ AnyBatch = diffusion.Batch | CausalBatch
 
 
 class ModelKind(ABC):
-    """What an engine needs to know about its kind of model."""
+    """The parts of an engine that its kind of model decides."""
 
     config: DecodeConfig
     """The config of requests that come without one; the engine's own fields hold the values in force."""

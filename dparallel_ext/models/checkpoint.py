@@ -371,7 +371,7 @@ def _assemble(
 
 
 def _shape_faults(available: Iterable[SourceTensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the shapes of tensors, or with single types."""
+    """The tensors of wrong shapes or unsupported types, in words."""
     faults = []
     for name, shape, dtype, _ in available:
         if shape != (expected := tuple(wanted[name].shape)):
@@ -382,7 +382,7 @@ def _shape_faults(available: Iterable[SourceTensor], wanted: Mapping[str, Tensor
 
 
 def _type_faults(available: Sequence[SourceTensor], owner: Mapping[str, str], mixed: bool) -> list[str]:
-    """What is wrong with types: those of all tensors, or if `mixed` of the parts of a parameter, differ."""
+    """The types that differ, of all tensors, or if `mixed` of the parts of a parameter, in words."""
     types: dict[str, dict[str, str]] = {}
     """Parameter, "" unless mixed -> type -> the first tensor of it."""
     for entry in reversed(available):

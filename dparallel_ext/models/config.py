@@ -150,7 +150,7 @@ BLOCK_LENGTH = 32
 
 @dataclass(frozen=True)
 class Traits:
-    """What decoding and training need to know of a model, ours or not.
+    """The properties of a model, ours or not, that decoding and training depend on.
 
     A function, or a module that wraps a model in a way of its own, states them in an attribute `traits`.
 

@@ -1,4 +1,4 @@
-"""What transformers, PEFT and trainers call on a language model."""
+"""The methods of a language model that transformers, PEFT and trainers call."""
 
 from __future__ import annotations
 

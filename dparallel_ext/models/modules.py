@@ -22,7 +22,8 @@ from .fp8 import Fp8Linear
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """What is made here is on the device "meta": it has shapes and types, and no memory.
+    """A context in which tensors and modules are made on the device "meta", with shapes and types, without
+    memory.
 
     It is given no values either: torch.nn.init would go through them all the same, and imports
     torch._dynamo for that, which takes as long as torch.

@@ -6,7 +6,7 @@ Diffusion, and Self-Speculation Decoding", and the code published with the check
     autoregressive     as Ministral 3: the logits at a position are for the next
     diffusion          masks of a block behind the text, whose rows see each other: the logits at a mask are
                        for the mask's own position. The block's first token is the autoregressive choice, and
-                       a finished block is computed again, each position seeing those up to itself
+                       a finished block is computed again, each position seeing the positions up to itself
     self-speculation   masks draft, the autoregressive model verifies (`speculation.SelfDrafter`)
 """
 

@@ -95,7 +95,7 @@ def _casts(x: Tensor) -> bool:
 
 
 def fuses_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
-    """Whether the kernel of this product can also compute what follows it, such as `swiglu` or `kv_write`."""
+    """Whether the kernel of this product can also compute the next op, such as `swiglu` or `kv_write`."""
     if x.dtype != torch.bfloat16 or not x.is_cuda:
         return False
     if scale is None:

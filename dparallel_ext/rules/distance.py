@@ -1,4 +1,4 @@
-"""Entropy with a penalty for distance (WeDLM, arXiv 2512.22737): what is near the text is committed first.
+"""Entropy with a penalty for distance (WeDLM, arXiv 2512.22737): masks near the text are committed first.
 
     score = H + penalty * (column - column of the window's first mask)
 

@@ -191,7 +191,7 @@ class Decision(NamedTuple):
 
 
 class Rule:
-    """Decides what a pass commits. A frozen dataclass: equal rules share their state.
+    """Decides which tokens a pass commits. A frozen dataclass: equal rules share their state.
 
     Whatever a rule decides, at least one mask of the front block's window is committed, and never the mask
     token; and so few tokens become masks again that every decode ends (`Decision.remask`).
@@ -251,8 +251,8 @@ class Rule:
             remembered[lane] = 0
 
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
-        """Decide what the pass commits. A sequence's cells must not depend on other sequences' cells. Only
-        tensors of `state` may be changed in place."""
+        """Decide which tokens the pass commits. A sequence's cells must not depend on other sequences' cells.
+        Only tensors of `state` may be changed in place."""
         raise NotImplementedError(f"{type(self).__name__}: expected a method decide(stats, where, state)")
 
 

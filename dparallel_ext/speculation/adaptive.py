@@ -213,7 +213,7 @@ def check_known(verifier: Model, prompts: Sequence[Tensor], eos_ids: Sequence[in
 
 @dataclass
 class Judged:
-    """What a pass found for one sequence."""
+    """The verified draft of one sequence."""
 
     tokens: list[int]
     """The drafted tokens."""
@@ -315,7 +315,7 @@ class AdaptiveBatch(CausalBatch):
         return results
 
     def _agreed(self, lane_work: AdaptiveWork, results: Sequence[Sequence[int]]) -> int:
-        """How many tokens of a draft are committed. results: for each column what `judge` returns of it.
+        """How many tokens of a draft are committed. results: of `judge`, for each column.
 
         Raises ValueError for the first bad row among the committed tokens or right behind them.
         """

@@ -26,7 +26,7 @@ from .sequence import UNKNOWN
 
 
 class AdaptiveWork(NamedTuple):
-    """What a pass does with one sequence. Columns are positions of the sequence."""
+    """The work of a pass on one sequence. Columns are positions of the sequence."""
 
     lane: int
     known: Sequence[int]
@@ -49,11 +49,11 @@ class AdaptiveWork(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifierDrafter:
-    """What an `AdaptiveBatch` has for a `Drafter`: all that its recorded passes depend on beside the model,
+    """The `Drafter` of an `AdaptiveBatch`: all that its recorded passes depend on beside the model,
     so that a batch can go on with the session of an earlier one whose `VerifierDrafter` is equal."""
 
     verifier: weakref.ref[Model]
-    """The batch keeps it; what is kept for the next batch does not."""
+    """The batch keeps it alive; a workspace for the next batch does not."""
     dtype: torch.dtype
     """Of the verifier's cache."""
     mask_id: int
@@ -137,8 +137,8 @@ class AdaptiveSession(RecordedSession):
         starts: Sequence[int],
         drafts: Sequence[Sequence[int]],
     ) -> tuple[int, ...]:
-        """Pack what `_logits` reads: the metadata of a model's pass, the ids of its rows, and the row of each
-        place; return the metadata's `max_q_len` and `max_kv_len`.
+        """Pack the inputs of `_logits`: the metadata of a model's pass, the ids of its rows, and the row of
+        each place; return the metadata's `max_q_len` and `max_kv_len`.
 
         starts: the first position of each lane that is computed; behind the known tokens none is, and nobody
         reads the logits. drafts: the ids in the columns of each lane.

@@ -53,7 +53,7 @@ class AcceptanceCounts:
 
 
 class Drafted(NamedTuple):
-    """What the passes of one `step` found for a sequence."""
+    """The draft of a sequence in one `step`, and the tokens that the pass emitted."""
 
     size: int
     """The most rows that its draft could have; 0 if none was asked for."""
@@ -226,7 +226,8 @@ class CausalBatch:
         return live
 
     def _run(self, live: Sequence[int]) -> Mapping[int, Any]:
-        """Run passes over some lanes, which change no sequence; return what `_advance` takes, by lane."""
+        """Run passes over some lanes, which change no sequence; return the arguments of `_advance`, by
+        lane."""
         sizes = self._sizes(live)
         drafts = dict.fromkeys(live, Draft()) | self._drafts(sizes)
         results: dict[int, Drafted] = {}

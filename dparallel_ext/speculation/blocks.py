@@ -59,7 +59,7 @@ class TrainedBlockDrafter(BlockDrafter, Generic[Weights]):
 
     model_class: type[Weights]
     options: Any
-    """What the config.json of `model` says, with a `shape` and a `block`, the rows of a block."""
+    """The options in the config.json of `model`, with a `shape` and a `block`, the rows of a block."""
 
     def __init__(self, model: Weights, source: str = "drafter") -> None:
         instance("model", model, self.model_class)

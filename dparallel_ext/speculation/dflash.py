@@ -8,7 +8,7 @@ group mask, arXiv 2504.18583.
               are all that is kept, at the token's own slot, in pages like those of the target's cache
     block     rows [root, mask, mask, ...] at the positions from the root's on, through layers in Qwen3's
               layout between the target's embedding and the target's head. Each sees the context of all
-              positions in front of the root, and of the block every row (DFlash) or those up to itself
+              positions in front of the root, and of the block every row (DFlash) or the rows up to itself
               (ParallelSpec)
     draft     each mask row's argmax: the token at the row's own position (a tree of more: `ddtree`)
 
@@ -48,7 +48,7 @@ BLOCK = Field(int, None, least=2, most=512)
 
 
 class DFlashOptions(NamedTuple):
-    """What a drafter's config.json says."""
+    """The options in a drafter's config.json."""
 
     shape: ModelConfig
     kind: str

@@ -52,7 +52,7 @@ _TAPS = "eagle_aux_hidden_state_layer_ids"
 _DEPTHS = dict.fromkeys(("num_depths", "para_depths"), Field(int, None, most=511))
 _MASKS = ("pard_token", "ptd_token_id", "mask_token_id")
 _WITHOUT = dict.fromkeys(("norm_before_fc", "fc_norm", "use_aux_norm", "norm_output"), False)
-"""What some later drafters add (EAGLE-3.1)."""
+"""Options of some later drafters (EAGLE-3.1)."""
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
@@ -61,7 +61,7 @@ def is_config(config: Mapping[str, Any]) -> bool:
 
 
 class EagleOptions(NamedTuple):
-    """What a drafter's config.json and the names of its tensors say."""
+    """The options in a drafter's config.json and in the names of its tensors."""
 
     shape: ModelConfig
     """Of the drafter, with the target's vocabulary."""

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     "lora": lambda checkpoint: SelfDrafter(adapter=Adapter(checkpoint)),
     strided.KIND: strided.drafter_of_masks,
 }
-"""Kind that a file names -> what makes a drafter of it, or raises ValueError."""
+"""Kind that a file names -> a function that makes a drafter of it, or raises ValueError."""
 NAMED: dict[str, Path | Drafter] = {
     "recycling": Recycling(),
     "jump_forward": JumpForward(),
@@ -141,7 +141,7 @@ def _checked(drafter: Drafter) -> Drafter:
 
 
 def _lacks(value: Any) -> str:
-    """The members of a drafter that an object lacks, in words; "" for what is none at all."""
+    """The members of a drafter that an object lacks, in words; "" for another kind of object."""
     lacking = [name for name in ("most", "check", "session") if not hasattr(value, name)]
     return f", which has no {' and no '.join(lacking)}" if 0 < len(lacking) < 3 else ""
 

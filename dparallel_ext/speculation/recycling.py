@@ -80,7 +80,7 @@ class _Session(RecordedSession):
     def observe(self, seen: Observation) -> None:
         token = seen.ids[seen.source]  # (M,)
         best = row_topk(seen.logits, self._width, check=False).token  # (M, k); -1: no more tokens, or NaN
-        # Rows with one token all write what the last of them has, so their order does not matter.
+        # Rows with one token all write the guesses of the last of them, so their order does not matter.
         row = torch.arange(len(token), device=token.device)
         last = row.new_zeros(len(self.matrix)).scatter_reduce_(0, token, row, "amax")
         self.matrix[token, : self._width] = best[last[token]]

@@ -1,9 +1,9 @@
 """Drafters that guess and verify in one pass: a draft's nodes have riders, rows that guess the next tokens.
 
-This is what the kinds have in common. They differ in how a rider's row is made, each in a file: from an
-embedding of its own (`ppd`), by a map of its node's stream at a middle layer (`hidden_transfer`), or from the
-embedding of the mask token (`strided`). The next draft is a tree of the tokens that the riders of the last
-accepted node rank first; its shape is the best for the measured ranks (`trees`).
+This module has the parts that all kinds share. They differ in how a rider's row is made, each in a file: from
+an embedding of its own (`ppd`), by a map of its node's stream at a middle layer (`hidden_transfer`), or from
+the embedding of the mask token (`strided`). The next draft is a tree of the tokens that the riders of the
+last accepted node rank first; its shape is the best for the measured ranks (`trees`).
 
 All three papers verify greedy texts exactly. At a temperature PPD accepts what is typical, which is lossy and
 not used, and I-DLM by the ratio of two distributions: here samples are matched instead, so that texts are the

@@ -1,7 +1,7 @@
 """Self-speculation of a model that predicts masks and the next token (Nemotron-Labs-Diffusion, NVIDIA, 2026).
 
     draft     rows [root, mask, ...] behind the text, which see each other: each mask's likeliest token
-    verify    the same model, each position seeing those up to itself
+    verify    the same model, each position seeing the positions up to itself
 
 The text is the autoregressive model's. The draft's keys and values lie where the verify pass writes its own.
 A LoRA adapter (arXiv 2106.09685) may take part in the draft alone, as the published `linear_spec_lora` does.

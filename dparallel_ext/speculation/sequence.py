@@ -133,4 +133,4 @@ class CausalSequence:
 
 _SETTINGS = SequenceSettings((0.0, 1.0, 1.0, 1.0, 0.0))
 IDLE = CausalSequence(0, 0, _SETTINGS, _SETTINGS.sampling(None), done=True)
-"""What a lane without a sequence holds."""
+"""The placeholder in a lane without a sequence."""

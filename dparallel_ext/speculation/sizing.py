@@ -53,7 +53,7 @@ class Fixed:
 
 
 class Measurements:
-    """What is known of passes with drafts of up to `most` nodes. It refers to no drafter."""
+    """Times and acceptance of passes with drafts of up to `most` nodes. It refers to no drafter."""
 
     def __init__(self, most: int) -> None:
         self.worth = [1.0, 1.0]

@@ -1,6 +1,6 @@
 """Introspective strided decoding (I-DLM, arXiv 2604.11035): the model's masks ride in the verify pass.
 
-    rows      [root, guess, ..., mask, mask, ...], each seeing those up to itself
+    rows      [root, guess, ..., mask, mask, ...], each seeing the rows up to itself
     logits    at root and guesses: the model's choices, which verify; at the j-th mask behind a node: a guess
               of the token j places behind the node's choice
 

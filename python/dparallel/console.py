@@ -1,4 +1,4 @@
-"""What a command says when it cannot go on: bad input, an interruption, too little memory; in one line."""
+"""A command's words when it cannot go on: bad input, an interruption, too little memory; in one line."""
 
 from __future__ import annotations
 
