@@ -3,14 +3,46 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"
 #include "dparallel/launch.h"
+#include "dparallel/memory.h"
 #include "draft_trees.h"
 #include "scheduler.h"
+
+namespace {
+
+// A tensor's argument name, address, element size, and (stride in elements, size) of each
+// dimension.
+using Layout =
+    std::tuple<std::string, uintptr_t, int64_t, std::vector<std::pair<int64_t, int64_t>>>;
+
+dparallel::Memory memory_of(const Layout& layout) {
+  const auto& [name, address, element_size, dims] = layout;
+  dparallel::Memory memory(name.c_str(), reinterpret_cast<const void*>(address), element_size);
+  for (const auto& [stride, size] : dims)
+    if (!memory.add(stride, size)) break;
+  return memory;
+}
+
+void own_memory(const std::vector<Layout>& changed, const std::vector<Layout>& read) {
+  for (auto at = changed.begin(); at != changed.end(); ++at) {
+    const dparallel::Memory memory = memory_of(*at);
+    dparallel::own_memory(memory);
+    for (auto other = at + 1; other != changed.end(); ++other)
+      dparallel::own_memory(memory, memory_of(*other));
+    for (const Layout& other : read) dparallel::own_memory(memory, memory_of(other));
+  }
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dparallel_ext's compiled half: importing it registers torch.ops.dparallel.*";
@@ -35,6 +67,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &dparallel::build_info,
         "What setup.py built, as text: compiler, torch, backends, CUDA toolkit and architectures, "
         "and why there are CUDA kernels or none.");
+
+  m.def("own_memory", &own_memory, pybind11::arg("changed"), pybind11::arg("read"),
+        "Raises ValueError unless each element of the changed tensors has memory of its own. A "
+        "tensor is (argument, address, element size, [(stride, size), ...]).");
 
   namespace py = pybind11;
   using namespace dparallel;

@@ -60,7 +60,7 @@ struct Written {
     args.v_layout = layout_of(v_rows, "v_cache", q);
     own_memory(k_cache, "k_cache");
     own_memory(v_cache, "v_cache");
-    own_memory(Memory(v_cache, "v_cache"), {{k_cache, "k_cache"}});
+    own_memory(TensorMemory(v_cache, "v_cache"), {{k_cache, "k_cache"}});
     const int64_t dim = q.size(2);
     args.count = q.size(0);
     args.q_heads = q.size(1);
@@ -82,14 +82,14 @@ struct Written {
     args.v_cache = v_rows.data_ptr();
   }
   // What the op changes shares no memory with its tables, nor with `others`.
-  void check_apart(const Memory& changed, std::initializer_list<Memory> others) const {
+  void check_apart(const TensorMemory& changed, std::initializer_list<TensorMemory> others) const {
     own_memory(
         changed,
         {{positions, "positions"}, {slot_mapping, "slot_mapping"}, {cos, "cos"}, {sin, "sin"}});
     own_memory(changed, others);
   }
   // The same of the caches; `others`: what else the op reads or writes.
-  void check_apart(std::initializer_list<Memory> others) const {
+  void check_apart(std::initializer_list<TensorMemory> others) const {
     check_apart({k_cache, "k_cache"}, others);
     check_apart({v_cache, "v_cache"}, others);
   }
@@ -132,7 +132,7 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
     args.k_norm = k_norm->data_ptr();
     args.eps = static_cast<float>(eps);
   }
-  const Memory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
+  const TensorMemory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
       k_weight(k_norm, "k_norm");
   written.check_apart(queries, {keys, values, q_weight, k_weight});
   written.check_apart({queries, keys, values, q_weight, k_weight});

@@ -8,34 +8,19 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "dparallel/common.h"
+#include "dparallel/memory.h"
 
 namespace dparallel {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// In Python a ValueError.
-template <class... Parts>
-[[noreturn]] void bad_argument(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-#define DP_CHECK(condition, ...)                 \
-  do {                                           \
-    if (!(condition)) bad_argument(__VA_ARGS__); \
-  } while (false)
 
 // As Python names it.
 inline const char* name_of(ScalarType dtype) {
@@ -106,106 +91,21 @@ inline void make_rows(Tensor& t) {
   if (t.stride(last) != 1 && t.size(last) != 1) t = torch::stable::contiguous(t);
 }
 
-// What is changed in place may not be an expanded view, nor another whose elements overlap: by
-// ascending strides, each dimension has to step over all that the smaller ones span.
-inline void own_memory(const Tensor& t, const char* name) {
-  if (t.numel() == 0) return;
-  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) > 1) steps.emplace_back(t.stride(d), t.size(d));
-  std::sort(steps.begin(), steps.end());
-  int64_t span = 0;
-  for (const auto& [stride, size] : steps) {
-    DP_CHECK(stride > span, name,
-             ": expected memory of its own for each element, which is changed in place, got ", size,
-             " elements at a stride of ", stride);
-    span += stride * (size - 1);
+// The memory of an argument; none where it is left out.
+struct TensorMemory : Memory {
+  TensorMemory(const Tensor& t, const char* name)
+      : Memory(name, t.data_ptr(), static_cast<int64_t>(t.element_size())) {
+    for (int64_t d = 0; d < t.dim(); ++d)
+      if (!add(t.stride(d), t.size(d))) return;
   }
-}
-
-// The bytes from a tensor's first element to its last, with other tensors' between them.
-struct Memory {
-  const Tensor* tensor;
-  const char* name;
-  int64_t element_size = 1;
-  const char *begin = nullptr, *end = nullptr;  // equal of an empty tensor, and of none
-
-  Memory(const Tensor& t, const char* name)
-      : tensor(&t),
-        name(name),
-        element_size(static_cast<int64_t>(t.element_size())),
-        begin(static_cast<const char*>(t.data_ptr())),
-        end(begin) {
-    if (t.numel() == 0) return;
-    end += element_size;
-    for (int64_t d = 0; d < t.dim(); ++d) end += (t.size(d) - 1) * t.stride(d) * element_size;
-  }
-  Memory(const std::optional<Tensor>& t, const char* name) : tensor(nullptr), name(name) {
-    if (t.has_value()) *this = Memory(*t, name);
+  TensorMemory(const std::optional<Tensor>& t, const char* name) : Memory(name) {
+    if (t.has_value()) *this = TensorMemory(*t, name);
   }
 };
 
-// The steps of one tensor's strides less those of another's, by descending strides: the two have an
-// element in common if the distance of their first ones is a sum of such steps.
-class StepsBetween {
- public:
-  StepsBetween(const Memory& a, const Memory& b) {
-    add(a, 1);
-    add(b, -1);
-    std::sort(steps_.begin(), steps_.begin() + count_,
-              [](const Steps& x, const Steps& y) { return x.stride > y.stride; });
-    // In bytes: elements of one size may lie askew.
-    steps_[count_++] = {1, 1 - b.element_size, a.element_size - 1};
-  }
-
-  // With strides that both have, as rows of one buffer, it tries two numbers of steps of each.
-  bool make(int64_t distance, size_t from = 0) const {
-    if (from == count_) return distance == 0;
-    int64_t below = 0, above = 0;  // what the smaller strides reach
-    for (size_t i = from + 1; i < count_; ++i) {
-      below += steps_[i].least * steps_[i].stride;
-      above += steps_[i].most * steps_[i].stride;
-    }
-    const auto& [stride, least, most] = steps_[from];
-    // Division rounds towards 0: none is left out, and those that are too many fail below.
-    const int64_t first = std::max(least, (distance - above) / stride);
-    const int64_t last = std::min(most, (distance - below) / stride);
-    for (int64_t n = first; n <= last; ++n) {
-      const int64_t left = distance - n * stride;
-      if (below <= left && left <= above && make(left, from + 1)) return true;
-    }
-    return false;
-  }
-
- private:
-  struct Steps {
-    int64_t stride, least, most;
-  };
-
-  void add(const Memory& memory, int64_t sign) {
-    for (int64_t d = 0; d < memory.tensor->dim(); ++d) {
-      const int64_t stride = memory.tensor->stride(d) * memory.element_size,
-                    count = memory.tensor->size(d) - 1;
-      if (stride == 0 || count == 0) continue;
-      size_t at = 0;
-      while (at < count_ && steps_[at].stride != stride) ++at;
-      if (at == count_) steps_[count_++] = {stride, 0, 0};
-      (sign > 0 ? steps_[at].most : steps_[at].least) += sign * count;
-    }
-  }
-
-  std::array<Steps, 16> steps_{};
-  size_t count_ = 0;
-};
-
-// What is changed in place shares no element with other arguments, of any dtype; all of at most 6
-// dimensions. Indices that change after they were checked would lead anywhere.
-inline void own_memory(const Memory& changed, std::initializer_list<Memory> others) {
-  for (const Memory& other : others) {
-    if (changed.end <= other.begin || other.end <= changed.begin) continue;
-    DP_CHECK(!StepsBetween(changed, other).make(other.begin - changed.begin), changed.name,
-             ": expected memory of its own, which is changed in place, got some of ", other.name);
-  }
+inline void own_memory(const Tensor& t, const char* name) { own_memory(TensorMemory(t, name)); }
+inline void own_memory(const TensorMemory& changed, std::initializer_list<TensorMemory> others) {
+  for (const TensorMemory& other : others) own_memory(changed, other);
 }
 
 // `rows`: `t`, or the copy that a kernel has changed in its place.
