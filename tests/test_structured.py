@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import dparallel_ext as dx
 from dparallel_ext.automaton import NOWHERE
-from dparallel_ext.decoding.sequence import SamplingGroup
+from dparallel_ext.decoding.sequence_settings import SamplingGroup
 from dparallel_ext.speculation import JumpForward, Lane
 
 TEXT = '{"name": "Zoë", "age": 37, "tags": ["a", "b"]} the café costs 4.50 € \t and 12,000 more words'

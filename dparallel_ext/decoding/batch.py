@@ -22,7 +22,8 @@ from ..models import Model
 from .inputs import SequenceWork
 from .runner import Counts, Runner
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceSettings, SequenceState, lay_out, reads
+from .sequence import IDLE, SequenceState, lay_out, reads
+from .sequence_settings import SequenceSettings
 from .workspace import Workspace
 
 AHEAD = 8

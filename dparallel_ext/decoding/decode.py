@@ -19,7 +19,8 @@ from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
-from .sequence import SequenceSettings, whole_length
+from .sequence import whole_length
+from .sequence_settings import SequenceSettings
 from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
 

@@ -13,7 +13,8 @@ from ..models import Model
 from ..packed import Packing, Shapes
 from . import padding
 from .schedule import Schedule, Window
-from .sequence import IDLE, SamplingGroup, SequenceState, eos_ids, grouped, reads
+from .sequence import IDLE, SequenceState, eos_ids, reads
+from .sequence_settings import SamplingGroup, grouped
 from .workspace import Workspace
 
 

@@ -26,7 +26,8 @@ from .graphs import recorded_key, run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
 from .sampler import Decided, Predicted, decide
 from .schedule import Schedule
-from .sequence import SamplingGroup, SequenceState, eos_ids
+from .sequence import SequenceState, eos_ids
+from .sequence_settings import SamplingGroup
 from .workspace import Workspace
 
 

@@ -15,7 +15,7 @@ from ..ops.row_stats import LARGEST, read_rows
 from ..rules import Decision, Rule, Where
 from ..rules.protocol import Cells, expect
 from ..types import NO_ERROR, RowStats
-from .sequence import SamplingGroup
+from .sequence_settings import SamplingGroup
 
 
 class Predicted(NamedTuple):

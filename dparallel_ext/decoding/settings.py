@@ -17,7 +17,7 @@ from ..rules import Leading, Rule
 from ..rules.constrained import Constrained
 from .config import ACTIVE_BLOCK_FIELDS, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
-from .sequence import SequenceSettings
+from .sequence_settings import SequenceSettings
 
 
 class ResolvedConfig(NamedTuple):

@@ -20,7 +20,8 @@ from ..decoding.config import DecodeConfig
 from ..decoding.decode import masked_columns
 from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
-from ..decoding.sequence import OpenBlock, SequenceSettings, SequenceState, lay_out, whole_length
+from ..decoding.sequence import OpenBlock, SequenceState, lay_out, whole_length
+from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
 from ..speculation import AdaptiveBatch, CausalBatch, Drafter, adaptive, drafter_of

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..arguments import instance, number, whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.sequence import grouped
+from ..decoding.sequence_settings import grouped
 from ..models import Model, Stream, own_precision
 from ..models.fields import LAYERS, VOCABULARY, WIDTH, Field, read
 from ..models.modules import shapes_only

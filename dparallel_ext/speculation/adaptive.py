@@ -31,7 +31,7 @@ from .. import arguments
 from ..cache import KVCache
 from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
-from ..decoding.sequence import SequenceSettings
+from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_diffusion, native, traits, warn_beyond
 from ..models import load as load_model

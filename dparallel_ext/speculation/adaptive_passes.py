@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
 from ..decoding.padding import recorded_rows, row_padding
-from ..decoding.sequence import SamplingGroup, grouped
+from ..decoding.sequence_settings import SamplingGroup, grouped
 from ..models import Model, own_precision, traits
 from ..ops.row_stats import read_rows
 from ..packed import Packing, bits_of, unpack

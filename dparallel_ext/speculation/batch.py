@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..decoding import padding
-from ..decoding.sequence import SequenceSettings
+from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.workspace import Workspace
 from ..models import Model
 from .draft import Draft, check_drafts, depths

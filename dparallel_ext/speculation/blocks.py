@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._C import DraftTree, draft_trees
 from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.sequence import grouped
+from ..decoding.sequence_settings import grouped
 from ..models import Model, fused_weights, own_precision
 from ..ops import row_topk
 from ..ops.row_topk import MOST

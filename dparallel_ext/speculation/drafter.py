@@ -21,7 +21,7 @@ from ..automaton import Automaton
 from ..cache import AttentionMetadata, KVCache
 from ..decoding.graphs import recorded_key, run_pass
 from ..decoding.padding import recorded_rows, row_padding
-from ..decoding.sequence import SamplingGroup
+from ..decoding.sequence_settings import SamplingGroup
 from ..decoding.workspace import graphs_on
 from ..models import Model, Stream
 from ..packed import Packing, Shapes

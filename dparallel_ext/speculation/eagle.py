@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .._C import draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.sequence import grouped
+from ..decoding.sequence_settings import grouped
 from ..models import Llama, Model, Qwen3, own_precision, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, config_ids

@@ -9,7 +9,7 @@ import torch
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
-from ..decoding.sequence import grouped
+from ..decoding.sequence_settings import grouped
 from ..models import Model, native, own_precision
 from ..ops import row_stats
 from .draft import Draft

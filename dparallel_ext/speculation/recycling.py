@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..decoding.sequence import grouped
+from ..decoding.sequence_settings import grouped
 from ..models import Model
 from ..ops import row_topk
 from ..packed import Packing, unpack

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import AttentionMetadata, KVCache, PadTo, Span
-from ..decoding.sequence import SamplingGroup
+from ..decoding.sequence_settings import SamplingGroup
 from ..models import Model
 from ..models.modules import Stream
 from .draft import Draft

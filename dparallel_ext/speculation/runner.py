@@ -19,7 +19,7 @@ from ..automaton import NOWHERE, Automaton
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
 from ..decoding.graphs import recorded_key, run_pass
-from ..decoding.sequence import SamplingGroup
+from ..decoding.sequence_settings import SamplingGroup
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..decoding.sequence import SamplingGroup, SequenceSettings
+from ..decoding.sequence_settings import SamplingGroup, SequenceSettings
 
 UNKNOWN = -1
 """The number in place of a token that is not known yet."""

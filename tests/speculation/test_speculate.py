@@ -16,7 +16,7 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models, speculation
 from dparallel_ext.decoding.config import DecodeConfig
-from dparallel_ext.decoding.sequence import SamplingGroup
+from dparallel_ext.decoding.sequence_settings import SamplingGroup
 from dparallel_ext.decoding.settings import make_settings
 from dparallel_ext.models import Model
 from dparallel_ext.speculation import (

@@ -1,0 +1,89 @@
+"""Settings of one sequence, masked or autoregressive, and groups of sequences that choose tokens alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..automaton import Automaton
+from ..rules import Rule
+
+
+@dataclass(frozen=True)
+class SequenceSettings:
+    """How one sequence is decoded."""
+
+    policy: tuple[float, ...]
+    """A row of `policies.FIELDS`."""
+    steps: int | None = None
+    """Passes of the fixed schedule, which sets the policy row's quota."""
+    temperature: float = 0.0
+    suppress: Tensor | None = None
+    """(n,) int64, ids never to be decoded."""
+    key: tuple[int, int] = (0, 0)
+    """Seed and sequence number, which key the samples."""
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end the response."""
+    stop: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that end it too."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Limits of sampling, see `ops.row_stats`; 1 and 0: none."""
+    rule: Rule | None = None
+    """The rule that decides, with or without the policy."""
+    automaton: Automaton | None = None
+    """The form of the response; of a diffusion model it is in `rule` too, which keeps it."""
+    record: bool = False
+    """Whether passes record its `workspace.Trajectory`."""
+    scheduled: bool = False
+    """Whether the fixed schedule decides how many tokens a pass commits."""
+
+    @property
+    def one_block(self) -> bool:
+        """Whether its rule or schedule can have only one block open."""
+        rule = self.rule
+        of_rule = rule is not None and (rule.edits > 0 or rule.reads == "response" or rule.in_order)
+        return self.scheduled or self.steps is not None or of_rule
+
+    def sampling(self, suppress: Tensor | None) -> SamplingGroup:
+        """How the sequence's tokens are chosen; suppress: its ids to suppress, on the device, one tensor for
+        all sequences of a batch with the same ids."""
+        return SamplingGroup(self.temperature, self.top_p, self.top_k, suppress, self.rule)
+
+
+class SamplingGroup(NamedTuple):
+    """How the tokens of some sequences are chosen."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress: Tensor | None
+    """(n,) int64 on the device: ids that are never chosen."""
+    rule: Rule | None = None
+    """Decides what a pass over masks commits; None: policy rows do."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """It as a key, which is equal for groups of the same settings."""
+        return (*self[:3], id(self.suppress), self.rule)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `row_stats`, `unmask_` and `accept`."""
+        temperature, top_p, top_k, suppress, _ = self
+        return {"temperature": temperature, "top_p": top_p, "top_k": top_k, "suppress": suppress}
+
+    @property
+    def greedy(self) -> SamplingGroup:
+        """The same at temperature 0."""
+        return SamplingGroup(0.0, 1.0, 0, self.suppress)
+
+
+def grouped(groups: Iterable[SamplingGroup]) -> tuple[list[int], tuple[SamplingGroup, ...]]:
+    """The number of each group among the different ones, and these."""
+    different: dict[tuple[Any, ...], tuple[int, SamplingGroup]] = {}
+    numbers = [different.setdefault(group.key, (len(different), group))[0] for group in groups]
+    return numbers, tuple(group for _, group in different.values())
