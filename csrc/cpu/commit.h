@@ -1,4 +1,4 @@
-// What commit_ checks on the CPU before it writes anything.
+// The check of commit_ on the CPU, before it writes anything.
 #pragma once
 
 #include "dparallel/launch.h"

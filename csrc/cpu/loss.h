@@ -19,7 +19,7 @@ inline std::vector<int64_t> active_rows(const Flag* active, int64_t count) {
   return rows;
 }
 
-// clamp_logit of a float64: +inf and what no float32 holds count as the largest of those.
+// clamp_logit of a float64: +inf and numbers beyond float32 count as the largest float32.
 inline double clamped(double z) { return z > kLargest ? double{kLargest} : z; }
 
 inline double logit_at(const void* row, DType dtype, int64_t id) {

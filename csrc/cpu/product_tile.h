@@ -1,5 +1,5 @@
-// Rows of x times rows of weights, summed in float32: what the kernels under linear and fp8_linear
-// share. Compiled once per instruction set (see simd.h).
+// Rows of x times rows of weights, summed in float32, for the kernels of linear and fp8_linear.
+// Compiled once per instruction set (see simd.h).
 //
 // The sums of a tile, kTileRows rows of x by kTileWeights of weights, stay in registers from the
 // first column to the last: a step of columns widens each weight once for all rows of x, and every
@@ -85,8 +85,8 @@ void product_rows(const LinearArgs& args, int64_t first, int64_t count, int64_t 
   for (int64_t row = begin; row < end; row += kTileWeights) {
     const int64_t width = end - row < kTileWeights ? end - row : kTileWeights;
     const typename Factors::Storage* weights[kTileWeights];
-    for (int64_t r = 0; r < kTileWeights; ++r)  // what comes of a row twice is left out
-      weights[r] = r < width ? factors.weights(row + r, r) : weights[0];
+    for (int64_t r = 0; r < kTileWeights; ++r)
+      weights[r] = r < width ? factors.weights(row + r, r) : weights[0];  // its sums are left out
     for (int64_t n = 0; n < count; n += kTileRows) {
       const int64_t height = count - n < kTileRows ? count - n : kTileRows;
       factors.tile(n, height, weights, sums);

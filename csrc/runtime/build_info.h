@@ -1,4 +1,4 @@
-// What this library was built with.
+// The tools and options that this library was built with.
 #pragma once
 
 #include <map>

@@ -46,8 +46,8 @@ class PageAllocator {
   std::vector<Page> free_;
 };
 
-// What is in a page is determined by the tokens of it and of all pages before it, so pages form a
-// tree whose edges are a page's tokens. A node is held by the sequences that read it; one that
+// The content of a page is determined by the tokens of it and of all pages before it, so pages form
+// a tree whose edges are a page's tokens. A node is held by the sequences that read it; one that
 // nobody holds is kept until its page is needed, least recently used first. Whoever holds a node
 // holds the way to it, so a node that nobody holds has no descendant that somebody does.
 class PrefixTree {
@@ -94,7 +94,8 @@ class PrefixTree {
 
   void leave(Node* node) {
     if (--node->holders > 0) return;
-    if (!node->ready) return remove(node);  // what was never computed is of no use to anybody
+    if (!node->ready)
+      return remove(node);  // a page that was never computed is of no use to anybody
     node->used = ++clock_;
     ++idle_;
     if (node->children.empty()) leaves_.insert({node->used, node});

@@ -15,7 +15,7 @@ namespace {
 // [count, heads, head_dim]; rows become contiguous.
 void expect_heads(Tensor& t, const char* name, int64_t count, int64_t heads, int64_t dim,
                   const Tensor& like) {
-  check_form(t, name, like.scalar_type(), {count, heads, dim});
+  check_shape(t, name, like.scalar_type(), {count, heads, dim});
   check_device(t, name, like, "q");
   if ((t.stride(2) != 1 && dim != 1) || (t.stride(1) != dim && heads != 1))
     t = torch::stable::contiguous(t);
@@ -29,7 +29,7 @@ CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
                q.size(1) <= 64 * cache.size(1) && cache.size(2) > 0,
            name, ": expected ", name_of(q.scalar_type()), " (pages, heads, page_size, ", q.size(2),
            "), of whose heads each serves as many, up to 64, of q's ", q.size(1), ", got ",
-           form(cache));
+           described(cache));
   check_device(cache, name, q, "q");
   make_rows(cache);
   return {cache.size(0),   cache.size(2),   cache.size(1),  cache.size(3),
@@ -38,13 +38,13 @@ CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
 
 // The caches and tables of a pass, as kv_write and linear_kv_write take them; q (N, H, D) is given
 // or made. A cache of other strides than the kernels write is copied, and written back at the end.
-struct Written {
+struct CacheWrite {
   Tensor &k_cache, &v_cache, &positions, &slot_mapping, &cos, &sin;
   Tensor k_rows, v_rows;
   KvWriteArgs args;  // no q, k and v yet
 
-  Written(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
-          Tensor& slot_mapping, Tensor& cos, Tensor& sin)
+  CacheWrite(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
+             Tensor& slot_mapping, Tensor& cos, Tensor& sin)
       : k_cache(k_cache),
         v_cache(v_cache),
         positions(positions),
@@ -56,7 +56,7 @@ struct Written {
         args{} {
     args.dtype = dtype_of(q, "q");
     args.k_layout = layout_of(k_rows, "k_cache", q);
-    check_form(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
+    check_shape(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
     args.v_layout = layout_of(v_rows, "v_cache", q);
     own_memory(k_cache, "k_cache");
     own_memory(v_cache, "v_cache");
@@ -81,14 +81,14 @@ struct Written {
     args.k_cache = k_rows.data_ptr();
     args.v_cache = v_rows.data_ptr();
   }
-  // What the op changes shares no memory with its tables, nor with `others`.
+  // A changed argument shares no memory with the tables, nor with `others`.
   void check_apart(const TensorMemory& changed, std::initializer_list<TensorMemory> others) const {
     own_memory(
         changed,
         {{positions, "positions"}, {slot_mapping, "slot_mapping"}, {cos, "cos"}, {sin, "sin"}});
     own_memory(changed, others);
   }
-  // The same of the caches; `others`: what else the op reads or writes.
+  // The same of the caches; `others`: all other arguments of the op.
   void check_apart(std::initializer_list<TensorMemory> others) const {
     check_apart({k_cache, "k_cache"}, others);
     check_apart({v_cache, "v_cache"}, others);
@@ -109,8 +109,8 @@ template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
               Tensor slot_mapping, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
               std::optional<Tensor> k_norm, double eps) {
-  Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  KvWriteArgs& args = written.args;
+  CacheWrite cache_write(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
+  KvWriteArgs& args = cache_write.args;
   own_memory(q, "q");
   const int64_t count = q.size(0), heads = args.k_layout.heads, dim = q.size(2);
   Tensor q_rows = q;
@@ -134,12 +134,12 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   }
   const TensorMemory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
       k_weight(k_norm, "k_norm");
-  written.check_apart(queries, {keys, values, q_weight, k_weight});
-  written.check_apart({queries, keys, values, q_weight, k_weight});
+  cache_write.check_apart(queries, {keys, values, q_weight, k_weight});
+  cache_write.check_apart({queries, keys, values, q_weight, k_weight});
   if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::kv_write, cuda::kv_write>("kv_write", args, q);
   write_back(q, q_rows);
-  written.write_back();
+  cache_write.write_back();
 }
 
 DPARALLEL_OP(
@@ -162,13 +162,13 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
            " for keys and for values, got ", product.out_width);
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
-  Written written(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  written.check_apart({{x, "x"}, {weight, "weight"}, {scale, "scale"}, {bias, "bias"}});
-  if constexpr (Backend::kHostReads) check_contents(written.args);
+  CacheWrite cache_write(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
+  cache_write.check_apart({{x, "x"}, {weight, "weight"}, {scale, "scale"}, {bias, "bias"}});
+  if constexpr (Backend::kHostReads) check_contents(cache_write.args);
   Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
                            cuda::linear_kv_write_scratch>(
-      "linear_kv_write", LinearKvWriteArgs{product, written.args}, x);
-  written.write_back();
+      "linear_kv_write", LinearKvWriteArgs{product, cache_write.args}, x);
+  cache_write.write_back();
   return q;
 }
 
@@ -177,7 +177,7 @@ DPARALLEL_OP(linear_kv_write,
              "k_cache, Tensor(b!) v_cache, Tensor positions, Tensor slot_mapping, Tensor cos, "
              "Tensor sin, bool constant=False) -> Tensor")
 
-// What one lane writes, another neither reads nor writes, nor writes it twice.
+// A slot that a lane writes is not read or written by another lane, nor written twice.
 void check_apart(const KvMoveArgs& args) {
   std::vector<std::tuple<int64_t, int64_t, bool>> uses;  // slot, lane, whether it is read
   for (int64_t i = 0; i < args.lanes * args.count; ++i)
@@ -185,7 +185,7 @@ void check_apart(const KvMoveArgs& args) {
       uses.emplace_back(args.source[i], i / args.count, true);
       uses.emplace_back(args.target[i], i / args.count, false);
     }
-  std::sort(uses.begin(), uses.end());  // of a slot and lane, what is written comes first
+  std::sort(uses.begin(), uses.end());  // of a slot and lane, writes come first
   for (size_t i = 1; i < uses.size(); ++i) {
     const auto& [slot, lane, read] = uses[i];
     const auto& [last_slot, last_lane, last_read] = uses[i - 1];
@@ -210,7 +210,7 @@ void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
   const DType dtype = dtype_of(kv_cache, "kv_cache", true);
   DP_CHECK(kv_cache.dim() == 6 && kv_cache.size(1) == 2 && kv_cache.size(4) > 0,
            "kv_cache: expected (layers, 2, pages, heads, page_size, head_dim), got ",
-           form(kv_cache));
+           described(kv_cache));
   own_memory(kv_cache, "kv_cache");
   DP_CHECK(source.dim() == 2, "source: expected 2 dimensions, got ", source.dim());
   const int64_t lanes = source.size(0), count = source.size(1);
@@ -263,7 +263,7 @@ Tensor block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor q_start,
                        double scale, bool causal, std::optional<Tensor> ancestors) {
   const DType dtype = dtype_of(q, "q");
   const CacheLayout keys = layout_of(k_cache, "k_cache", q);
-  check_form(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
+  check_shape(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
   const CacheLayout values = layout_of(v_cache, "v_cache", q);
   const int64_t count = q.size(0), heads = q.size(1), dim = q.size(2);
   const int64_t segments = length_of(q_start, "q_start");

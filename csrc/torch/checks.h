@@ -1,4 +1,4 @@
-// Checks of the tensors that an op is given, and what the kernels ask of them. They keep memory
+// Checks of the tensors that an op takes, and of the kernels' demands on them. They keep memory
 // safe whoever calls, under torch.compile too. Arguments of other strides than a kernel reads are
 // copied.
 #pragma once
@@ -44,18 +44,18 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 }
 
 // A dtype and a shape in words: "int64 (2, 3)".
-inline std::string form(ScalarType dtype, const std::vector<int64_t>& sizes) {
+inline std::string described(ScalarType dtype, const std::vector<int64_t>& sizes) {
   std::string text = std::string(name_of(dtype)) + " (";
   for (const int64_t size : sizes) text += (text.back() == '(' ? "" : ", ") + std::to_string(size);
   return text + (sizes.size() == 1 ? ",)" : ")");
 }
-inline std::string form(const Tensor& t) { return form(t.scalar_type(), sizes_of(t)); }
+inline std::string described(const Tensor& t) { return described(t.scalar_type(), sizes_of(t)); }
 
-inline void check_form(const Tensor& t, const char* name, ScalarType dtype,
-                       const std::vector<int64_t>& sizes) {
+inline void check_shape(const Tensor& t, const char* name, ScalarType dtype,
+                        const std::vector<int64_t>& sizes) {
   bool fits = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t d = 0; fits && d < sizes.size(); ++d) fits = t.size(d) == sizes[d];
-  DP_CHECK(fits, name, ": expected ", form(dtype, sizes), ", got ", form(t));
+  DP_CHECK(fits, name, ": expected ", described(dtype, sizes), ", got ", described(t));
 }
 
 inline DType dtype_of(const Tensor& t, const char* name, bool wide = false) {  // wide: float64 too
@@ -80,7 +80,7 @@ inline void check_device(const Tensor& t, const char* name, const Tensor& like, 
 // Checks a tensor that is read, and makes it contiguous.
 inline void expect(Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes,
                    const Tensor& like) {
-  check_form(t, name, dtype, sizes);
+  check_shape(t, name, dtype, sizes);
   check_device(t, name, like, "the others");
   if (!t.is_contiguous()) t = torch::stable::contiguous(t);
 }

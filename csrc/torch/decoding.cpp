@@ -204,7 +204,7 @@ DPARALLEL_OP(
 
 TokenGrid tokens_of(const Tensor& tokens) {
   DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
-           "tokens: expected int64 (B, L), got ", form(tokens));
+           "tokens: expected int64 (B, L), got ", described(tokens));
   own_memory(tokens, "tokens");
   return {data<int64_t>(tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
           tokens.stride(1)};
@@ -324,12 +324,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
   const Logits all = logits_of(logits);
   const int64_t count = row_count(logits);
   if (positions.has_value()) {
-    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions, got ", form(logits));
+    DP_CHECK(logits.dim() == 2, "logits: expected (N, V) with positions, got ", described(logits));
     expect(*positions, "positions", ScalarType::Long, {count}, logits);
   } else {
     DP_CHECK(logits.dim() == 3 && logits.size(0) == grid.batch && logits.size(1) == grid.length,
              "logits: expected (", grid.batch, ", ", grid.length, ", V) matching tokens, got ",
-             form(logits));
+             described(logits));
   }
   const Windows windows = windows_of(lane, start, end, grid.batch, logits);
   expect(policy, "policy", ScalarType::Float, {windows.count, kPolicyFields}, logits);

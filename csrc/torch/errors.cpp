@@ -9,7 +9,7 @@ void keep_error_(Tensor word, Tensor error) {
   const int64_t count = length_of(error, "error");
   expect(error, "error", ScalarType::Long, {count}, error);
   DP_CHECK(word.scalar_type() == ScalarType::Long && word.numel() == 1,
-           "word: expected one int64, got ", form(word));
+           "word: expected one int64, got ", described(word));
   check_device(word, "word", error, "error");
   own_memory({word, "word"}, {{error, "error"}});
   const KeepErrorArgs args{data<int64_t>(error), count, data<int64_t>(word)};

@@ -1,4 +1,4 @@
-// What a layer computes beside attention: rms_norm, swiglu, linear, fp8_linear, linear_swiglu,
+// The ops of a layer beside attention: rms_norm, swiglu, linear, fp8_linear, linear_swiglu,
 // fp8_widen.
 #include <optional>
 #include <tuple>
@@ -12,10 +12,10 @@ namespace {
 
 // (R, width) or (B, L, width) like `like`; rows become contiguous.
 RowStrides rows_of(Tensor& t, const char* name, const Tensor& like) {
-  check_form(t, name, like.scalar_type(), sizes_of(like));
+  check_shape(t, name, like.scalar_type(), sizes_of(like));
   const int64_t last = t.dim() - 1;
   DP_CHECK((last == 1 || last == 2) && t.size(last) >= 1, name,
-           ": expected 2 or 3 dimensions, and rows of at least 1 number, got ", form(t));
+           ": expected 2 or 3 dimensions, and rows of at least 1 number, got ", described(t));
   check_device(t, name, like, "the others");
   make_rows(t);
   const int64_t inner = t.size(last - 1);
@@ -118,7 +118,7 @@ DPARALLEL_OP(linear_swiglu,
 template <class Backend>
 Tensor fp8_widen(Tensor weight, Tensor scale, Tensor like) {
   const DType dtype = dtype_of(like, "like");
-  DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", form(weight));
+  DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", described(weight));
   const int64_t out_width = weight.size(0), in = weight.size(1);
   expect(weight, "weight", ScalarType::Float8_e4m3fn, {out_width, in}, like);
   expect(scale, "scale", ScalarType::Float, {out_width}, like);

@@ -12,8 +12,8 @@ namespace dparallel {
 inline LinearArgs linear_args(Tensor& x, Tensor& weight, std::optional<Tensor>& scale,
                               std::optional<Tensor>& bias, bool constant) {
   const DType dtype = dtype_of(x, "x");
-  DP_CHECK(x.dim() == 2, "x: expected (N, in), got ", form(x));
-  DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", form(weight));
+  DP_CHECK(x.dim() == 2, "x: expected (N, in), got ", described(x));
+  DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", described(weight));
   const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
   const void* given = weight.data_ptr();
   expect(weight, "weight", scale.has_value() ? ScalarType::Float8_e4m3fn : x.scalar_type(),

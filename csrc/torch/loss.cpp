@@ -18,12 +18,12 @@ void check_weight(const char* name, double weight) {
            weight);
 }
 
-// Of what is computed for each row.
+// The dtype of the numbers of each row.
 ScalarType real_of(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Checks what both passes are given.
+// Checks the arguments that both passes take.
 Logits check_loss(Tensor& logits, Tensor& labels, Tensor& active, double temperature,
                   double ce_temperature) {
   const Logits all = logits_of(logits, true);
@@ -136,7 +136,7 @@ DPARALLEL_OP(
     "certainty_forcing_loss_backward_(Tensor(a!) logits, Tensor labels, Tensor active, float "
     "temperature, float ce_temperature, Tensor saved, Tensor grad_nll, Tensor grad_entropy) -> ()")
 
-// What both passes are given.
+// The rows of logits that both passes take.
 struct Rows {
   Logits student, teacher;
   int64_t count;
@@ -148,7 +148,7 @@ Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperatur
   if (inplace) own_memory(student, "student");
   const Tensor given = student;  // not a copy that the kernel changes in its place
   const Logits own = logits_of(student, true, "student");
-  check_form(teacher, "teacher", student.scalar_type(), sizes_of(student));
+  check_shape(teacher, "teacher", student.scalar_type(), sizes_of(student));
   check_device(teacher, "teacher", student, "student");
   const Logits other = logits_of(teacher, true, "teacher");
   const int64_t count = row_count(student);
