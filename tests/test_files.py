@@ -29,7 +29,8 @@ from drafters import exits
 from tokenizers import Tokenizer
 
 import dparallel_ext as dx
-from dparallel_ext.models.files import in_turn, replace_model
+from dparallel_ext.models.files import replace_model
+from dparallel_ext.whole_files import in_turn
 
 
 def test_a_newline_alone_ends_a_line(tmp_path: Path):

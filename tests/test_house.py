@@ -22,7 +22,7 @@ ABOVE = {"dparallel_ext": (), "dparallel": ("dparallel_ext",), "benchmarks": ("d
 """The packages of ours that each may import, itself aside."""
 LAYERS = (
     ("types", "arguments", "automaton", "policies", "reference"),
-    ("masks", "model_store", "packed", "backends"),
+    ("masks", "model_store", "packed", "backends", "whole_files"),
     ("ops",),
     ("cache",),
     ("models", "rules"),

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, whole_files
 from ..arguments import instance, warn
 from . import files, fused_weights
 from .base import Model
@@ -261,7 +261,7 @@ def save(
     for name, held in state.items():
         if held.is_meta:
             raise ValueError(f"model: expected weights, but {name} is on the meta device, without numbers")
-    directory = files.directory("path", path)
+    directory = whole_files.directory("path", path)
     tensors = {
         stored: tensor.contiguous()
         for name, held in state.items()

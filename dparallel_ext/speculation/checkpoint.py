@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import whole_files
 from ..models import Model, files, fingerprint
 from ..models.fields import Field, read
 from ..ops.inputs import DTYPES
@@ -97,7 +98,7 @@ def read_checkpoint(path: str | Path) -> DraftCheckpoint:
         FileNotFoundError: naming the missing file or directory.
         ValueError: naming the file that cannot be read.
     """
-    path = files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
+    path = whole_files.as_path("path", path, "a directory, ORG/NAME or a .safetensors file")
     is_file = is_single_file(path)
     directory = path.parent if is_file else files.locate(path)
     adapter = not is_file and any(files.is_there(directory / name) for name in ADAPTER_FILES)
@@ -148,15 +149,15 @@ def write_checkpoint(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    path = files.as_path("path", path)
+    path = whole_files.as_path("path", path)
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     stored = {
         name: t.to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True).contiguous()
         for name, t in tensors.items()
     }
     if is_single_file(path):
-        files.directory("path", path.parent)
-        with files.replacing(path) as file:
+        whole_files.directory("path", path.parent)
+        with whole_files.replacing(path) as file:
             file.write_bytes(save(stored, {METADATA: json.dumps(config)}))
         return
     names, metadata = FILES, {"format": "pt"}
@@ -164,7 +165,9 @@ def write_checkpoint(
         names, metadata[OURS] = ADAPTER_FILES, json.dumps(config.pop(OURS))
         del config["torch_dtype"]
     weights = save(stored, metadata)
-    files.replace_model(files.directory("path", path), config, lambda file: file.write_bytes(weights), names)
+    files.replace_model(
+        whole_files.directory("path", path), config, lambda file: file.write_bytes(weights), names
+    )
 
 
 def check_target(source: str, origin: Origin, model: Model, **sizes: int) -> None:

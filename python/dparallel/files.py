@@ -15,12 +15,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dparallel_ext.models.files import PARTIAL as PARTIAL
-from dparallel_ext.models.files import check_text, is_there, replacing
-from dparallel_ext.models.files import directory as directory
-from dparallel_ext.models.files import full_disk_named as full_disk_named
-from dparallel_ext.models.files import possible as possible
-from dparallel_ext.models.files import writable as writable
+from dparallel_ext.models.files import check_text, is_there
+from dparallel_ext.whole_files import PARTIAL as PARTIAL
+from dparallel_ext.whole_files import directory as directory
+from dparallel_ext.whole_files import full_disk_named as full_disk_named
+from dparallel_ext.whole_files import possible as possible
+from dparallel_ext.whole_files import replacing
+from dparallel_ext.whole_files import writable as writable
 
 # --- reading ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dparallel_ext.arguments import warn, whole
-from dparallel_ext.models.files import as_path
+from dparallel_ext.whole_files import as_path
 
 from . import files, registry
 from .checkers import Checker, checker_of, compares, without_number

@@ -14,6 +14,7 @@ import torch
 from dparallel_ext import backends, models, simd_level, speculation
 from dparallel_ext.models import files
 from dparallel_ext.rules import filter_file
+from dparallel_ext.whole_files import as_path
 
 from . import text, tokenizer
 from .toy import tasks
@@ -46,7 +47,7 @@ def directory_of(name: str) -> Path:
 
     Raises FileNotFoundError, and ValueError for a config.json that `models.config_of` refuses.
     """
-    files.as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
+    as_path("model", name, "builtin:NAME, a directory or ORG/NAME")
     with naming("model", "path"):
         try:
             builtin = name.startswith("builtin:")

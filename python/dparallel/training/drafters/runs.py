@@ -15,9 +15,9 @@ from torch import Tensor
 import dparallel_ext as dx
 from dparallel_ext import models
 from dparallel_ext.arguments import one_of, whole
-from dparallel_ext.models.files import as_path
 from dparallel_ext.speculation import Drafter
 from dparallel_ext.speculation.speculate import causal_model, check_prompts
+from dparallel_ext.whole_files import as_path
 
 from ... import files, registry
 from ...text import prompt_encoder
