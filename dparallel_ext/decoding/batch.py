@@ -355,18 +355,12 @@ class Batch:
         Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """
         sequence = self.sequences[b]
-        sought = *sequence.settings.stop, *((eos,) for eos in sequence.settings.eos_ids)
-        first = max(sequence.last_run, start - max(map(len, sought)) + 1)
-        ids = tuple(self.tokens[b, first : min(end, sequence.columns[-1] + 1)].tolist())
-        endings = [
-            (first + at + len(stop), first + at)
-            for stop in sought
-            for at in range(len(ids) - len(stop) + 1)
-            if ids[at : at + len(stop)] == stop
-        ]
-        if endings:
-            _, begin = min(endings)
-            sequence.kept, sequence.stopped = sequence.index(begin), True
+        longest = max((len(stop) for stop in sequence.settings.stop), default=1)
+        first = max(sequence.last_run, start - longest + 1)
+        ids = self.tokens[b, first : min(end, sequence.columns[-1] + 1)].tolist()
+        ending = sequence.settings.first_ending(ids, first, first)
+        if ending is not None:
+            sequence.kept, sequence.stopped = sequence.index(ending[0]), True
         return sequence.stopped
 
     def enter(self, finished: list[int]) -> None:

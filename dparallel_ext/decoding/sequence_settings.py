@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +47,24 @@ class SequenceSettings:
         rule = self.rule
         of_rule = rule is not None and (rule.edits > 0 or rule.reads == "response" or rule.in_order)
         return self.scheduled or self.steps is not None or of_rule
+
+    def first_ending(self, ids: Sequence[int], first: int, new: int) -> tuple[int, int] | None:
+        """Columns [begin, end) of the EOS or stop sequence whose last token comes first among the columns
+        from `new` on, the longer of two that end together; None if there is none.
+
+        ids: the tokens from column `first` on.
+        """
+        endings = []
+        for stop in (*((eos,) for eos in self.eos_ids), *self.stop):
+            size = len(stop)
+            for end in range(max(size, new - first + 1), len(ids) + 1):
+                if tuple(ids[end - size : end]) == stop:
+                    endings.append((first + end, first + end - size))
+                    break
+        if not endings:
+            return None
+        end, begin = min(endings)
+        return begin, end
 
     def sampling(self, suppress: Tensor | None) -> SamplingGroup:
         """How the sequence's tokens are chosen; suppress: its ids to suppress, on the device, one tensor for

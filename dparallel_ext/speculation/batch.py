@@ -378,7 +378,8 @@ class CausalBatch:
             # A stop sequence that ends at a new token begins among the last tokens.
             reach = max((len(stop) for stop in sequence.settings.stop), default=1)
             first = max(sequence.prompt, start - reach + 1)
-            ended = sequence.first_end(self._ids[lane + first : lane + sequence.known].tolist(), first, start)
+            ids = self._ids[lane + first : lane + sequence.known].tolist()
+            ended = sequence.settings.first_ending(ids, first, start)
         if ended is not None:
             begin, end = ended
             sequence.kept, sequence.stopped = sequence.index(begin), True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -111,24 +110,6 @@ class CausalSequence:
         self.drafted, self.accepted, self.refused = draft
         if self.settings.record:
             self.passes.append(draft)
-
-    def first_end(self, ids: Sequence[int], first: int, new: int) -> tuple[int, int] | None:
-        """Columns [begin, end) of the EOS or stop sequence that ends first among the new tokens; None if
-        none.
-
-        ids: the tokens from column `first` on; those from column `new` on are new.
-        """
-        ends = []
-        for stop in (*((eos,) for eos in self.settings.eos_ids), *self.settings.stop):
-            size = len(stop)
-            for end in range(max(size, new - first + 1), len(ids) + 1):
-                if tuple(ids[end - size : end]) == stop:
-                    ends.append((first + end, first + end - size))
-                    break
-        if not ends:
-            return None
-        end, begin = min(ends)  # the longer one, if two end together
-        return begin, end
 
 
 _SETTINGS = SequenceSettings((0.0, 1.0, 1.0, 1.0, 0.0))
