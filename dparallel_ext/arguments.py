@@ -142,7 +142,7 @@ def temperature_in_force(value: Any) -> float:
     return 0.0 if temperature < COLDEST else min(temperature, HOTTEST)
 
 
-def numbers(name: str, value: Any, count: int, least: int) -> list[int]:
+def per_sequence(name: str, value: Any, count: int, least: int) -> list[int]:
     """`count` whole numbers, from one number for all or from `count` in a tuple, as a `DecodeConfig` has
     them."""
     values = list(value) if isinstance(value, tuple) else [value] * count

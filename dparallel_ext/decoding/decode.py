@@ -191,7 +191,7 @@ def start_batch(
     model = for_decoding(model)
     check_call(model)
     resolved, settings, guesses = resolve(model, config, len(prompts), draft_size)
-    counts = arguments.numbers("gen_length", config.gen_length, len(prompts), 0)
+    counts = arguments.per_sequence("gen_length", config.gen_length, len(prompts), 0)
     mask_id, block_length = resolved.mask_id, resolved.schedule.block_length
     kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait

@@ -276,7 +276,7 @@ class Engine:
         """
         self.core.check_open()
         ids, config = self._prompt(prompt), self._request(config, keywords)
-        (gen_length,) = arguments.numbers("gen_length", config.gen_length, 1, 0)
+        (gen_length,) = arguments.per_sequence("gen_length", config.gen_length, 1, 0)
         if on_draft is not None:
             arguments.function("on_draft", on_draft)
         length = self._kind.length(len(ids), gen_length)

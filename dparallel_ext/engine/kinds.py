@@ -253,9 +253,9 @@ class Adaptive(LeftToRight):
     unshared = "a verifier"
     _mask_id: int
 
-    def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **numbers: Any) -> None:
+    def __init__(self, model: Model, config: DecodeConfig, verifier: Any, **options: Any) -> None:
         adaptive.check_adaptive(vars(config))
-        self._numbers = adaptive.checked_numbers(**numbers)
+        self._options = adaptive.checked_options(**options)
         self._model, self.config = adaptive.diffusion_model(model), config
         self._mask_id = mask_of(self._model, config.mask_id)
         self._verifier = adaptive.verifier_of(verifier, self._model)
@@ -284,7 +284,7 @@ class Adaptive(LeftToRight):
             batch_invariant=self.config.batch_invariant,
             graphs=self.config.graphs,
             kv_cache=kv_cache,
-            **self._numbers,
+            **self._options,
         )
 
 
@@ -295,9 +295,9 @@ def kind_of(
     drafter: Drafter | str | Path | None,
     draft_size: int | None,
     verifier: Any,
-    **numbers: Any,
+    **options: Any,
 ) -> ModelKind:
-    """The kind of an engine. numbers: mixture, window and lookahead; None: not given.
+    """The kind of an engine. options: mixture, window and lookahead; None: not given.
 
     Raises ValueError naming the argument that does not fit the model.
     """
@@ -305,12 +305,12 @@ def kind_of(
     causal = model_traits.causal and not is_block_causal(model_traits, config.cache or "none")
     if causal:
         why = f"belongs to diffusion models, and {name} is autoregressive"
-        foreign = [("verifier", verifier, why), *((number, value, why) for number, value in numbers.items())]
+        foreign = [("verifier", verifier, why), *((option, value, why) for option, value in options.items())]
     else:
         foreign = [("drafter", drafter, f"belongs to autoregressive models, and {name} is a diffusion model")]
         if verifier is None:
             why = "belongs to a verifier, and there is none"
-            foreign += [(number, value, why) for number, value in numbers.items()]
+            foreign += [(option, value, why) for option, value in options.items()]
         else:
             foreign.append(("draft_size", draft_size, "does not go with a verifier"))
     for argument, value, why in foreign:
@@ -320,4 +320,4 @@ def kind_of(
         return Autoregressive(model, config, drafter, draft_size)
     if verifier is None:
         return Diffusion(model, config, draft_size)
-    return Adaptive(model, config, verifier, **numbers)
+    return Adaptive(model, config, verifier, **options)

@@ -112,7 +112,7 @@ def adaptive_decode(
     check_adaptive(keywords)  # before a rule's text is read: there is none that would do
     config = configured("adaptive_decode", config, keywords)
     check_adaptive(vars(config))
-    numbers = checked_numbers(mixture, window, lookahead)
+    options = checked_options(mixture, window, lookahead)
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         device = prompts[0].device if prompts else torch.device("cpu")
@@ -125,7 +125,7 @@ def adaptive_decode(
         named = isinstance(verifier, (str, Path))
         verifier = verifier_of(verifier, model)
         check_known(verifier, prompts, config.eos_ids)
-        counts = arguments.numbers("gen_length", config.gen_length, size, 0)
+        counts = arguments.per_sequence("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, model, "none", size)
         arguments.check_streamer(streamer, size)
         width = max((len(ids) + count for ids, count in zip(prompts, counts, strict=True)), default=0)
@@ -140,7 +140,7 @@ def adaptive_decode(
             pad_id=next(iter(config.eos_ids), mask),
             batch_invariant=config.batch_invariant,
             graphs=config.graphs,
-            **numbers,
+            **options,
         )
         for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
             batch.admit(lane, ids, count, setting)
@@ -160,10 +160,10 @@ def check_adaptive(fields: Mapping[str, Any]) -> None:
     check_unset(fields, sorted(names), why)
 
 
-def checked_numbers(
+def checked_options(
     mixture: float | None = None, window: int | None = None, lookahead: int | None = None
 ) -> dict[str, Any]:
-    """The numbers of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the one that
+    """The options of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the one that
     does not fit."""
     share = 0.5 if mixture is None else arguments.number("mixture", mixture, 0, 1)
     sizes = {

@@ -335,7 +335,7 @@ class CausalBatch:
                     break
                 self._issued.append(self._issue(dict.fromkeys(coming, Draft()), tree))
             issued = self._issued.popleft()
-            numbers = issued.numbers()
+            numbers = issued.read()
         return self._runner.emitted(self.sequences, drafts, issued.key, numbers)
 
     def _coming(self, b: int) -> int:

@@ -76,7 +76,7 @@ class Issued(NamedTuple):
     there: torch.cuda.Event | None
     """None: `result` is valid."""
 
-    def numbers(self) -> list[int]:
+    def read(self) -> list[int]:
         """The result; waits for the device."""
         if self.there is not None:
             self.there.synchronize()

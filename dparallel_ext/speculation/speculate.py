@@ -129,7 +129,7 @@ def speculate(
         drafter = drafter_of(drafter_given, model.device, model.dtype)
         if drafter is not None:
             drafter.check(model)
-        counts = arguments.numbers("gen_length", config.gen_length, size, 0)
+        counts = arguments.per_sequence("gen_length", config.gen_length, size, 0)
         settings = make_settings(config, model, "none", size)
         check_prompts(model, prompts)
         arguments.check_streamer(streamer, size)

@@ -93,14 +93,14 @@ def speculating(model: Model, drafter: str | None, draft_size: int | None) -> Le
     return LeftToRight(decode, how, ("drafts", "draft_nfe"))
 
 
-def verifying(model: Model, tokenizer: Any, verifier: str, numbers: Mapping[str, Any]) -> LeftToRight:
+def verifying(model: Model, tokenizer: Any, verifier: str, options: Mapping[str, Any]) -> LeftToRight:
     """Decoding by a diffusion model with a verifier; its rows have the verifier's passes as "verifications".
 
-    numbers: mixture, window and lookahead, as far as they are given. Raises as `registry.load_verifier`.
+    options: mixture, window and lookahead, as far as they are given. Raises as `registry.load_verifier`.
     """
     loaded = registry.load_verifier(verifier, model, tokenizer)
-    decode = functools.partial(dx.adaptive_decode, model, verifier=loaded, **numbers)
-    how = ", ".join([f"{verifier} agrees", *(f"{key} {value}" for key, value in numbers.items())])
+    decode = functools.partial(dx.adaptive_decode, model, verifier=loaded, **options)
+    how = ", ".join([f"{verifier} agrees", *(f"{key} {value}" for key, value in options.items())])
     return LeftToRight(decode, how, ("verifications", "verifier_nfe"))
 
 

@@ -229,7 +229,7 @@ def check_row(entry: Any) -> None:
     if unknown := [name for name in entry if name not in known]:
         raise ValueError(f"expected fields of {list(known)}, got {unknown[0]!r}")
     if known is ADAPTIVE:
-        speculation.adaptive.checked_numbers(**without(entry, "verifier"))
+        speculation.adaptive.checked_options(**without(entry, "verifier"))
         return
     DecodeConfig.from_dict(without(entry, "draft_size"))
     if (size := entry.get("draft_size")) is not None:

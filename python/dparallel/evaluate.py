@@ -330,7 +330,7 @@ def evaluate_adaptive(
     model_name: str,
     verifier: str,
     *,
-    numbers: Fields | None = None,
+    options: Fields | None = None,
     config: dx.DecodeConfig | None = None,
     problems: int | Problems = 500,
     seed: int = 0,
@@ -342,21 +342,21 @@ def evaluate_adaptive(
 ) -> dict[str, Any]:
     """`evaluate` a diffusion model with a verifier, see `adaptive_decode`, each answer to its end.
 
-    verifier: its name. numbers: mixture, window and lookahead, as far as they are given. config: the other
+    verifier: its name. options: mixture, window and lookahead, as far as they are given. config: the other
     fields, but those of `SET_HERE`. The other arguments are those of `evaluate`.
 
     Returns as `evaluate`, with the verifier's name as policy: nfe_mean and nfe_to_eos are passes of the
     diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
     """
-    numbers, config = dict(numbers or {}), config or dx.DecodeConfig()
-    changed = changed_fields(config) | numbers
+    options, config = dict(options or {}), config or dx.DecodeConfig()
+    changed = changed_fields(config) | options
     task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
     model = task.model
     judge = registry.load_verifier(verifier, model, task.tokenizer)
     config = config.replace(gen_length=task.length, record=recording is not None)
 
     def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
-        return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **numbers)
+        return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **options)
 
     how = settings_text({"policy": verifier, "config": changed})
     verified, totals = 0, Totals()

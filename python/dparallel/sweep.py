@@ -160,13 +160,13 @@ def _by_policy(
     for entry in entries:
         if "verifier" in entry:
             of_row = config.with_rule(None)
-            judge, numbers = str(entry["verifier"]), without(entry, "verifier")
-            changed = changed_fields(of_row) | numbers
+            judge, options = str(entry["verifier"]), without(entry, "verifier")
+            changed = changed_fields(of_row) | options
             row = known.get(_key({"model": name, "policy": judge, "config": changed, **conditions}))
             if row is None:
                 loaded = loaded or loading.load(name)
                 row = evaluate_adaptive(
-                    name, judge, numbers=numbers, config=of_row, loaded=loaded, **settings
+                    name, judge, options=options, config=of_row, loaded=loaded, **settings
                 )
             yield row
             continue

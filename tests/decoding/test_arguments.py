@@ -25,7 +25,7 @@ ENCODED = Tokenizer(WordLevel({"a": 5}, unk_token="a")).encode("a")
 def test_whole_numbers(kind: Any) -> None:
     assert arguments.whole("n", kind(3), 0) == 3
     assert type(arguments.whole("n", kind(3), 0)) is int
-    assert arguments.numbers("n", kind(3), 2, 0) == [3, 3]
+    assert arguments.per_sequence("n", kind(3), 2, 0) == [3, 3]
     with pytest.raises(ValueError, match="n: expected a whole number >= 4, got"):
         arguments.whole("n", kind(3), 4)
 

@@ -121,7 +121,7 @@ def test_a_pass_that_raises_leaves_all_as_it_was() -> None:
     verifier = model_of(vocab_size=500)
     with torch.no_grad():
         verifier.model.embed_tokens.weight[7] = math.nan
-    numbers = dx.speculation.adaptive.checked_numbers(0.9)
+    numbers = dx.speculation.adaptive.checked_options(0.9)
     batch = dx.speculation.AdaptiveBatch(
         LLADA, 2, 32, verifier=verifier, mask_id=511, batch_invariant=True, **numbers
     )

@@ -120,22 +120,22 @@ def check_drafted(drafters: list[str] | None, draft_size: int | None) -> None:
         raise ValueError(f"draft_size: belongs to --drafter for an autoregressive model, got {draft_size}")
 
 
-def adaptive_numbers(verifier: str | None, others: dict[str, Any], **numbers: Any) -> dict[str, Any]:
-    """The numbers that are given for `adaptive_decode`: mixture, window and lookahead.
+def adaptive_options(verifier: str | None, others: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The options that are given for `adaptive_decode`: mixture, window and lookahead.
 
     Raises ValueError for one that does not fit, or without a verifier, for an option among `others` with one,
     and for a verifier that is not autoregressive; FileNotFoundError where there is none.
     """
-    numbers = {key: value for key, value in numbers.items() if value is not None}
-    for key, value in others.items() if verifier else numbers.items():
+    options = {key: value for key, value in options.items() if value is not None}
+    for key, value in others.items() if verifier else options.items():
         if value is not None:
             raise ValueError(
                 f"{key}: {'not together with' if verifier else 'belongs to'} --verifier, got {value!r}"
             )
     if verifier:
         registry.check_verifier(verifier)
-        adaptive.checked_numbers(**numbers)
-    return numbers
+        adaptive.checked_options(**options)
+    return options
 
 
 def read_config(

@@ -38,7 +38,7 @@ from .common import (
     PromptFieldOption,
     VerifierOption,
     WindowOption,
-    adaptive_numbers,
+    adaptive_options,
     check_drafted,
     check_kind,
     check_text,
@@ -126,7 +126,7 @@ def decode(
         if causal:
             check_drafted(drafters, draft_size)
         others = {"policy": policy, "suffix": suffix or None, "draft_size": draft_size}
-        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
+        of_verifier = adaptive_options(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         options: dict[str, Any] = {
             "gen_length": gen_length,
             "infill": infill,
@@ -148,7 +148,7 @@ def decode(
         if causal:
             decoder = speculating(loaded, drafter, draft_size)
         elif verifier is not None:
-            decoder = verifying(loaded, tokenizer, verifier, numbers)
+            decoder = verifying(loaded, tokenizer, verifier, of_verifier)
         recording = None if html is None else Recording("dparallel decode")
         for number, texts in enumerate(calls):
             console = Console(stderr=as_json)  # with --json the standard output is JSON alone

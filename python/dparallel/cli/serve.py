@@ -26,7 +26,7 @@ from .common import (
     PolicyOption,
     VerifierOption,
     WindowOption,
-    adaptive_numbers,
+    adaptive_options,
     check_drafted,
     check_kind,
     read_config,
@@ -137,7 +137,7 @@ def serve(
         # With both kinds of models the size is a drafter's.
         self_drafts = None if any(causal.values()) else draft_size
         others = {"policy": policy, "cache": cache, "block_length": block_length, "draft_size": self_drafts}
-        numbers = adaptive_numbers(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
+        of_verifier = adaptive_options(verifier, others, mixture=mixture, window=window, lookahead=lookahead)
         for each in model:  # if there are both kinds, each model takes the options of its kind
             given = {} if len(set(causal.values())) > 1 else {**of_diffusion, "drafter": drafter or None}
             check_kind(each, causal[each], **given)
@@ -158,7 +158,7 @@ def serve(
             elif verifier:
                 decoding = config_without_policy(fields, **shared)
                 models.append(
-                    runner.Served(each, each, decoding, loading, verifier=verifier, numbers=numbers)
+                    runner.Served(each, each, decoding, loading, verifier=verifier, options=of_verifier)
                 )
             else:
                 decoding = config_with_policy(

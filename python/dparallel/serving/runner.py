@@ -142,7 +142,7 @@ class Served:
     drafter: str | None = None
     draft_size: int | None = None
     verifier: str | None = None
-    numbers: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Mixture, window and lookahead, as far as they are given."""
 
 
@@ -233,7 +233,7 @@ def make_engine(
             model.config,
             **others,
             draft_size=model.draft_size,
-            **model.numbers,
+            **model.options,
             lanes=lanes,
             max_waiting=max_waiting,
             max_length=length,

@@ -136,9 +136,9 @@ class ModelService:
         self.without_ends = without_ends(engine.config)
         """The config of requests with `ignore_eos` that name nothing else."""
         self.config = with_ends(engine.config, engine.model.eos_ids)
-        (self.gen_length,) = arguments.numbers("gen_length", engine.config.gen_length, 1, 1)
+        (self.gen_length,) = arguments.per_sequence("gen_length", engine.config.gen_length, 1, 1)
         seed = engine.config.seed
-        self.seed = None if seed is None else arguments.numbers("seed", seed, 1, -(2**63))[0]
+        self.seed = None if seed is None else arguments.per_sequence("seed", seed, 1, -(2**63))[0]
         self.metrics = service.metrics.add(name, engine)
         self.created = int(time.time())
         service.models[name] = self
