@@ -75,7 +75,7 @@ def decide(
     given: (B, L) bool: positions that no rule may change.
     """
     if group.rule is not None:
-        return _by_rule(tokens, predicted, group, group.rule, windows, state, mask_id, given)
+        return _by_rule(tokens, predicted, group, windows, state, mask_id, given)
     step, seed, sequence = predicted.keys
     out = unmask_(
         tokens,
@@ -99,14 +99,16 @@ def _by_rule(
     tokens: Tensor,
     predicted: Predicted,
     group: SamplingGroup,
-    rule: Rule,
     windows: Tensor,
     state: tuple[Tensor, ...],
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    logits, positions, (step, seed, sequence), progress, policy, _, cells, _ = predicted
-    turn, steps, response, asked, block = progress
+    """`decide` by the rule of the group."""
+    assert group.rule is not None
+    rule, logits, positions, step = group.rule, predicted.logits, predicted.positions, predicted.keys[0]
+    policy, cells = predicted.policy, predicted.cells
+    turn, steps, response, asked, block = predicted.progress
     start, end, first, last = windows
     lane, column = positions // tokens.shape[1], positions % tokens.shape[1]
     held = tokens.view(-1)[positions]
@@ -115,20 +117,9 @@ def _by_rule(
     masks = read & (held == mask_id)
     if rule.reads == "masked":
         read = masks
-    stats, error = read_rows(
-        logits,
-        mask_id=mask_id,
-        **group.arguments,
-        seed=seed[window],
-        sequence=sequence[window],
-        position=column,
-        step=step[window],
-    )
-    bad = torch.where(read & (error != NO_ERROR), 4 * positions + error % 4, NO_ERROR)
-    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, window, bad, "amin")
+    stats, errors = _statistics(predicted, group, read, column, window, mask_id)
     moves = read & (errors[window] == NO_ERROR)  # a window with a bad row commits nothing
     masks = masks & moves
-    stats = stats.map(lambda values: torch.where(read, values, _blank(values)))
     at = window * (cells + 1) + torch.where(read, column - first[window], cells)
     grid = Cells(at, len(step), cells)
     where = Where(
@@ -168,6 +159,29 @@ def _by_rule(
     back = None if remask is None else grid.gather(remask, False)
     complete = None if decision.complete is None else decision.complete & (first < last)  # of this group
     return Decided(stats, errors, grid.gather(commit, False), chosen, back, complete)
+
+
+def _statistics(
+    predicted: Predicted, group: SamplingGroup, read: Tensor, column: Tensor, window: Tensor, mask_id: int
+) -> tuple[RowStats, Tensor]:
+    """The statistics (N,) of the rows that are `read` (N,) bool, blank elsewhere, and the error of each
+    window (W,) int64, see `ops.errors.explain`.
+
+    column, window: (N,) int64, of each row.
+    """
+    step, seed, sequence = predicted.keys
+    stats, error = read_rows(
+        predicted.logits,
+        mask_id=mask_id,
+        **group.arguments,
+        seed=seed[window],
+        sequence=sequence[window],
+        position=column,
+        step=step[window],
+    )
+    bad = torch.where(read & (error != NO_ERROR), 4 * predicted.positions + error % 4, NO_ERROR)
+    errors = torch.full_like(step, NO_ERROR).scatter_reduce(0, window, bad, "amin")
+    return stats.map(lambda values: torch.where(read, values, _blank(values))), errors
 
 
 def _allowed(
