@@ -232,17 +232,30 @@ def evaluate(
                 typer.echo(reporting.acceptance_text(row))
             if json_file is not None:
                 files.write_json(json_file, results + [old for old in known if old not in results])
-        if markdown is not None:
-            files.write_text(markdown, reporting.table(results))
-        if plot is not None:
-            plots.accuracy_against_passes(results, plot)
-        if html is not None and recording is not None:
-            if recording.problems:
-                files.write_text(html, recording.html())
-            else:
-                typer.echo(
-                    f"warning: html: every row is of an earlier run, so {html} is not written", err=True
-                )
+        write_reports(results, recording, markdown=markdown, plot=plot, html=html)
+
+
+def write_reports(
+    results: list[dict[str, Any]],
+    recording: Any,
+    *,
+    markdown: Path | None,
+    plot: Path | None,
+    html: Path | None,
+) -> None:
+    """Write the table, the picture and the recording, each if it has a file."""
+    from .. import plots
+    from .. import results as reporting
+
+    if markdown is not None:
+        files.write_text(markdown, reporting.table(results))
+    if plot is not None:
+        plots.accuracy_against_passes(results, plot)
+    if html is not None and recording is not None:
+        if recording.problems:
+            files.write_text(html, recording.html())
+        else:
+            typer.echo(f"warning: html: every row is of an earlier run, so {html} is not written", err=True)
 
 
 def problems_of(

@@ -277,19 +277,9 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     settings = identity(recipe, rows.settings) | {SEQUENCES: _sequences(args, args.world_size)}
     if checkpoint is not None:
         _check_record(directory, settings)
-    # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
-    narrow = recipe.lora is not None and backends.fast_bfloat16(args.device)
-    dtype = torch.bfloat16 if narrow else torch.float32
     with registry.naming("model", "path"):
         companions = files.Companions(source)
-        model: Any = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
-    # The tokenizer's, too, by which `trajectories` judged the answers.
-    registry.end_as_tokenizer(model, source, loaded_tokenizer)
-    if model.eos_id is None:
-        raise ValueError(
-            f"model: expected an end token of {source}, as eos_token_id in config.json or eos_token in "
-            "tokenizer_config.json, got none"
-        )
+    model: Any = _load_model(recipe, source, loaded_tokenizer, args.device)
     collator = trajectories.Collator(
         model.eos_id, ends=model.eos_ids, block_length=model.block_length, **recipe.collator
     )
@@ -323,18 +313,40 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
             f"at least as many, got {most}"
         )
-    if not isinstance(model, Model) or trainer.is_fsdp_enabled:
-        trainer.save_model(str(directory))
-    elif trainer.is_world_process_zero():
-        # Before config.json, which makes it a checkpoint.
-        companions.save_pretrained(directory)
-        dx.models.save(model, directory, dtype=torch.bfloat16)
+    _save_model(trainer, model, companions, directory)
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
         files.write_json(directory / "training.json", report)
     finish(trainer)
     return directory
+
+
+def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torch.device) -> Model:
+    """The model to train, in a dtype for training. Raises ValueError for a model without an end token."""
+    # Adapters are trained beside 16-bit weights where those are fast; trained weights need 32 bits.
+    narrow = recipe.lora is not None and backends.fast_bfloat16(device)
+    with registry.naming("model", "path"):
+        dtype = torch.bfloat16 if narrow else torch.float32
+        model = dx.models.load(source, dtype=dtype, mask_id=recipe.mask_id)
+    # The tokenizer's, too, by which `trajectories` judged the answers.
+    registry.end_as_tokenizer(model, source, model_tokenizer)
+    if model.eos_id is None:
+        raise ValueError(
+            f"model: expected an end token of {source}, as eos_token_id in config.json or eos_token in "
+            "tokenizer_config.json, got none"
+        )
+    return model
+
+
+def _save_model(trainer: Any, model: Any, companions: files.Companions, directory: Path) -> None:
+    """Write the trained model and its tokenizer: an adapter or shards by the trainer, others as published."""
+    if not isinstance(model, Model) or trainer.is_fsdp_enabled:
+        trainer.save_model(str(directory))
+    elif trainer.is_world_process_zero():
+        # Before config.json, which makes it a checkpoint.
+        companions.save_pretrained(directory)
+        dx.models.save(model, directory, dtype=torch.bfloat16)
 
 
 def _rows(recipe: Recipe, answers: str | Path, model_tokenizer: Any) -> trajectories.Trajectories:

@@ -137,10 +137,10 @@ def run(
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        kept = min(schedule.ema, (step + 1) / (step + 10))
+        decay = min(schedule.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - kept)
+                average[name].lerp_(p, 1 - decay)
         if (step + 1) % report_every == 0:
             curve.append([step + 1, round(sum(recent) / len(recent), 5)])
             recent = []
