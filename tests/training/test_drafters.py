@@ -190,7 +190,7 @@ def test_heads_of_first_layers_learn_what_the_whole_model_says(target: Path, tmp
         own = [int(at) - b * 20 for at in places if b * 20 <= at < (b + 1) * 20]
         assert all(prompt - 1 <= at <= len(text) - 2 for at in own)
         assert len(set(own)) == min(4, len(text) - prompt)
-    trainee = adadecode.Exits(Target("tiny", model, None, False), replace(EXITS, batch=3))
+    trainee = adadecode.ExitHeadsTrainee(Target("tiny", model, None, False), replace(EXITS, batch=3))
     assert trainee.options.layers == (1,)
     heads = trainee.module = trainee.build()
     with torch.no_grad():
@@ -425,7 +425,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(target: Path, tmp_pat
 def test_nothing_is_learned_from_a_mask_token_in_an_answer(target: Path) -> None:
     """It is never drafted: the loss of its row would be infinite."""
     model = registry.load(str(target))[0].float()
-    trainee = blocks.Blocks(Target("tiny", model, None, False), replace(TINY, mask_id=7))
+    trainee = blocks.BlockTrainee(Target("tiny", model, None, False), replace(TINY, mask_id=7))
     trainee.module = trainee.build()
     texts = [
         (torch.tensor(ids), 2)

@@ -19,7 +19,7 @@ from dparallel.toy import tasks, train
 from dparallel.training import drafters
 from dparallel.training.drafters import answers, riders
 from dparallel.training.drafters.common import Target
-from dparallel.training.drafters.riders import StridedSettings, Strides
+from dparallel.training.drafters.riders import StridedSettings, StridedTrainee
 from drafters import model_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -53,9 +53,9 @@ def ours() -> models.Model:
     return model.eval().requires_grad_(False)
 
 
-def trainee_of(settings: StridedSettings = SETTINGS, std: float = 0.1) -> Strides:
+def trainee_of(settings: StridedSettings = SETTINGS, std: float = 0.1) -> StridedTrainee:
     """With an adapter as if it were trained."""
-    trainee = Strides(Target("it", ours(), None, False), settings)
+    trainee = StridedTrainee(Target("it", ours(), None, False), settings)
     torch.manual_seed(8)
     trainee.module = trainee.build()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_it_begins_as_the_model_and_learns() -> None:
     mask = tasks.vocabulary().index(tasks.MASK)
     settings = StridedSettings(rank=8, batch=4, anchors=16, gen_length=64, mask_id=mask)
     texts = answers.answer_all(model, prompts[:20], settings)
-    trainee = Strides(Target("it", model, None, False), settings)
+    trainee = StridedTrainee(Target("it", model, None, False), settings)
     torch.manual_seed(0)
     trainee.module = trainee.build()
     assert all(0.9 < down.abs().max() * down.shape[1] ** 0.5 <= 1 for down in trainee.module[::2])
@@ -258,7 +258,7 @@ def test_the_mask_is_the_models_own_or_that_of_the_releases() -> None:
         model.norm.weight, model.lm_head.weight = (
             torch.nn.Parameter(torch.ones(n)) for n in ((32,), (model.shape.embedding_size, 32))
         )
-        trainee = Strides(Target("it", model, None, False), replace(SETTINGS, mask_id=None))
+        trainee = StridedTrainee(Target("it", model, None, False), replace(SETTINGS, mask_id=None))
         return trainee.mask_id
 
     assert mask_of(vocab_size=151936) == 151669
@@ -282,10 +282,10 @@ def test_what_it_cannot_be_trained_by_is_named(tmp_path: Path) -> None:
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
-            Strides(Target("it", ours(), None, False), replace(SETTINGS, **change))
+            StridedTrainee(Target("it", ours(), None, False), replace(SETTINGS, **change))
     experts = model_of("qwen3_moe", mlp_only_layers=[])
     with pytest.raises(ValueError, match=r"expected some of \['q_proj', 'k_proj', 'v_proj', 'o_proj'\]"):
-        Strides(Target("it", experts, None, False), replace(SETTINGS, target_modules=("down",)))
+        StridedTrainee(Target("it", experts, None, False), replace(SETTINGS, target_modules=("down",)))
 
 
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ STATE = ("settings", "step", "model", "optimizers", "average", "seconds", "curve
 """Keys of a saved run."""
 
 
-class Trained(NamedTuple):
+class TrainingRecord(NamedTuple):
     """The time and the loss of a run."""
 
     seconds: float
@@ -87,7 +87,7 @@ def run(
     report_every: int,
     described: str,
     progress: bool,
-) -> Trained:
+) -> TrainingRecord:
     """Train `model`, or resume the interrupted run in `directory`; the model then has the averaged weights.
 
     matrices: the parameters that Muon trains. loss_of: a step's loss, which depends only on the step's
@@ -161,7 +161,7 @@ def run(
             with files.replacing(state_file) as partial:
                 torch.save(state, partial)
     model.load_state_dict(average, strict=False)
-    return Trained(seconds, curve)
+    return TrainingRecord(seconds, curve)
 
 
 def saved_progress(directory: Path) -> str | None:

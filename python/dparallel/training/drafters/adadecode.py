@@ -43,7 +43,7 @@ class ExitSettings(DrafterSettings):
         check_fields(self, ("most",), whole, 1, 512)
 
 
-class Exits(Trainee):
+class ExitHeadsTrainee(Trainee):
     SETTINGS = ExitSettings
     module: ExitHeads
 

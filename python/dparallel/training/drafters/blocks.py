@@ -60,7 +60,7 @@ class BlockSettings(DrafterSettings):
             check_fields(self, (name,), whole, least, int(most))
 
 
-class Blocks(Trainee):
+class BlockTrainee(Trainee):
     SETTINGS = BlockSettings
     module: DFlashModel
 

@@ -144,7 +144,7 @@ def _name_of(template: Template | None) -> str | None:
     return hashlib.sha256(template([{"role": "user", "content": ""}]).encode()).hexdigest()[:16]
 
 
-class Saved(Drafter, Protocol):
+class SavableDrafter(Drafter, Protocol):
     """A drafter that can be written to a file for `speculation.load`."""
 
     def save(self, path: str | Path) -> None: ...
@@ -188,5 +188,5 @@ class Trainee(ABC):
         """The loss of a step, which depends only on the seed and the step, see `drawn`."""
 
     @abstractmethod
-    def drafter(self, source: str, measured: Sequence[Answer]) -> Saved:
+    def drafter(self, source: str, measured: Sequence[Answer]) -> SavableDrafter:
         """The trained drafter; source: names it in errors."""

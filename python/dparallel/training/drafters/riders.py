@@ -35,7 +35,7 @@ from dparallel_ext.speculation.drafter import Adapting, Riders
 from dparallel_ext.speculation.riders import GUESSES, rider_config
 
 from ..adapters import lora_names
-from .common import Answer, DrafterSettings, Saved, Target, Trainee, drawn, places_of
+from .common import Answer, DrafterSettings, SavableDrafter, Target, Trainee, drawn, places_of
 
 DECAY = 0.8
 """The weight of a rider relative to the one before it."""
@@ -96,7 +96,7 @@ class StridedSettings(RiderSettings):
         check_fields(self, ("rank",), whole, 1, 2**14)
 
 
-class _Riders(Trainee):
+class _RiderTrainee(Trainee):
     measured = 200
 
     def __init__(self, target: Target, settings: RiderSettings) -> None:
@@ -118,11 +118,11 @@ class _Riders(Trainee):
         weight = DECAY**distance
         return (kl.sum(-1) * weight).sum() / weight.sum()
 
-    def drafter(self, source: str, measured: Sequence[Answer]) -> Saved:
+    def drafter(self, source: str, measured: Sequence[Answer]) -> SavableDrafter:
         return RiderDrafter(self.riders, ranks_of(self.riders, self._target, measured), source)
 
 
-class Prompts(_Riders):
+class PromptTokensTrainee(_RiderTrainee):
     SETTINGS = PromptSettings
 
     @property
@@ -138,7 +138,7 @@ class Prompts(_Riders):
         return module
 
 
-class Transfers(_Riders):
+class HiddenTransferTrainee(_RiderTrainee):
     SETTINGS = TransferSettings
 
     def __init__(self, target: Target, settings: TransferSettings) -> None:
@@ -157,7 +157,7 @@ class Transfers(_Riders):
         return module
 
 
-class Strides(_Riders):
+class StridedTrainee(_RiderTrainee):
     SETTINGS = StridedSettings
     module: nn.ParameterList
     """Of each adapted layer down and up, see `LowRank`."""

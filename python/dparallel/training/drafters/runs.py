@@ -24,14 +24,14 @@ from ...text import prompt_encoder
 from .. import loop
 from . import adadecode, blocks, riders
 from .answers import BATCH, answers_of, kept_answers, prompts_of
-from .common import Answer, DrafterSettings, Saved, Target, Trainee
+from .common import Answer, DrafterSettings, SavableDrafter, Target, Trainee
 
 TRAINEES: tuple[type[Trainee], ...] = (
-    blocks.Blocks,
-    riders.Prompts,
-    riders.Transfers,
-    riders.Strides,
-    adadecode.Exits,
+    blocks.BlockTrainee,
+    riders.PromptTokensTrainee,
+    riders.HiddenTransferTrainee,
+    riders.StridedTrainee,
+    adadecode.ExitHeadsTrainee,
 )
 KINDS: dict[str, type[Trainee]] = {kind: trainee for trainee in TRAINEES for kind in trainee.SETTINGS.KINDS}
 
@@ -157,7 +157,7 @@ def _train(
     settings: DrafterSettings,
     save_every: int,
     progress: bool,
-) -> tuple[Saved, dict[str, Any]]:
+) -> tuple[SavableDrafter, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         module = trainee.build()
