@@ -313,15 +313,16 @@ class Tool(Strict):
     function: Function
 
 
-class FunctionName(Strict):
-    within = "tool_choice"
-    name: str
-
-
 class ToolName(Strict):
+    """A function of `tools` by its name."""
+
+    class Function(Strict):
+        within = "tool_choice"
+        name: str
+
     within = "tool_choice"
     type: Literal["function"]
-    function: FunctionName
+    function: Function
 
 
 class FunctionCall(Strict):
