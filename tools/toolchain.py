@@ -307,7 +307,7 @@ _ADVICE = {
         "(NVCC_PREPEND_FLAGS='-ccbin g++')."
     ),
     r"nvcc fatal\s+: (?:Value '\S+' is not defined for option 'std'|Unsupported gpu|Unknown option)": (
-        "nvcc is too old for this: install CUDA 12 or later, or one that knows the architectures in "
+        "nvcc is too old for this: install CUDA 12.4 or later, or one that knows the architectures in "
         "DPARALLEL_CUDA."
     ),
     r"(?:cuda_\w+|crt/host_config)\.h: No such file|cannot find -lcudart": (
