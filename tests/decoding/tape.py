@@ -26,21 +26,21 @@ from dparallel_ext.decoding.graphs import Graphs
 aten = torch.ops.aten
 RECORDED = """
     __and__.Tensor __iand__.Tensor __ior__.Tensor __or__.Tensor _grouped_mm _safe_softmax _to_copy
-    _unsafe_view add.Tensor add_.Tensor alias all.dim amax amin any.dim arange argmax argmin as_strided
-    bitwise_and.Tensor bitwise_left_shift.Scalar_Tensor bitwise_not bitwise_or.Tensor bmm cat chunk clamp
-    clamp.Tensor clamp.out clone contiguous copy_ cos cummax cumsum detach div.Tensor einsum embedding
-    empty_like eq.Scalar eq.Tensor exp expand fill_.Scalar flatten.using_ints floor_divide full full_like
-    gather ge.Scalar ge.Tensor gt.Scalar gt.Tensor index.Tensor index_add_ index_copy_
-    index_fill_.int_Scalar index_put_ isnan le.Scalar le.Tensor lerp.Scalar linalg_vector_norm linear log
-    log1p logsumexp lt.Scalar lt.Tensor masked_fill.Scalar masked_fill_.Scalar matmul mean.dim minimum
-    mul.Scalar mul.Tensor mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg new_full new_zeros ones ones_like
-    pad pow.Tensor_Scalar promote_types reciprocal relu remainder.Scalar repeat_interleave.self_int reshape
-    round rsqrt rsub.Scalar scalar_tensor scatter.src scatter_.value scatter_add scatter_reduce.two
-    scatter_reduce_.two searchsorted.Tensor select.int sigmoid silu slice.Tensor softmax.int sort
-    sort.stable split.Tensor split_with_sizes square squeeze.dim stack sub.Tensor sub_.Tensor
-    sum.dim_IntList to.device to.dtype to.dtype_layout topk transpose.int unbind.int unflatten.int unsqueeze
-    view view.dtype where.Scalar where.ScalarOther where.ScalarSelf where.self where.self_out zeros
-    zeros_like
+    _unsafe_view add.Tensor add_.Tensor alias all.dim amax amin any.dim arange argmax argmin argsort
+    argsort.stable as_strided bitwise_and.Tensor bitwise_left_shift.Scalar_Tensor bitwise_not
+    bitwise_or.Tensor bmm cat chunk clamp clamp.Tensor clamp.out clone contiguous copy_ cos cummax cumsum
+    detach div.Tensor einsum embedding empty_like eq.Scalar eq.Tensor exp expand fill_.Scalar
+    flatten.using_ints floor_divide full full_like gather ge.Scalar ge.Tensor gt.Scalar gt.Tensor index.Tensor
+    index_add_ index_copy_ index_fill_.int_Scalar index_put_ isnan le.Scalar le.Tensor lerp.Scalar
+    linalg_vector_norm linear log log1p logsumexp lt.Scalar lt.Tensor masked_fill.Scalar masked_fill_.Scalar
+    matmul mean.dim minimum mul.Scalar mul.Tensor mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg new_full
+    new_zeros ones ones_like pad pow.Tensor_Scalar promote_types reciprocal relu remainder.Scalar
+    repeat_interleave.self_int reshape round rsqrt rsub.Scalar scalar_tensor scatter.src scatter_.value
+    scatter_add scatter_reduce.two scatter_reduce_.two searchsorted.Tensor select.int sigmoid silu
+    slice.Tensor softmax.int sort sort.stable split.Tensor split_with_sizes square squeeze.dim stack
+    sub.Tensor sub_.Tensor sum.dim_IntList to.device to.dtype to.dtype_layout topk transpose.int unbind.int
+    unflatten.int unsqueeze view view.dtype where.Scalar where.ScalarOther where.ScalarSelf where.self
+    where.self_out zeros zeros_like
 """
 """Torch's operators of which passes and benchmarks are made. By torch's sources their CUDA kernels neither
 wait for the device nor copy from the host: look there (aten/src/ATen/native/cuda) before you add another."""

@@ -128,9 +128,9 @@ def test_the_loss_is_that_of_the_riders_in_plain_torch(kind: str) -> None:
     settings = {"batch": 3, "anchors": 4, "soften": 2.0}
     target = Target("it", MODEL, None, False)
     trainee: Any = (
-        training.Prompts(target, training.PromptSettings(**settings))
+        training.PromptTokensTrainee(target, training.PromptSettings(**settings))
         if kind == "ppd"
-        else training.Transfers(target, training.TransferSettings(layer=1, **settings))
+        else training.HiddenTransferTrainee(target, training.TransferSettings(layer=1, **settings))
     )
     trainee.module = drafter.model
     generator = torch.Generator().manual_seed(0)
