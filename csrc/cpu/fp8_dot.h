@@ -69,7 +69,7 @@ struct DotNarrow {
             (__m512bh)_mm512_unpackhi_epi8(low, with_sign)};
   }
 };
-constexpr DotNarrow::Table DotNarrow::table;
+inline constexpr DotNarrow::Table DotNarrow::table;
 
 // `count` weights, with zeros up to a multiple of kDotColumns.
 DPARALLEL_DOT inline void widen_for_dot(const uint8_t* weights, int64_t count, uint16_t* widened) {
