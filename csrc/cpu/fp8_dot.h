@@ -1,6 +1,6 @@
 // Tiles of fp8_linear on CPUs that multiply bfloat16: two products a lane and instruction. Every
-// number of e4m3 is one of bfloat16, and each product one of float32. Subnormal numbers of x, below
-// 2^-126, count as 0 there.
+// number of e4m3 is one of bfloat16, and each product one of float32. Numbers of x and sums below
+// 2^-126, which are subnormal, count as 0 there.
 #pragma once
 
 #include "product_tile.h"

@@ -53,7 +53,8 @@ def fp8_linear(
 
     The weights are read as bytes; the sum is in float32 and rounded once, and a row has the same bits as
     alone. On a GPU, for more than 64 rows, or 128 on tensor cores, the weights are scaled, rounded to the
-    dtype of x for the length of the call, and multiplied by `linear`. No gradient.
+    dtype of x for the length of the call, and multiplied by `linear`. Where a CPU multiplies bfloat16,
+    numbers of x and sums below 2^-126 count as 0, as in torch's products there. No gradient.
 
     Args:
         x: (..., in) float32, bfloat16 or float16, any strides (rows are made contiguous).
