@@ -1,5 +1,5 @@
 // linear and fp8_linear on the CPU: runs of the weights' rows in parallel, for some rows of x at a
-// time, widened to float32 once for all of them.
+// time, widened to float32 (for dots of bfloat16 copied) once for all of them.
 #pragma once
 
 #include <algorithm>
