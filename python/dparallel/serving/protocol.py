@@ -313,16 +313,15 @@ class Tool(Strict):
     function: Function
 
 
+class FunctionName(Strict):
+    within = "tool_choice"
+    name: str
+
+
 class ToolName(Strict):
-    """A function of `tools` by its name."""
-
-    class Function(Strict):
-        within = "tool_choice"
-        name: str
-
     within = "tool_choice"
     type: Literal["function"]
-    function: Function
+    function: FunctionName
 
 
 class FunctionCall(Strict):
