@@ -1,7 +1,8 @@
 """linear_kv_write against its two steps: queries, keys and values of LLaDA-8B's shape, 32 rows in bfloat16.
 
-Floor: the weights read once. Baselines: `linear` and `kv_write` one after the other, and torch's operations.
-On a CPU it is its two steps, and takes as long.
+On a GPU also with norms of heads, for which the product is cut otherwise. Floor: the weights read once.
+Baselines: `linear` and `kv_write` one after the other, and torch's operations. On a CPU it is its two steps,
+and takes as long.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WIDTH = 4096
 STEPS = f"{OURS}, linear and kv_write"
 
 
-def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
+def work(device: torch.device, small: bool, tokens: int, inner: int, norms: bool = False) -> Work:
     """From `inner` to as many numbers of queries, keys and values, in heads of at most 128."""
     dim = min(128, inner & -inner)
     bytes_ = 6 * inner * inner
@@ -35,12 +36,16 @@ def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
     positions = tokens + torch.arange(tokens, device=device)
     cos, sin = dx.rope_table(2 * tokens, dim, device=device)
     where = {"positions": positions, "slot_mapping": positions, "cos": cos, "sin": sin}
+    if norms:
+        where |= {"q_norm": random(device, dim), "k_norm": random(device, dim)}
 
     def parts(product: Tensor) -> tuple[Tensor, ...]:
         return product.unflatten(1, (-1, dim)).chunk(3, 1)
 
     def in_torch(weight: Tensor) -> Tensor:
         q, k, v = parts(F.linear(x, weight))
+        if norms:
+            q, k = (F.rms_norm(t, (dim,), where[f"{name}_norm"], 1e-6) for t, name in ((q, "q"), (k, "k")))
         baselines.rotate_and_put(q, k, v, caches[0], caches[1], positions, positions, cos, sin)
         return q
 
@@ -68,9 +73,10 @@ def work(device: torch.device, small: bool, tokens: int, inner: int) -> Work:
     )
 
 
-def case(tokens: int) -> Case:
-    name = f"linear_kv_write, {tokens} rows of {WIDTH}"
-    return Case(name, "linear_kv_write", work, {"tokens": tokens, "inner": WIDTH}, ("graph",))
+def case(tokens: int, norms: bool = False) -> Case:
+    name = f"linear_kv_write, {tokens} rows of {WIDTH}{', norms of heads' if norms else ''}"
+    parameters = {"tokens": tokens, "inner": WIDTH, "norms": norms}
+    return Case(name, "linear_kv_write", work, parameters, ("graph",))
 
 
 @pytest.mark.parametrize("contender", ["torch", STEPS, OURS])

@@ -75,6 +75,7 @@ CASES = (
     bench_linear.case(1),
     bench_linear_swiglu.case(32),
     bench_linear_kv_write.case(32),
+    bench_linear_kv_write.case(32, norms=True),
     bench_fp8_linear.case(32),
     bench_row_stats.case(32),
     bench_row_stats.case(512),

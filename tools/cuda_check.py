@@ -47,6 +47,14 @@ LOOPS_OF = "90a"
 MEASURED = ROOT / "build" / "cuda_check"
 
 
+FLAGS = {
+    **dict.fromkeys(("row_stats_kernel", "unmask_kernel", "accept_kernel"), "sampling"),
+    **dict.fromkeys(("block_attention_plain_kernel", "block_attention_tensor_kernel"), "restricted"),
+    **dict.fromkeys(("kv_write_kernel", "product_kernel"), "norms"),
+}
+"""What a kernel does where its flag is true."""
+
+
 @dataclass
 class Usage:
     registers: int = 0
@@ -200,7 +208,7 @@ def short_name(mangled: str) -> str:
     parts = [
         t for t in ("BFloat16", "Float32", "Float16", "Float64", "EightBits") if f"{len(t)}{t}" in mangled
     ]
-    parts += ["sampling"] if "Lb1E" in mangled else []
+    parts += [FLAGS[name]] if "Lb1E" in mangled else []
     parts += re.findall(r"Li(\d+)E", mangled)
     return f"{name}<{', '.join(parts)}>" if parts else name
 

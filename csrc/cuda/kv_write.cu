@@ -6,10 +6,9 @@
 // first, the tables as soon as the position is there, and nothing but an address waits for the
 // slot: two trips to memory. Numbers of rows, heads and slots are of 32 bits, addresses of 64.
 //
-// With norms the sum of a head's squares is taken over its threads, neighbours in a warp: first of
-// each thread's elements in their order, then by halves of the lanes' distance, which differs from
-// the order of rms_norm. Where a head has no power of two of whole vectors, a warp takes it in
-// single pairs, and reads each twice.
+// With norms the sum of a head's squares is taken over its threads, neighbours in a warp, as a
+// balanced tree (layer_math.cuh), which differs from the order of rms_norm. Where a head has no
+// power of two of whole vectors, a warp takes it in single pairs, and reads each twice.
 #include "cluster.cuh"
 #include "layer_math.cuh"
 #include "vectors.cuh"
@@ -51,23 +50,18 @@ __device__ __forceinline__ void rotate(typename Elements<T, W>::Vector (&stored)
   stored[1] = E::narrow(second);
 }
 
-// The sum of x over groups of `lanes` neighbours, a power of two up to 32, the same in each of
-// them.
-__device__ __forceinline__ float sum_over(float x, uint32_t lanes) {
-  for (int bits = static_cast<int>(lanes) / 2; bits > 0; bits /= 2)
-    x += __shfl_xor_sync(kFullWarp, x, bits);
-  return x;
-}
-
 template <class T, int W>
 __device__ __forceinline__ float squares(const typename Elements<T, W>::Vector (&stored)[2]) {
-  float x[W], sum = 0.0f;
-  for (const auto& vector : stored) {
-    Elements<T, W>::widen(vector, x);
+  float a[W], b[W];
+  Elements<T, W>::widen(stored[0], a);
+  Elements<T, W>::widen(stored[1], b);
 #pragma unroll
-    for (int i = 0; i < W; ++i) sum += x[i] * x[i];
-  }
-  return sum;
+  for (int i = 0; i < W; ++i) a[i] = pair_squares(a[i], b[i]);
+#pragma unroll
+  for (int width = 1; width < W; width *= 2)
+#pragma unroll
+    for (int i = 0; i < W; i += 2 * width) a[i] += a[i + width];
+  return a[0];
 }
 
 template <class T, int W>
@@ -169,7 +163,7 @@ __global__ void __launch_bounds__(kWriteThreads, kWriteBlocksPerSm)
     if constexpr (kNorms) {
       if constexpr (!kWarp) sum = sum_over(here ? squares<T, W>(x) : 0.0f, threads);
       if (!here) return;
-      scale<T, W>(x, weights, __frsqrt_rn(__fdividef(sum, static_cast<float>(dim)) + args.eps));
+      scale<T, W>(x, weights, norm_factor(sum, dim, args.eps));
       if (own.turns) rotate<T, W>(x, cos, sin);
     }
     if (!of_q && slot < 0) return;  // every thread asks for the slot, lest it come last

@@ -24,4 +24,21 @@ __device__ __forceinline__ void rotate_pair(float a, float b, float cos, float s
   second = fmaf(a, sin, b * cos);
 }
 
+// The norm of a head: x becomes weight * x * norm_factor(sum of squares, ...), rounded in between.
+// In all kernels that have the bits of one another the sum is a balanced tree over the pairs (i, i
+// + half) in their order.
+__device__ __forceinline__ float pair_squares(float a, float b) { return fmaf(b, b, a * a); }
+
+__device__ __forceinline__ float norm_factor(float squares, int64_t dim, float eps) {
+  return __frsqrt_rn(__fdividef(squares, static_cast<float>(dim)) + eps);
+}
+
+// The sum of x over groups of `lanes` neighbours, a power of two up to 32, the same in each of
+// them: a balanced tree in their order.
+__device__ __forceinline__ float sum_over(float x, uint32_t lanes) {
+  for (uint32_t bits = 1; bits < lanes; bits *= 2)
+    x += __shfl_xor_sync(kFullWarp, x, static_cast<int>(bits));
+  return x;
+}
+
 }  // namespace dparallel::cuda

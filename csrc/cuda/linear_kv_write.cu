@@ -1,5 +1,6 @@
 // linear_kv_write: a product (product.cuh) of which each thread turns queries and keys, and writes
-// keys and values into the cache.
+// keys and values into the cache. With norms, in heads of 128: 16 threads have a head of a row, and
+// first add up its squares, in the order of kv_write.
 //
 // Bytes: those of the product, but keys and values are written once, to the cache. The positions
 // and slots of the rows of x come into shared memory while the weights are on their way, and cos
@@ -13,8 +14,10 @@
 namespace dparallel::cuda {
 namespace {
 
+template <bool kNorms>
 struct Written {
   static constexpr bool kPaired = true;
+  static constexpr int kSlabs = kNorms ? 2 : 1;
   struct Ahead {
     float2 cos, sin;
   };
@@ -41,6 +44,37 @@ struct Written {
     const int64_t at = static_cast<int64_t>(rows()[n].position) * pairs.half + pair;
     return {*reinterpret_cast<const float2*>(write.cos + at),
             *reinterpret_cast<const float2*>(write.sin + at)};
+  }
+  // The sums of a head of one row of x, in its two slabs, from number `row` of the product on; all
+  // threads have sums of queries or of keys, or none has.
+  template <class T>
+  __device__ __forceinline__ void norm(int64_t row, float (&sum)[2][4]) const {
+    const int dim = 2 * pairs.half, head = static_cast<int>(row) / dim;
+    const bool of_q = head < static_cast<int>(write.q_heads);
+    if (head >= static_cast<int>(write.q_heads + write.k_layout.heads)) return;
+    const auto* weight =
+        static_cast<const typename T::Storage*>(of_q ? write.q_norm : write.k_norm);
+    float squares[2];
+#pragma unroll
+    for (int slab = 0; slab < 2; ++slab) {
+      float (&x)[4] = sum[slab];
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) T::values(T::narrow(x[i], x[i + 1]), x[i], x[i + 1]);
+      squares[slab] = sum_over(pair_squares(x[0], x[2]) + pair_squares(x[1], x[3]), 16);
+    }
+    const float by = norm_factor(squares[0] + squares[1], dim, write.eps);
+#pragma unroll
+    for (int slab = 0; slab < 2; ++slab)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        float (&x)[4] = sum[slab];
+        const int in_head = static_cast<int>(row) - head * dim + slab * 32 + i / 2 * pairs.half;
+        float w[2];
+        T::values(*reinterpret_cast<const uint32_t*>(weight + in_head), w[0], w[1]);
+        T::values(T::narrow(by * x[i], by * x[i + 1]), x[i], x[i + 1]);
+        x[i] *= w[0];
+        x[i + 1] *= w[1];
+      }
   }
   // sum: the first numbers of two pairs, and the second.
   template <class T>
@@ -83,12 +117,17 @@ struct Written {
 ProductCut cut_for(const LinearKvWriteArgs& args) {
   const KvWriteArgs& write = args.write;
   const CacheLayout &k = write.k_layout, &v = write.v_layout;
-  const bool fits = write.rotary_dim == k.head_dim && k.head_dim % 64 == 0 &&
-                    multiples_of_16({write.k_cache, write.v_cache, write.cos, write.sin},
-                                    {k.page_stride, k.head_stride, k.slot_stride, v.page_stride,
-                                     v.head_stride, v.slot_stride},
-                                    element_size(write.dtype));
-  return fits ? cut_of_pairs<Written>(args.product, k.head_dim / 2) : ProductCut{0, 1};
+  const bool norms = write.q_norm != nullptr;
+  const bool fits =
+      write.rotary_dim == k.head_dim && (norms ? k.head_dim == 128 : k.head_dim % 64 == 0) &&
+      multiples_of_16(
+          {write.k_cache, write.v_cache, write.cos, write.sin, write.q_norm, write.k_norm},
+          {k.page_stride, k.head_stride, k.slot_stride, v.page_stride, v.head_stride,
+           v.slot_stride},
+          element_size(write.dtype));
+  if (!fits) return {0, 1};
+  return norms ? cut_of_pairs<Written<true>>(args.product, k.head_dim / 2)
+               : cut_of_pairs<Written<false>>(args.product, k.head_dim / 2);
 }
 
 }  // namespace
@@ -99,8 +138,10 @@ int64_t linear_kv_write_scratch(const LinearKvWriteArgs& args) {
 
 int linear_kv_write(const LinearKvWriteArgs& args, const Workspace& workspace, void* stream) {
   if (const ProductCut cut = cut_for(args); cut.height > 0) {
-    const Written at_end{{static_cast<int32_t>(args.write.k_layout.head_dim / 2)}, args.write};
-    return product_of_pairs(args.product, at_end, cut, stream);
+    const Pairs pairs{static_cast<int32_t>(args.write.k_layout.head_dim / 2)};
+    if (args.write.q_norm == nullptr)
+      return product_of_pairs(args.product, Written<false>{pairs, args.write}, cut, stream);
+    return product_of_pairs(args.product, Written<true>{pairs, args.write}, cut, stream);
   }
   const LinearKvWriteSteps steps(args, workspace.scratch);
   const auto product = args.product.scale != nullptr ? fp8_linear : linear;

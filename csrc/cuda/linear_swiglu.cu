@@ -13,6 +13,7 @@ namespace {
 
 struct Gated {
   static constexpr bool kPaired = true;
+  static constexpr int kSlabs = 1;
   struct Ahead {};
   Pairs pairs;
 

@@ -22,7 +22,9 @@
 // Ends. An object of a class like Rounded says what becomes of the sums. Where pairs of the
 // weights' rows, (i, i + half), belong together (a gate and its up, the two numbers that a rotary
 // embedding turns), a tile takes the rows in an order in which four neighbours are two pairs, so
-// that a thread has all of what it needs; what it copies has the same bytes in other places.
+// that a thread has all of what it needs; what it copies has the same bytes in other places. Where
+// the norm of a whole head comes first, a tile is the head's 128 rows, and a thread has outputs of
+// both halves of it.
 //
 // Early launches. Where the weights are constant, CTAs begin while earlier kernels still run, as
 // soon as the last product leaves the SM, and fill their rings, 26 MB over all SMs. So memory is
@@ -104,7 +106,8 @@ struct Pairs {
 // The end of linear and fp8_linear: out = round(scale * sum + bias).
 struct Rounded {
   static constexpr bool kPaired = false;
-  struct Ahead {};  // what is read before the sums are
+  static constexpr int kSlabs = 1;  // of 64 rows of the weights, whose sums a thread needs together
+  struct Ahead {};                  // what is read before the sums are
 
   // By all threads, once: what rows [first_n, first_n + count) of x need, into shared memory.
   __device__ __forceinline__ void keep(int64_t, int) const {}
@@ -275,39 +278,53 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
   if (cluster > 1) cluster_barrier();
   else __syncthreads();
 
-  // 16 rows of x by 64 of the weights are a unit, of which each thread has four outputs; a CTA has
-  // every `cluster`th, kBatch at once.
-  constexpr int kBatch = 3, kAcross = kTiles / 2, kUnits = kHeight * kAcross;
-  const int n_of_unit = threadIdx.x / 16, in_unit = threadIdx.x % 16 * 4;
+  // 16 rows of x by kSlabs times 64 of the weights are a unit, of which each thread has four
+  // outputs in each slab; a CTA has every `cluster`th, and takes kBatch slabs at once.
+  constexpr int kSlabs = End::kSlabs, kBatch = kSlabs == 1 ? 3 : kSlabs, kAcross = kTiles / 2;
+  constexpr int kUnits = kHeight / kSlabs * kAcross;
+  static_assert(kHeight % kSlabs == 0 && kBatch % kSlabs == 0, "");
+  struct Outputs {
+    int n, at;  // the row of x, and of the tile
+    bool exist;
+  };
+  const auto outputs_of = [&](int u, int k) -> Outputs {
+    const int v = u + k / kSlabs * cluster;
+    const int n = v % kAcross * 16 + static_cast<int>(threadIdx.x) / 16;
+    const int slab = v / kAcross * kSlabs + k % kSlabs;
+    const int at = slab * 64 + static_cast<int>(threadIdx.x) % 16 * 4;
+    return {n, at, v < kUnits && n < count && at < left};
+  };
   const auto row_at = [&](int at) {
     if constexpr (End::kPaired) return at_end.pairs.row(first + at);
     else return first + at;
+  };
+  const auto put = [&](const Outputs& own, int64_t row, const float (&sum)[4],
+                       const typename End::Ahead& ahead) {
+    at_end.template put<T>(args, first_n, own.n, row, left - own.at, sum, ahead);
   };
   const auto* bias = static_cast<const Storage*>(args.bias);
   const float* scale = args.scale;
   int64_t beside = 0;  // from a row to the other of its pair
   if constexpr (End::kPaired) beside = at_end.pairs.half;
 #pragma unroll 1
-  for (int u = rank; u < kUnits; u += kBatch * cluster) {
+  for (int u = rank; u < kUnits; u += kBatch / kSlabs * cluster) {
     float sum[kBatch][4] = {};
     typename End::Ahead ahead[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      const int v = u + k * cluster;
-      const int n = v % kAcross * 16 + n_of_unit, at = v / kAcross * 64 + in_unit;
-      if (v < kUnits && n < count && at < left) ahead[k] = at_end.ahead(n, row_at(at));
+      const Outputs own = outputs_of(u, k);
+      if (own.exist) ahead[k] = at_end.ahead(own.n, row_at(own.at));
     }
 #pragma unroll 1
     for (int r = 0; r < cluster; ++r) {
       uint4 parts[kBatch][kTeams] = {};
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const int v = u + k * cluster;
-        if (v >= kUnits) break;
+        if (u + k / kSlabs * cluster >= kUnits) break;
+        const Outputs own = outputs_of(u, k);
 #pragma unroll
         for (int i = 0; i < kTeams; ++i) {
-          const auto* part = reinterpret_cast<const uint4*>(
-              &ring.sums[i][v % kAcross * 16 + n_of_unit][v / kAcross * 64 + in_unit]);
+          const auto* part = reinterpret_cast<const uint4*>(&ring.sums[i][own.n][own.at]);
           parts[k][i] = cluster == 1 ? *part : load_of_peer(part, r);
         }
       }
@@ -323,18 +340,25 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      const int v = u + k * cluster;
-      const int n = v % kAcross * 16 + n_of_unit, at = v / kAcross * 64 + in_unit;
-      if (v >= kUnits || n >= count || at >= left) continue;
-      const int64_t row = row_at(at);
+      const Outputs own = outputs_of(u, k);
+      if (!own.exist) continue;
+      const int64_t row = row_at(own.at);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (at + j < left) {
+        if (own.at + j < left) {
           const int64_t o = row + (End::kPaired ? j % 2 + j / 2 * beside : j);
           const float added = bias != nullptr ? T::value(bias[o]) : 0.0f;
           sum[k][j] = (scale != nullptr ? scale[o] : 1.0f) * sum[k][j] + added;
         }
-      at_end.template put<T>(args, first_n, n, row, left - at, sum[k], ahead[k]);
+      if constexpr (kSlabs == 1) put(own, row, sum[k], ahead[k]);
+    }
+    if constexpr (kSlabs > 1) {
+      at_end.template norm<T>(row_at(outputs_of(u, 0).at), sum);
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const Outputs own = outputs_of(u, k);
+        if (own.exist) put(own, row_at(own.at), sum[k], ahead[k]);
+      }
     }
   }
   if (cluster > 1) leave_cluster();
@@ -388,9 +412,10 @@ __global__ void __launch_bounds__(kProductThreads) product_plain_kernel(LinearAr
 template <class W, class End>
 ProductCut cut_of(const LinearArgs& args) {
   constexpr int64_t kRound = 45000;
+  constexpr int kHighest = kMostHeight / End::kSlabs * End::kSlabs;
   constexpr auto slots_of =
-      &clusters_at_once<product_kernel<BFloat16, W, 4, kMostHeight, kWhole, End>>;
-  constexpr size_t kBytes = sizeof(Ring<W, 4, kMostHeight, kWhole>);
+      &clusters_at_once<product_kernel<BFloat16, W, 4, kHighest, kWhole, End>>;
+  constexpr size_t kBytes = sizeof(Ring<W, 4, kHighest, kWhole>);
   const int64_t row_bytes = args.in * 16 / W::kNumbers;
   const int64_t share = args.out_width * row_bytes / slots_of(1, kProductThreads, kBytes) * 7 / 5;
   ProductCut best{0, 1};
@@ -398,7 +423,7 @@ ProductCut cut_of(const LinearArgs& args) {
   for (const int cluster : {1, 2, 3, 4, 6, 8}) {
     const int slots = slots_of(static_cast<unsigned>(cluster), kProductThreads, kBytes);
     if (cluster == 2 && slots == 0) return {0, 1};  // nor kWhole bytes of shared memory
-    for (int height = 1; height <= kMostHeight && slots > 0; ++height) {
+    for (int height = End::kSlabs; height <= kHighest && slots > 0; height += End::kSlabs) {
       const int64_t tiles = (args.out_width + 64 * height - 1) / (64 * height);
       const int64_t rounds = (tiles + slots - 1) / slots;
       const int64_t own =
@@ -428,11 +453,13 @@ int launch_product(const LinearArgs& args, const End& at_end, int cluster, void*
 
 template <class T, class W, int kTiles, class End>
 int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
-  switch (cut.height) {
-    case 1: return launch_product<T, W, kTiles, 1, kWhole>(args, at_end, cut.cluster, stream);
-    case 2: return launch_product<T, W, kTiles, 2, kWhole>(args, at_end, cut.cluster, stream);
-    default: return launch_product<T, W, kTiles, 3, kWhole>(args, at_end, cut.cluster, stream);
+  if constexpr (End::kSlabs == 1) {
+    if (cut.height == 1)
+      return launch_product<T, W, kTiles, 1, kWhole>(args, at_end, cut.cluster, stream);
+    if (cut.height == 3)
+      return launch_product<T, W, kTiles, 3, kWhole>(args, at_end, cut.cluster, stream);
   }
+  return launch_product<T, W, kTiles, 2, kWhole>(args, at_end, cut.cluster, stream);
 }
 
 template <class T, class W, class End>

@@ -81,6 +81,18 @@ struct CacheWrite {
     args.k_cache = k_rows.data_ptr();
     args.v_cache = v_rows.data_ptr();
   }
+  // The norms of heads, which become contiguous.
+  void set_norms(std::optional<Tensor>& q_norm, std::optional<Tensor>& k_norm, double eps,
+                 const Tensor& q) {
+    DP_CHECK(q_norm.has_value() == k_norm.has_value(), q_norm.has_value() ? "k_norm" : "q_norm",
+             ": expected beside ", q_norm.has_value() ? "q_norm" : "k_norm", ", got None");
+    if (!q_norm.has_value()) return;
+    expect(*q_norm, "q_norm", q.scalar_type(), {q.size(2)}, q);
+    expect(*k_norm, "k_norm", q.scalar_type(), {q.size(2)}, q);
+    args.q_norm = q_norm->data_ptr();
+    args.k_norm = k_norm->data_ptr();
+    args.eps = static_cast<float>(eps);
+  }
   // A changed argument shares no memory with the tables, nor with `others`.
   void check_apart(const TensorMemory& changed, std::initializer_list<TensorMemory> others) const {
     own_memory(
@@ -123,15 +135,7 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   args.q_stride = q_rows.stride(0);
   args.k_stride = k.stride(0);
   args.v_stride = v.stride(0);
-  DP_CHECK(q_norm.has_value() == k_norm.has_value(), q_norm.has_value() ? "k_norm" : "q_norm",
-           ": expected beside ", q_norm.has_value() ? "q_norm" : "k_norm", ", got None");
-  if (q_norm.has_value()) {
-    expect(*q_norm, "q_norm", q.scalar_type(), {dim}, q);
-    expect(*k_norm, "k_norm", q.scalar_type(), {dim}, q);
-    args.q_norm = q_norm->data_ptr();
-    args.k_norm = k_norm->data_ptr();
-    args.eps = static_cast<float>(eps);
-  }
+  cache_write.set_norms(q_norm, k_norm, eps, q);
   const TensorMemory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
       k_weight(k_norm, "k_norm");
   cache_write.check_apart(queries, {keys, values, q_weight, k_weight});
@@ -151,7 +155,8 @@ DPARALLEL_OP(
 template <class Backend>
 Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
                        std::optional<Tensor> bias, Tensor k_cache, Tensor v_cache, Tensor positions,
-                       Tensor slot_mapping, Tensor cos, Tensor sin, bool constant) {
+                       Tensor slot_mapping, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
+                       std::optional<Tensor> k_norm, double eps, bool constant) {
   LinearArgs product = linear_args(x, weight, scale, bias, constant);
   DP_CHECK(k_cache.dim() == 4, "k_cache: expected (pages, heads, page_size, head_dim), got ",
            k_cache.dim(), " dimensions");
@@ -163,7 +168,13 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
   CacheWrite cache_write(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  cache_write.check_apart({{x, "x"}, {weight, "weight"}, {scale, "scale"}, {bias, "bias"}});
+  cache_write.set_norms(q_norm, k_norm, eps, q);
+  cache_write.check_apart({{x, "x"},
+                           {weight, "weight"},
+                           {scale, "scale"},
+                           {bias, "bias"},
+                           {q_norm, "q_norm"},
+                           {k_norm, "k_norm"}});
   if constexpr (Backend::kHostReads) check_contents(cache_write.args);
   Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
                            cuda::linear_kv_write_scratch>(
@@ -175,7 +186,8 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
 DPARALLEL_OP(linear_kv_write,
              "linear_kv_write(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) "
              "k_cache, Tensor(b!) v_cache, Tensor positions, Tensor slot_mapping, Tensor cos, "
-             "Tensor sin, bool constant=False) -> Tensor")
+             "Tensor sin, Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-6, bool "
+             "constant=False) -> Tensor")
 
 // A slot that a lane writes is not read or written by another lane, nor written twice.
 void check_apart(const KvMoveArgs& args) {

@@ -77,20 +77,24 @@ class LayerAttention(CachedAttend):
         y = varlen_attention(q, k, v, *of_pass.whole, max_seqlen=metadata.max_q_len, causal=metadata.causal)
         return y.add_(self._attend(q)) if len(metadata.kv_lens) else y  # each is zero in the other's rows
 
-    def of_product(self, x: Tensor, weights: Joined) -> Tensor | None:
+    def of_product(self, x: Tensor, weights: Joined, norms: HeadNorms | None = None) -> Tensor | None:
         of_pass = self.of_pass
-        if of_pass.some_whole:
+        norm_weights: dict[str, Any] = {} if norms is None else kernel_norms(x, norms)
+        if of_pass.some_whole or (norms is not None and not norm_weights):
             return None
         weight, bias, scale = weights
+        k_cache, v_cache = self.caches
         q = write_product(
             x,
             weight,
             bias,
-            *self.caches,
+            k_cache,
+            v_cache,
             slot_mapping=of_pass.metadata.slot_mapping,
             scale=scale,
             constant=True,
             **of_pass.rotation,
+            **norm_weights,
         )
         self._scale(q)
         return self._attend(q)
@@ -112,13 +116,14 @@ class LayerAttention(CachedAttend):
         )
 
 
-def kernel_norms(q: Tensor, norms: HeadNorms) -> dict[str, Any]:
-    """The arguments by which `kv_write` computes the norms; none where their modules have to."""
+def kernel_norms(x: Tensor, norms: HeadNorms) -> dict[str, Any]:
+    """The arguments by which `kv_write` computes the norms, of the dtype and device of x; none where their
+    modules have to."""
     of_q, of_k = norms
     if not (is_unmodified(of_q, RMSNorm) and is_unmodified(of_k, RMSNorm)):
         return {}
     if of_q.bias is not None or of_k.bias is not None or of_q.eps != of_k.eps:
         return {}
-    if not compiled(q, of_q.weight, of_k.weight):
+    if not compiled(x, of_q.weight, of_k.weight):
         return {}
     return {"q_norm": of_q.weight, "k_norm": of_k.weight, "eps": of_q.eps}

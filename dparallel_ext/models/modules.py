@@ -214,7 +214,9 @@ class CachedAttend:  # no ABC: each layer of each pass asks `isinstance`, which 
         """norms: those of q and k, for this call to compute."""
         raise NotImplementedError
 
-    def of_product(self, x: Tensor, weights: fused_weights.Joined) -> Tensor | None:
+    def of_product(
+        self, x: Tensor, weights: fused_weights.Joined, norms: HeadNorms | None = None
+    ) -> Tensor | None:
         """(N, heads, D), as a call gives it, from the x (N, width) of which q, k and v are the product with
         `weights`; None if q, k and v themselves are needed."""
         raise NotImplementedError
@@ -274,17 +276,18 @@ class Block(CheckpointNamed):
         """y (..., width) -> (..., heads, D)"""
         s = self.shape
         layers = (self.qkv,) if s.fused_qkv else (self.q, self.k, self.v)
-        if isinstance(attend, CachedAttend) and not s.qk_norm and (w := fused_weights.joined(layers)):
-            attended = attend.of_product(y, w)
+        norms = HeadNorms(self.q_norm, self.k_norm) if s.qk_norm else None
+        if isinstance(attend, CachedAttend) and (w := fused_weights.joined(layers)):
+            attended = attend.of_product(y, w, norms)
             if attended is not None:
                 return attended
         parts = [t.unflatten(-1, (-1, s.head_dim)) for t in fused_weights.project(y, layers)]
         q, k, v = parts[0].split([s.heads, s.kv_heads, s.kv_heads], -2) if s.fused_qkv else parts
-        if not s.qk_norm:
+        if norms is None:
             return attend(q, k, v)
         if isinstance(attend, CachedAttend):
-            return attend(q, k, v, HeadNorms(self.q_norm, self.k_norm))
-        return attend(self.q_norm(q), self.k_norm(k), v)
+            return attend(q, k, v, norms)
+        return attend(norms.q(q), norms.k(k), v)
 
     def _mlp(self, y: Tensor) -> Tensor:
         """y (..., width) -> (..., width)"""

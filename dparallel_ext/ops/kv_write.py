@@ -103,13 +103,7 @@ def kv_write(
     for name, tensor in (("k", k), ("v", v)):
         expect(name, tensor, (q.shape[0], k_cache.shape[1], q.shape[2]))
     check_places(q.shape, positions, slot_mapping, cos, sin)
-    for name, weight, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
-        if weight is not None:
-            check_like(name, weight, q, q.shape[2:])
-        elif other is not None:
-            raise ValueError(f"{name}: expected a norm for both or neither of q and k, got None")
-    if type(eps) is not float or not 0.0 <= eps < math.inf:
-        eps = number("eps", eps)
+    eps = check_norms(q, q.shape[2], q_norm, k_norm, eps)
     write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
 
 
@@ -154,6 +148,18 @@ def check_places(
         raise ValueError(f"cos: expected float32 (positions, R / 2) with R <= {dim}, got {described(cos)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         expect(name, tensor, cos.shape, torch.float32)
+
+
+def check_norms(
+    like: Tensor, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+) -> float:
+    """eps as a number; raise unless it and the norms fit heads of `head_dim` in the dtype of `like`."""
+    for name, weight, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
+        if weight is not None:
+            check_like(name, weight, like, torch.Size((head_dim,)))
+        elif other is not None:
+            raise ValueError(f"{name}: expected a norm for both or neither of q and k, got None")
+    return eps if type(eps) is float and 0.0 <= eps < math.inf else number("eps", eps)
 
 
 @register_fake("kv_write")

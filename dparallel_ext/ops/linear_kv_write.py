@@ -10,7 +10,7 @@ from .fake import register_fake
 from .fp8_linear import fp8_linear
 from .inputs import check_caches, check_heads, check_like, refuse_gradient, refuse_tangent
 from .kernel import kernel
-from .kv_write import check_places, write_checked
+from .kv_write import check_norms, check_places, write_checked
 from .linear import check_product, fuses_epilogue, linear
 
 _linear_kv_write = kernel("linear_kv_write")
@@ -27,6 +27,9 @@ def linear_kv_write(
     slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
     scale: Tensor | None = None,
     constant: bool = False,
 ) -> Tensor:
@@ -34,8 +37,9 @@ def linear_kv_write(
 
     Rounded as `linear` (or, with scales, `fp8_linear`) and `kv_write` one after the other round, and computed
     by them, but in bfloat16 on a GPU of compute capability 9.0 or 10 for up to 64 rows (128 with weights of 8
-    bits): there, for heads of a multiple of 64 dimensions that are all rotated, the product's kernel turns
-    its sums and writes them to their slots, with the same bits. No gradient.
+    bits): there, for heads of a multiple of 64 dimensions (with norms: of 128) that are all rotated, the
+    product's kernel norms and turns its sums and writes them to their slots. The bits are the same, except
+    that with norms the product may be added up in another order. No gradient.
 
     Args:
         x: (N, in) float32, bfloat16 or float16, any strides (rows are made contiguous).
@@ -43,7 +47,7 @@ def linear_kv_write(
             x; with scales float8_e4m3fn.
         bias: ((H + 2 Hkv) * D,), the dtype of x, or None.
         k_cache, v_cache: (pages, Hkv, page_size, D); changed in place.
-        positions, slot_mapping, cos, sin: as of `kv_write`.
+        positions, slot_mapping, cos, sin, q_norm, k_norm, eps: as of `kv_write`.
         scale: ((H + 2 Hkv) * D,) float32, of weights in 8 bits; see `fp8_linear`.
         constant: as of `linear`.
 
@@ -68,6 +72,9 @@ def linear_kv_write(
         slot_mapping=slot_mapping,
         cos=cos,
         sin=sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
         scale=scale,
         constant=constant,
     )
@@ -84,6 +91,9 @@ def write_product(
     slot_mapping: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
     scale: Tensor | None,
     constant: bool,
 ) -> Tensor:
@@ -107,10 +117,13 @@ def write_product(
     check_heads("v_cache", v_cache, 4, like=x)
     shape = (x.shape[0], heads, dim)
     check_caches(shape, k_cache, v_cache)
-    if fuses_epilogue(x, weight, bias, scale):
+    eps = check_norms(x, dim, q_norm, k_norm, eps)
+    fits = dim % 64 == 0 if q_norm is None else dim == 128
+    if fits and dim == 2 * cos.shape[1] and fuses_epilogue(x, weight, bias, scale):
         check_product(x, weight, bias, scale)
+        norms = q_norm, k_norm, eps
         return _linear_kv_write(
-            x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, constant
+            x, weight, scale, bias, k_cache, v_cache, positions, slot_mapping, cos, sin, *norms, constant
         )
     if scale is not None:
         product = fp8_linear(x, weight, scale, bias, constant=constant)
@@ -118,7 +131,7 @@ def write_product(
         product = linear(x, weight, bias, constant=constant)
     rows = product.view(x.shape[0], heads + 2 * kv_heads, dim)
     q, k, v = torch.split_with_sizes(rows, (heads, kv_heads, kv_heads), 1)
-    write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin)
+    write_checked(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, q_norm, k_norm, eps)
     return q
 
 

@@ -225,6 +225,10 @@ def linear_kv_write(rng: random.Random) -> None:
     where |= dict(zip(("cos", "sin"), dx.rope_table(30, 2 * rng.randint(1, dim // 2)), strict=True))
     made = [numbers(rng, dtype, pages, heads, page, dim) for _ in "kv"]
     ours, by_reference = [strided(rng, t, changed=True) for t in made], [t.clone() for t in made]
+    norms: dict[str, Any] = {"q_norm": None, "k_norm": None, "eps": 1e-5}
+    if rng.random() < 0.5:
+        norms |= {name: numbers(rng, dtype, dim) for name in ("q_norm", "k_norm")}
+    where |= norms
     found = torch.ops.dparallel.linear_kv_write(*given, *ours, *where.values(), rng.random() < 0.5)
     q, k, v = of_product(*given).unflatten(1, (-1, dim)).split((group * heads, heads, heads), 1)
     dx.kv_write(q, k, v, *by_reference, **where)

@@ -224,13 +224,13 @@ def recordings(graphs: Graphs) -> int:
 PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
 TINY = {
     "llada": {
-        "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16, "vocab_size": 64,
+        "d_model": 128, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16, "vocab_size": 64,
         "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
         "rope_theta": 1e4, "include_bias": False, "weight_tying": False, "mask_token_id": 60,
     },
     "sdar": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-        "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 128,
+        "intermediate_size": 16, "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
     },
 }  # fmt: skip
 

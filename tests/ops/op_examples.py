@@ -85,7 +85,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "linear_swiglu": (x, weight[:6], scale[:6], x[0, :6].clone()),
         "linear_kv_write": (
             torch.randn(6, 24).to(dtype), torch.randn(64, 24).to(dtype), None, None, k_cache, v_cache, at,
-            at + 8, cos, sin,
+            at + 8, cos, sin, x[0, :8].clone(), x[1, :8].clone(), 1e-5,
         ),
         "fp8_widen": (weight, scale, x),
     }  # fmt: skip
@@ -168,7 +168,7 @@ def documented(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], dict[s
         "linear_kv_write": (dx.linear_kv_write, {
             "x": torch.randn(6, 24).to(dtype), "weight": torch.randn(64, 24).to(dtype), "bias": None,
             "k_cache": k_cache, "v_cache": v_cache, "positions": at, "slot_mapping": at + 8, "cos": cos,
-            "sin": sin,
+            "sin": sin, "q_norm": q[0, 0].clone(), "k_norm": k[0, 0].clone(), "eps": 1e-5,
         }),
         "fp8_linear of many": (dx.fp8_linear, {"x": x[:1].expand(300, 24).contiguous(), "weight": weight,
                                                "scale": scale}),

@@ -18,20 +18,32 @@ PAGES, PAGE = 9, 16
 
 
 class Given:
-    """Factors of a product, and a cache."""
+    """A cache, and factors of a product: with norms whole numbers, whose sums are exact in any order."""
 
     def __init__(
-        self, rows: int, width: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, bytewise: bool
+        self,
+        rows: int,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        bytewise: bool,
+        norms: bool = False,
     ) -> None:
-        full = torch.randn((heads + 2 * kv_heads) * dim, width) / width**0.5
+        numbers = (lambda *shape: torch.randint(-2, 3, shape).float()) if norms else torch.randn
+        full = numbers((heads + 2 * kv_heads) * dim, width) / (1 if norms else width**0.5)
         self.weight, self.scale = dx.quantize_fp8(full) if bytewise else (full.to(dtype), None)
-        self.bias = torch.randn(len(full)).to(dtype)
-        self.x, self.heads = torch.randn(rows, width).to(dtype), heads
+        self.bias = numbers(len(full)).to(dtype)
+        self.x, self.heads = numbers(rows, width).to(dtype), heads
         self.caches = torch.randn(2, PAGES, kv_heads, PAGE, dim).to(dtype)
         slots = torch.randperm(PAGES * PAGE)[:rows]
         slots[1::5] = -1
         cos, sin = dx.rope_table(40, dim, device=self.x.device)
-        self.where = {"positions": torch.randint(40, (rows,)), "slot_mapping": slots, "cos": cos, "sin": sin}
+        self.where: dict[str, Any] = {"positions": torch.randint(40, (rows,)), "slot_mapping": slots}
+        self.where |= {"cos": cos, "sin": sin, "q_norm": None, "k_norm": None, "eps": 1e-5}
+        if norms:
+            self.where |= dict(zip(("q_norm", "k_norm"), torch.randn(2, dim).to(dtype), strict=True))
 
     def op(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         caches, where = self.caches.clone(), dict(self.where)
@@ -61,18 +73,26 @@ class Given:
 @every_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bytewise", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
     ("rows", "width", "heads", "kv_heads", "dim"),
     [(1, 64, 1, 1, 64), (5, 128, 4, 2, 128), (33, 1088, 3, 1, 64), (64, 128, 4, 4, 128), (70, 64, 2, 1, 192),
      (3, 7, 2, 1, 6), (9, 192, 2, 2, 80)],
 )  # fmt: skip
 def test_it_is_its_steps(
-    rows: int, width: int, heads: int, kv_heads: int, dim: int, bytewise: bool, dtype: torch.dtype
+    rows: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    norms: bool,
+    bytewise: bool,
+    dtype: torch.dtype,
 ) -> None:
-    given = Given(rows, width, heads, kv_heads, dim, dtype, bytewise)
+    given = Given(rows, width, heads, kv_heads, dim, dtype, bytewise, norms)
     q, caches = given.op()
     expected_q, expected = given.in_steps()
-    one_product = width % 64 == dim % 64 == 0 and dtype == torch.bfloat16
+    one_product = width % 64 == 0 and (dim == 128 if norms else dim % 64 == 0) and dtype == torch.bfloat16
     if one_product or not (q.is_cuda or EMULATED):
         assert torch.equal(q, expected_q)
         assert torch.equal(caches, expected)
@@ -121,6 +141,9 @@ def test_empty_and_strided() -> None:
         ({"positions": torch.zeros(5, dtype=torch.int64)}, "positions: expected"),
         ({"positions": torch.full((6,), 40)}, r"positions: expected in \[0, 40\), got 40"),
         ({"slot_mapping": torch.full((6,), 144)}, r"slot_mapping: expected in \[0, 144\), got 144"),
+        ({"q_norm": torch.ones(63), "k_norm": torch.ones(64)}, r"q_norm: expected torch.float32 \(64,\)"),
+        ({"k_norm": torch.ones(64)}, "q_norm: expected a norm for both or neither of q and k, got None"),
+        ({"eps": -1.0}, "eps: expected"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change: dict[str, Any], said: str) -> None:
@@ -131,10 +154,11 @@ def test_bad_arguments(change: dict[str, Any], said: str) -> None:
         dx.linear_kv_write(**{**named, "v_cache": v_cache, **given.where, **change})
 
 
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "scale", "k_cache"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "scale", "k_cache", "q_norm"])
 def test_an_input_that_requires_a_gradient_is_named(name: str) -> None:
-    given = Given(6, 64, 2, 1, 64, torch.float32, name == "scale")
-    named = {"x": given.x, "weight": given.weight, "bias": given.bias, "scale": given.scale, **given.where}
+    given = Given(6, 64, 2, 1, 64, torch.float32, name == "scale", norms=True)
+    where = {name: value for name, value in given.where.items() if isinstance(value, Tensor)}
+    named = {"x": given.x, "weight": given.weight, "bias": given.bias, "scale": given.scale, **where}
     named |= dict(zip(("k_cache", "v_cache"), given.caches.clone(), strict=True))
     named[name].requires_grad_()
     with pytest.raises(ValueError, match=f"^{name}: requires a gradient, which this op does not have"):
@@ -143,6 +167,6 @@ def test_an_input_that_requires_a_gradient_is_named(name: str) -> None:
 
 @everywhere
 def test_opcheck() -> None:
-    given = Given(5, 64, 4, 2, 64, torch.float32, False)
+    given = Given(5, 64, 4, 2, 64, torch.float32, False, norms=True)
     factors = given.x, given.weight, given.scale, given.bias
     torch.library.opcheck(ops.linear_kv_write, (*factors, *given.caches.unbind(), *given.where.values()))

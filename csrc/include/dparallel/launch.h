@@ -378,7 +378,7 @@ struct LinearArgs {
 };
 
 // The columns of a product are queries, keys and values [heads, head_dim], side by side; then as
-// kv_write. The queries are product.out [count, q_heads, head_dim].
+// kv_write, with its norms. The queries are product.out [count, q_heads, head_dim].
 struct LinearKvWriteArgs {
   LinearArgs product;
   KvWriteArgs write;  // of its q, k and v nothing is given but q_heads

@@ -110,20 +110,23 @@ struct ProductShape {
   LinearArgs args(const ProductWeights& weights);
 };
 
+constexpr uint8_t kWholeE4m3[] = {0xc0, 0xb8, 0x00, 0x38, 0x40};  // -2, -1, 0, 1 and 2
+
 // Random ones, in 8 bits or in the dtype.
 struct ProductWeights {
   Numbers numbers;
   std::unique_ptr<uint8_t[]> bytes;  // of exact size
   std::vector<float> scale;
 
-  ProductWeights(const ProductShape& s, bool bytewise)
+  // whole: from -2 to 2, so that sums are exact in every order.
+  ProductWeights(const ProductShape& s, bool bytewise, bool whole = false)
       : numbers(s.dtype, bytewise ? 0 : s.out_width * s.in),
         bytes(new uint8_t[bytewise ? s.out_width * s.in : 0]),
         scale(bytewise ? s.out_width : 0) {
     for (int64_t i = 0; i < numbers.count; ++i)
-      numbers.set(i, uniform(-0.5, 0.5) / std::sqrt(s.in));
+      numbers.set(i, whole ? below(5) - 2.0 : uniform(-0.5, 0.5) / std::sqrt(s.in));
     for (int64_t i = 0; bytewise && i < s.out_width * s.in; ++i) {
-      bytes[i] = static_cast<uint8_t>(below(256));
+      bytes[i] = whole ? kWholeE4m3[below(5)] : static_cast<uint8_t>(below(256));
       if (bytes[i] % 128 == 127) bytes[i] = 0;  // NaN
     }
     for (auto& by : scale) by = static_cast<float>(uniform(0.0005, 0.002) / std::sqrt(s.in));
@@ -168,7 +171,8 @@ void fp8_linear_case() {
           "widened weights differ");
 }
 
-// Products that end in more have the bits of their steps.
+// Products that end in more have the bits of their steps, but with norms, where the product may add
+// in another order: there sums are exact.
 void linear_swiglu_case() {
   const int64_t width = one_of<int64_t>({1, 24, 32, 64, 96, 130, 160, 512});
   ProductShape s(2 * width);
@@ -193,7 +197,9 @@ void linear_kv_write_case() {
   const int64_t dim = one_of<int64_t>({6, 32, 64, 64, 128, 128, 192}), heads = 1 + below(3);
   const int64_t q_heads = heads * (1 + below(3)), page_size = one_of<int64_t>({1, 5, 16});
   ProductShape s((q_heads + 2 * heads) * dim);
-  const ProductWeights weights(s, chance(0.5));
+  const bool norms = chance(0.5);
+  const ProductWeights weights(s, chance(0.5), norms);
+  for (int64_t i = 0; norms && i < s.x.count; ++i) s.x.set(i, below(5) - 2.0);
   const int64_t pages = (s.count + page_size) / page_size + below(3), table = 1 + below(9);
   const CacheLayout layout = random_layout(pages, page_size, heads, dim);
   const int64_t rotary = chance(0.8) ? dim : 2 * below(dim / 2 + 1);
@@ -222,6 +228,12 @@ void linear_kv_write_case() {
   write.k_cache = keys2.memory.get();
   write.v_cache = values2.memory.get();
   write.k_layout = write.v_layout = layout;
+  Numbers q_norm(s.dtype, dim), k_norm(s.dtype, dim);
+  if (norms) {
+    write.q_norm = q_norm.memory.get();
+    write.k_norm = k_norm.memory.get();
+    write.eps = 1e-5f;
+  }
 
   cuda_host::clusters(chance(0.8));
   Numbers q(s.dtype, s.count * q_heads * dim);
