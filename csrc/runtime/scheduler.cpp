@@ -5,13 +5,23 @@
 
 namespace dparallel {
 
+namespace {
+
+int64_t at_least_1(const char* name, int64_t value) {
+  if (value < 1)
+    throw std::invalid_argument(std::string(name) + ": expected >= 1, got " +
+                                std::to_string(value));
+  return value;
+}
+
+}  // namespace
+
 Scheduler::Scheduler(int64_t lanes, int64_t pages, int64_t page_size, bool share)
-    : page_size_(page_size), share_(share), pages_(pages), tree_(pages_) {
-  if (lanes < 1) throw std::invalid_argument("lanes: expected >= 1, got " + std::to_string(lanes));
-  if (pages < 1) throw std::invalid_argument("pages: expected >= 1, got " + std::to_string(pages));
-  if (page_size < 1)
-    throw std::invalid_argument("page_size: expected >= 1, got " + std::to_string(page_size));
-  for (int64_t lane = lanes; lane-- > 0;) lanes_.push_back(lane);
+    : page_size_(at_least_1("page_size", page_size)),
+      share_(share),
+      pages_(at_least_1("pages", pages)),
+      tree_(pages_) {
+  for (int64_t lane = at_least_1("lanes", lanes); lane-- > 0;) lanes_.push_back(lane);
 }
 
 void Scheduler::submit(int64_t id, Tokens prompt, int64_t length) {
@@ -72,6 +82,10 @@ std::vector<std::pair<int64_t, Page>> Scheduler::store(int64_t id, const Tokens&
   Request& request = running(id);
   std::vector<std::pair<int64_t, Page>> replaced;
   int64_t whole = static_cast<int64_t>(tokens.size()) / page_size_;
+  if (whole > needed(request.length))
+    throw std::invalid_argument(
+        "tokens: expected as many as the request's " + std::to_string(needed(request.length)) +
+        " pages of " + std::to_string(page_size_) + " hold, got " + std::to_string(tokens.size()));
   for (int64_t i = 0; i < whole && request.shares; ++i) {
     if (i < static_cast<int64_t>(request.path.size())) {
       request.path[i]->ready = true;

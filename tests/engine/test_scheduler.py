@@ -151,6 +151,11 @@ def test_first_come_first_served_and_none_starves() -> None:
         (lambda s: scheduler(lanes=0), "lanes: expected >= 1, got 0"),
         (lambda s: scheduler(pages=0), "pages: expected >= 1, got 0"),
         (lambda s: scheduler(page_size=0), "page_size: expected >= 1, got 0"),
+        (lambda s: scheduler(pages=-(2**63)), "pages: expected >= 1, got -9223372036854775808"),
+        (
+            lambda s: [s.submit(0, [1], 4), s.admit(), s.store(0, [1] * 8)],
+            "tokens: expected as many as the request's 1 pages of 4 hold, got 8",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message: str) -> None:
