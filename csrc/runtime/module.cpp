@@ -24,22 +24,18 @@ namespace {
 using Layout =
     std::tuple<std::string, uintptr_t, int64_t, std::vector<std::pair<int64_t, int64_t>>>;
 
-dparallel::Memory memory_of(const Layout& layout) {
-  const auto& [name, address, element_size, dims] = layout;
-  dparallel::Memory memory(name.c_str(), reinterpret_cast<const void*>(address), element_size);
-  for (const auto& [stride, size] : dims)
-    if (!memory.add(stride, size)) break;
-  return memory;
+std::vector<dparallel::Memory> memories(const std::vector<Layout>& layouts) {
+  std::vector<dparallel::Memory> all;
+  for (const auto& [name, address, element_size, dims] : layouts) {
+    all.emplace_back(name.c_str(), reinterpret_cast<const void*>(address), element_size);
+    for (const auto& [stride, size] : dims)
+      if (!all.back().add(stride, size)) break;
+  }
+  return all;
 }
 
 void own_memory(const std::vector<Layout>& changed, const std::vector<Layout>& read) {
-  for (auto at = changed.begin(); at != changed.end(); ++at) {
-    const dparallel::Memory memory = memory_of(*at);
-    dparallel::own_memory(memory);
-    for (auto other = at + 1; other != changed.end(); ++other)
-      dparallel::own_memory(memory, memory_of(*other));
-    for (const Layout& other : read) dparallel::own_memory(memory, memory_of(other));
-  }
+  dparallel::own_memory(memories(changed), memories(read));
 }
 
 }  // namespace

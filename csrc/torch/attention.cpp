@@ -36,80 +36,46 @@ CacheLayout layout_of(Tensor& cache, const char* name, const Tensor& q) {
           cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
-// The caches and tables of a pass, as kv_write and linear_kv_write take them; q (N, H, D) is given
-// or made. A cache of other strides than the kernels write is copied, and written back at the end.
-struct CacheWrite {
-  Tensor &k_cache, &v_cache, &positions, &slot_mapping, &cos, &sin;
-  Tensor k_rows, v_rows;
-  KvWriteArgs args;  // no q, k and v yet
-
-  CacheWrite(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
-             Tensor& slot_mapping, Tensor& cos, Tensor& sin)
-      : k_cache(k_cache),
-        v_cache(v_cache),
-        positions(positions),
-        slot_mapping(slot_mapping),
-        cos(cos),
-        sin(sin),
-        k_rows(k_cache),
-        v_rows(v_cache),
-        args{} {
-    args.dtype = dtype_of(q, "q");
-    args.k_layout = layout_of(k_rows, "k_cache", q);
-    check_shape(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
-    args.v_layout = layout_of(v_rows, "v_cache", q);
-    own_memory(k_cache, "k_cache");
-    own_memory(v_cache, "v_cache");
-    own_memory(TensorMemory(v_cache, "v_cache"), {{k_cache, "k_cache"}});
-    const int64_t dim = q.size(2);
-    args.count = q.size(0);
-    args.q_heads = q.size(1);
-    DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
-    expect(positions, "positions", ScalarType::Long, {args.count}, q);
-    expect(slot_mapping, "slot_mapping", ScalarType::Long, {args.count}, q);
-    DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
-    const int64_t table = cos.size(0), half = cos.size(1);
-    DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
-    expect(cos, "cos", ScalarType::Float, {table, half}, q);
-    expect(sin, "sin", ScalarType::Float, {table, half}, q);
-    args.positions = data<int64_t>(positions);
-    args.slot_mapping = data<int64_t>(slot_mapping);
-    args.cos = data<float>(cos);
-    args.sin = data<float>(sin);
-    args.table = table;
-    args.rotary_dim = 2 * half;
-    args.k_cache = k_rows.data_ptr();
-    args.v_cache = v_rows.data_ptr();
-  }
-  // The norms of heads, which become contiguous.
-  void set_norms(std::optional<Tensor>& q_norm, std::optional<Tensor>& k_norm, double eps,
-                 const Tensor& q) {
-    DP_CHECK(q_norm.has_value() == k_norm.has_value(), q_norm.has_value() ? "k_norm" : "q_norm",
-             ": expected beside ", q_norm.has_value() ? "q_norm" : "k_norm", ", got None");
-    if (!q_norm.has_value()) return;
-    expect(*q_norm, "q_norm", q.scalar_type(), {q.size(2)}, q);
-    expect(*k_norm, "k_norm", q.scalar_type(), {q.size(2)}, q);
+// The arguments of a write to caches (pages, heads, page_size, head_dim), of which q (N, H, D) is
+// given or made; no q, k and v yet. Caches of other strides than the kernels write become copies.
+KvWriteArgs write_args(const Tensor& q, Tensor& k_cache, Tensor& v_cache, Tensor& positions,
+                       Tensor& slot_mapping, Tensor& cos, Tensor& sin,
+                       std::optional<Tensor>& q_norm, std::optional<Tensor>& k_norm, double eps) {
+  KvWriteArgs args{};
+  args.dtype = dtype_of(q, "q");
+  args.k_layout = layout_of(k_cache, "k_cache", q);
+  check_shape(v_cache, "v_cache", q.scalar_type(), sizes_of(k_cache));
+  args.v_layout = layout_of(v_cache, "v_cache", q);
+  const int64_t dim = q.size(2);
+  args.count = q.size(0);
+  args.q_heads = q.size(1);
+  DP_CHECK(dim % 2 == 0, "q: expected an even head_dim, got ", dim);
+  expect(positions, "positions", ScalarType::Long, {args.count}, q);
+  expect(slot_mapping, "slot_mapping", ScalarType::Long, {args.count}, q);
+  DP_CHECK(cos.dim() == 2, "cos: expected 2 dimensions, got ", cos.dim());
+  const int64_t table = cos.size(0), half = cos.size(1);
+  DP_CHECK(2 * half <= dim, "cos: expected at most ", dim / 2, " pairs of a head, got ", half);
+  expect(cos, "cos", ScalarType::Float, {table, half}, q);
+  expect(sin, "sin", ScalarType::Float, {table, half}, q);
+  args.positions = data<int64_t>(positions);
+  args.slot_mapping = data<int64_t>(slot_mapping);
+  args.cos = data<float>(cos);
+  args.sin = data<float>(sin);
+  args.table = table;
+  args.rotary_dim = 2 * half;
+  args.k_cache = k_cache.data_ptr();
+  args.v_cache = v_cache.data_ptr();
+  DP_CHECK(q_norm.has_value() == k_norm.has_value(), q_norm.has_value() ? "k_norm" : "q_norm",
+           ": expected beside ", q_norm.has_value() ? "q_norm" : "k_norm", ", got None");
+  if (q_norm.has_value()) {
+    expect(*q_norm, "q_norm", q.scalar_type(), {dim}, q);
+    expect(*k_norm, "k_norm", q.scalar_type(), {dim}, q);
     args.q_norm = q_norm->data_ptr();
     args.k_norm = k_norm->data_ptr();
     args.eps = static_cast<float>(eps);
   }
-  // A changed argument shares no memory with the tables, nor with `others`.
-  void check_apart(const TensorMemory& changed, std::initializer_list<TensorMemory> others) const {
-    own_memory(
-        changed,
-        {{positions, "positions"}, {slot_mapping, "slot_mapping"}, {cos, "cos"}, {sin, "sin"}});
-    own_memory(changed, others);
-  }
-  // The same of the caches; `others`: all other arguments of the op.
-  void check_apart(std::initializer_list<TensorMemory> others) const {
-    check_apart({k_cache, "k_cache"}, others);
-    check_apart({v_cache, "v_cache"}, others);
-  }
-  void write_back() {
-    dparallel::write_back(k_cache, k_rows);
-    dparallel::write_back(v_cache, v_rows);
-  }
-};
+  return args;
+}
 
 void check_contents(const KvWriteArgs& args) {
   within("positions", args.positions, args.count, 0, args.table);
@@ -121,11 +87,10 @@ template <class Backend>
 void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
               Tensor slot_mapping, Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
               std::optional<Tensor> k_norm, double eps) {
-  CacheWrite cache_write(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  KvWriteArgs& args = cache_write.args;
-  own_memory(q, "q");
+  Tensor q_rows = q, k_rows = k_cache, v_rows = v_cache;
+  KvWriteArgs args =
+      write_args(q, k_rows, v_rows, positions, slot_mapping, cos, sin, q_norm, k_norm, eps);
   const int64_t count = q.size(0), heads = args.k_layout.heads, dim = q.size(2);
-  Tensor q_rows = q;
   expect_heads(q_rows, "q", count, q.size(1), dim, q);
   expect_heads(k, "k", count, heads, dim, q);
   expect_heads(v, "v", count, heads, dim, q);
@@ -135,15 +100,20 @@ void kv_write(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   args.q_stride = q_rows.stride(0);
   args.k_stride = k.stride(0);
   args.v_stride = v.stride(0);
-  cache_write.set_norms(q_norm, k_norm, eps, q);
-  const TensorMemory queries(q, "q"), keys(k, "k"), values(v, "v"), q_weight(q_norm, "q_norm"),
-      k_weight(k_norm, "k_norm");
-  cache_write.check_apart(queries, {keys, values, q_weight, k_weight});
-  cache_write.check_apart({queries, keys, values, q_weight, k_weight});
+  own_memory({{v_cache, "v_cache"}, {k_cache, "k_cache"}, {q, "q"}},
+             {{k, "k"},
+              {v, "v"},
+              {positions, "positions"},
+              {slot_mapping, "slot_mapping"},
+              {cos, "cos"},
+              {sin, "sin"},
+              {q_norm, "q_norm"},
+              {k_norm, "k_norm"}});
   if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::kv_write, cuda::kv_write>("kv_write", args, q);
   write_back(q, q_rows);
-  cache_write.write_back();
+  write_back(k_cache, k_rows);
+  write_back(v_cache, v_rows);
 }
 
 DPARALLEL_OP(
@@ -167,19 +137,25 @@ Tensor linear_kv_write(Tensor x, Tensor weight, std::optional<Tensor> scale,
            " for keys and for values, got ", product.out_width);
   Tensor q = torch::stable::new_empty(x, {product.count, heads, dim});
   product.out = q.data_ptr();
-  CacheWrite cache_write(q, k_cache, v_cache, positions, slot_mapping, cos, sin);
-  cache_write.set_norms(q_norm, k_norm, eps, q);
-  cache_write.check_apart({{x, "x"},
-                           {weight, "weight"},
-                           {scale, "scale"},
-                           {bias, "bias"},
-                           {q_norm, "q_norm"},
-                           {k_norm, "k_norm"}});
-  if constexpr (Backend::kHostReads) check_contents(cache_write.args);
+  Tensor k_rows = k_cache, v_rows = v_cache;
+  const KvWriteArgs args =
+      write_args(q, k_rows, v_rows, positions, slot_mapping, cos, sin, q_norm, k_norm, eps);
+  own_memory({{v_cache, "v_cache"}, {k_cache, "k_cache"}}, {{x, "x"},
+                                                            {weight, "weight"},
+                                                            {scale, "scale"},
+                                                            {bias, "bias"},
+                                                            {positions, "positions"},
+                                                            {slot_mapping, "slot_mapping"},
+                                                            {cos, "cos"},
+                                                            {sin, "sin"},
+                                                            {q_norm, "q_norm"},
+                                                            {k_norm, "k_norm"}});
+  if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::linear_kv_write, cuda::linear_kv_write,
-                           cuda::linear_kv_write_scratch>(
-      "linear_kv_write", LinearKvWriteArgs{product, cache_write.args}, x);
-  cache_write.write_back();
+                           cuda::linear_kv_write_scratch>("linear_kv_write",
+                                                          LinearKvWriteArgs{product, args}, x);
+  write_back(k_cache, k_rows);
+  write_back(v_cache, v_rows);
   return q;
 }
 
@@ -223,14 +199,13 @@ void kv_move(Tensor kv_cache, Tensor source, Tensor target) {
   DP_CHECK(kv_cache.dim() == 6 && kv_cache.size(1) == 2 && kv_cache.size(4) > 0,
            "kv_cache: expected (layers, 2, pages, heads, page_size, head_dim), got ",
            described(kv_cache));
-  own_memory(kv_cache, "kv_cache");
   DP_CHECK(source.dim() == 2, "source: expected 2 dimensions, got ", source.dim());
   const int64_t lanes = source.size(0), count = source.size(1);
   DP_CHECK(count <= kMostMoves, "source: expected at most ", kMostMoves, " entries a lane, got ",
            count);
   expect(source, "source", ScalarType::Long, {lanes, count}, kv_cache);
   expect(target, "target", ScalarType::Long, {lanes, count}, kv_cache);
-  own_memory({kv_cache, "kv_cache"}, {{source, "source"}, {target, "target"}});
+  own_memory({{kv_cache, "kv_cache"}}, {{source, "source"}, {target, "target"}});
   Tensor rows = kv_cache;
   make_rows(rows);
   const KvMoveArgs args{rows.data_ptr(),

@@ -103,9 +103,9 @@ struct TensorMemory : Memory {
   }
 };
 
-inline void own_memory(const Tensor& t, const char* name) { own_memory(TensorMemory(t, name)); }
-inline void own_memory(const TensorMemory& changed, std::initializer_list<TensorMemory> others) {
-  for (const TensorMemory& other : others) own_memory(changed, other);
+inline void own_memory(std::initializer_list<TensorMemory> changed,
+                       std::initializer_list<TensorMemory> read) {
+  own_memory<>(changed, read);
 }
 
 // `rows`: `t`, or the copy that a kernel has changed in its place.

@@ -205,7 +205,6 @@ DPARALLEL_OP(
 TokenGrid tokens_of(const Tensor& tokens) {
   DP_CHECK(tokens.dim() == 2 && tokens.scalar_type() == ScalarType::Long,
            "tokens: expected int64 (B, L), got ", described(tokens));
-  own_memory(tokens, "tokens");
   return {data<int64_t>(tokens), tokens.size(0), tokens.size(1), tokens.stride(0),
           tokens.stride(1)};
 }
@@ -258,12 +257,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> commit_(Tensor tokens, std::optional<
   }
   if (positions.has_value()) expect(*positions, "positions", ScalarType::Long, {count}, tokens);
   const Windows windows = windows_of(lane, start, end, all.batch, tokens);
-  own_memory({tokens, "tokens"}, {{positions, "positions"},
-                                  {commit, "commit"},
-                                  {token, "token"},
-                                  {lane, "lane"},
-                                  {start, "start"},
-                                  {end, "end"}});
+  own_memory({{tokens, "tokens"}}, {{positions, "positions"},
+                                    {commit, "commit"},
+                                    {token, "token"},
+                                    {lane, "lane"},
+                                    {start, "start"},
+                                    {end, "end"}});
   const auto of_windows = [&] {
     return torch::stable::new_empty(tokens, {windows.count}, ScalarType::Long);
   };
@@ -350,14 +349,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unmask_(
       data<int64_t>(remaining),
       data<bool>(done),
       out.output()};
-  own_memory({tokens, "tokens"}, {{logits, "logits"},
-                                  {positions, "positions"},
-                                  {lane, "lane"},
-                                  {start, "start"},
-                                  {end, "end"},
-                                  {policy, "policy"},
-                                  {suppress, "suppress"},
-                                  {keys, "keys"}});
+  own_memory({{tokens, "tokens"}}, {{logits, "logits"},
+                                    {positions, "positions"},
+                                    {lane, "lane"},
+                                    {start, "start"},
+                                    {end, "end"},
+                                    {policy, "policy"},
+                                    {suppress, "suppress"},
+                                    {keys, "keys"}});
   if constexpr (Backend::kHostReads) check_contents(args);
   Backend::template launch<cpu::unmask, cuda::unmask, cuda::unmask_scratch, cuda::unmask_counters>(
       "unmask_", args, logits, counters);

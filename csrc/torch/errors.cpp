@@ -11,7 +11,7 @@ void keep_error_(Tensor word, Tensor error) {
   DP_CHECK(word.scalar_type() == ScalarType::Long && word.numel() == 1,
            "word: expected one int64, got ", described(word));
   check_device(word, "word", error, "error");
-  own_memory({word, "word"}, {{error, "error"}});
+  own_memory({{word, "word"}}, {{error, "error"}});
   const KeepErrorArgs args{data<int64_t>(error), count, data<int64_t>(word)};
   Backend::template launch<cpu::keep_error, cuda::keep_error>("keep_error_", args, error);
 }

@@ -39,7 +39,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> certainty_forcing_loss(
     Tensor logits, Tensor labels, Tensor active, double temperature, double ce_temperature,
     bool inplace) {
-  if (inplace) own_memory(logits, "logits");
+  if (inplace) own_memory({{logits, "logits"}}, {});
   const Logits all = check_loss(logits, labels, active, temperature, ce_temperature);
   const int64_t count = row_count(logits);
   const ScalarType real = real_of(logits);
@@ -84,11 +84,11 @@ void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temper
   expect(grad_nll, "grad_nll", real, {count}, logits);
   expect(grad_entropy, "grad_entropy", real, {count}, logits);
   if (grad == nullptr)
-    own_memory({given, "logits"}, {{labels, "labels"},
-                                   {active, "active"},
-                                   {saved, "saved"},
-                                   {grad_nll, "grad_nll"},
-                                   {grad_entropy, "grad_entropy"}});
+    own_memory({{given, "logits"}}, {{labels, "labels"},
+                                     {active, "active"},
+                                     {saved, "saved"},
+                                     {grad_nll, "grad_nll"},
+                                     {grad_entropy, "grad_entropy"}});
   const LossBackwardArgs args{all,
                               data<Flag>(active),
                               data<int64_t>(labels),
@@ -124,7 +124,6 @@ template <class Backend>
 void certainty_forcing_loss_backward_(Tensor logits, Tensor labels, Tensor active,
                                       double temperature, double ce_temperature, Tensor saved,
                                       Tensor grad_nll, Tensor grad_entropy) {
-  own_memory(logits, "logits");
   Tensor rows = logits;
   loss_backward<Backend>(rows, labels, active, temperature, ce_temperature, saved, grad_nll,
                          grad_entropy, nullptr);
@@ -145,7 +144,6 @@ struct Rows {
 
 Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature, double kl_weight,
              double l1_weight, bool inplace) {
-  if (inplace) own_memory(student, "student");
   const Tensor given = student;  // not a copy that the kernel changes in its place
   const Logits own = logits_of(student, true, "student");
   check_shape(teacher, "teacher", student.scalar_type(), sizes_of(student));
@@ -153,7 +151,7 @@ Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperatur
   const Logits other = logits_of(teacher, true, "teacher");
   const int64_t count = row_count(student);
   expect(active, "active", ScalarType::Bool, {count}, student);
-  if (inplace) own_memory({given, "student"}, {{teacher, "teacher"}, {active, "active"}});
+  if (inplace) own_memory({{given, "student"}}, {{teacher, "teacher"}, {active, "active"}});
   check_temperature("temperature", temperature);
   check_weight("kl_weight", kl_weight);
   check_weight("l1_weight", l1_weight);
@@ -192,7 +190,7 @@ void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temper
   expect(saved, "saved", rows.real, {rows.count, kDistillationSaved}, student);
   expect(grad_divergence, "grad_divergence", rows.real, {rows.count}, student);
   if (grad == nullptr)
-    own_memory({given, "student"}, {{saved, "saved"}, {grad_divergence, "grad_divergence"}});
+    own_memory({{given, "student"}}, {{saved, "saved"}, {grad_divergence, "grad_divergence"}});
   const DistillationBackwardArgs args{rows.student, rows.teacher,     data<Flag>(active),
                                       rows.count,   temperature,      kl_weight,
                                       l1_weight,    saved.data_ptr(), grad_divergence.data_ptr(),

@@ -108,9 +108,9 @@ class StepsBetween {
   size_t count_ = 0;
 };
 
-// What is changed in place may not be an expanded view, nor another whose elements overlap: by
-// ascending strides, each dimension has to step over all that the smaller ones span.
-inline void own_memory(Memory changed) {
+// No two elements of a tensor share memory, as those of an expanded view do: by ascending strides,
+// each dimension has to step over all that the smaller ones span.
+inline void check_elements_apart(Memory changed) {
   if (changed.begin == changed.end) return;
   const auto last = changed.dims.begin() + changed.dim_count;
   std::sort(changed.dims.begin(), last, [](const Memory::Dim& a, const Memory::Dim& b) {
@@ -125,11 +125,21 @@ inline void own_memory(Memory changed) {
   }
 }
 
-// What is changed in place shares no element with another argument, of any dtype.
-inline void own_memory(const Memory& changed, const Memory& other) {
+// Two tensors, of any dtypes, share no element.
+inline void check_apart(const Memory& changed, const Memory& other) {
   if (changed.end <= other.begin || other.end <= changed.begin) return;
   DP_CHECK(!StepsBetween(changed, other).make(other.begin - changed.begin), changed.name,
            ": expected memory of its own, which is changed in place, got some of ", other.name);
+}
+
+// Each element that is changed in place has memory of its own. changed, read: of Memory.
+template <class Changed, class Read>
+void own_memory(const Changed& changed, const Read& read) {
+  for (auto at = changed.begin(); at != changed.end(); ++at) {
+    check_elements_apart(*at);
+    for (auto other = at + 1; other != changed.end(); ++other) check_apart(*at, *other);
+    for (const Memory& other : read) check_apart(*at, other);
+  }
 }
 
 }  // namespace dparallel
