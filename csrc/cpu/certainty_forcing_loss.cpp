@@ -2,7 +2,6 @@
 #include "dparallel/certainty_forcing_loss.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "dparallel/launch.h"
@@ -24,15 +23,14 @@ void forward(const LossArgs& args, Parallel parallel) {
   const std::vector<int64_t> rows = active_rows(args.active, args.count);
   const auto count = static_cast<int64_t>(rows.size());
   std::vector<LossPart<double>> parts(count * chunks);
-  run_parallel(parallel, count * chunks, [&](int64_t unit) {
-    const void* row = row_pointer(args.logits, rows[unit / chunks]);
-    const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
+  run_chunks(parallel, count, vocab, [&](const Chunk& chunk) {
+    const RowSpan span{row_pointer(args.logits, rows[chunk.row]), chunk.begin, chunk.end};
     LossPart<double> part;
     if constexpr (sizeof(R) == 4) {
-      loss_kernel_in_use().stats[static_cast<int>(dtype)]({row, begin, end}, inverse32, part);
+      loss_kernel_in_use().stats[static_cast<int>(dtype)](span, inverse32, part);
     } else {
-      for (int64_t id = begin; id < end; ++id) {
-        const double z = clamped(static_cast<const double*>(row)[id]);
+      for (int64_t id = span.begin; id < span.end; ++id) {
+        const double z = clamped(static_cast<const double*>(span.row)[id]);
         if (z > part.max) {
           part.rebase(z, inverse);
           part.token = static_cast<int32_t>(id);
@@ -44,7 +42,7 @@ void forward(const LossArgs& args, Parallel parallel) {
         part.weighted_t += std::exp(d * inverse.entropy) * d;
       }
     }
-    parts[unit] = part;
+    parts[chunk.place] = part;
   });
   auto* nll = static_cast<R*>(args.nll);
   auto* entropy = static_cast<R*>(args.entropy);
@@ -55,8 +53,7 @@ void forward(const LossArgs& args, Parallel parallel) {
   std::fill_n(args.correct, args.count, false);
   std::fill_n(args.error, args.count, kNoError);
   for (int64_t i = 0; i < count; ++i) {
-    LossPart<double> part;
-    for (int64_t c = 0; c < chunks; ++c) part.merge(parts[i * chunks + c], inverse);
+    const LossPart<double> part = merged(parts, i, chunks, inverse);
     const int64_t row = rows[i], label = args.labels[row];
     const bool known = label >= 0 && label < vocab;
     const RowError error = known ? part.error() : kRowLabel;
@@ -78,35 +75,27 @@ void forward(const LossArgs& args, Parallel parallel) {
 template <class R>
 void backward(const LossBackwardArgs& args, Parallel parallel) {
   const DType dtype = args.logits.dtype;
-  const int64_t vocab = args.logits.vocab, chunks = chunks_of(vocab), size = element_size(dtype);
   const InverseTemperatures<R> inverse{static_cast<R>(1 / args.ce_temperature),
                                        static_cast<R>(1 / args.temperature)};
-  if (args.grad) prefer_huge_pages(args.grad, args.count * vocab * size);
-  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
-    const int64_t row = unit / chunks;
-    const int64_t begin = unit % chunks * kChunk, end = std::min(begin + kChunk, vocab);
-    const void* z = row_pointer(args.logits, row);
-    char* out = args.grad ? static_cast<char*>(args.grad) + row * vocab * size
-                          : static_cast<char*>(const_cast<void*>(z));
+  run_gradient(args, args.logits, parallel, [&](const RowSpan& span, int64_t row, void* out) {
     const R grad_nll = static_cast<const R*>(args.grad_nll)[row];
     const R grad_entropy = static_cast<const R*>(args.grad_entropy)[row];
     const int64_t label = args.labels[row];
-    if (!args.active[row] || label < 0 || label >= vocab || (grad_nll == 0 && grad_entropy == 0)) {
-      std::memset(out + begin * size, 0, (end - begin) * size);
-      return;
-    }
+    if (label < 0 || label >= args.logits.vocab || (grad_nll == 0 && grad_entropy == 0))
+      return false;
     const LossGradient<R> gradient(static_cast<const R*>(args.saved) + row * kLossSaved, grad_nll,
                                    grad_entropy, inverse);
     // Read the label's logit before writing `out`, which may be the logits' own memory.
-    const bool here = label >= begin && label < end;
-    const R own = here ? static_cast<R>(logit_at(z, dtype, label)) : R(0);
+    const bool here = label >= span.begin && label < span.end;
+    const R own = here ? static_cast<R>(logit_at(span.row, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {
-      loss_kernel_in_use().gradient[static_cast<int>(dtype)]({z, begin, end}, gradient, out);
+      loss_kernel_in_use().gradient[static_cast<int>(dtype)](span, gradient, out);
     } else {
-      for (int64_t id = begin; id < end; ++id)
-        store(out, dtype, id, gradient.at(static_cast<const double*>(z)[id]));
+      for (int64_t id = span.begin; id < span.end; ++id)
+        store(out, dtype, id, gradient.at(static_cast<const double*>(span.row)[id]));
     }
     if (here) store(out, dtype, label, gradient.at_label(own));
+    return true;
   });
 }
 

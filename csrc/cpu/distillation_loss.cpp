@@ -2,7 +2,6 @@
 #include "dparallel/distillation_loss.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "distillation_kernel.h"
@@ -13,10 +12,8 @@
 namespace dparallel::cpu {
 namespace {
 
-template <class Args>
-PairSpan span_of(const Args& args, int64_t row, int64_t chunk) {
-  const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, args.student.vocab);
-  return {row_pointer(args.student, row), row_pointer(args.teacher, row), begin, end};
+PairSpan span_of(const DistillationArgs& args, int64_t row, const Chunk& chunk) {
+  return {row_pointer(args.student, row), row_pointer(args.teacher, row), chunk.begin, chunk.end};
 }
 
 void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& part) {
@@ -37,17 +34,17 @@ void add_stats(const PairSpan& span, double inverse, DistillationPart<double>& p
 template <class R>
 void forward(const DistillationArgs& args, Parallel parallel) {
   const auto dtype = static_cast<int>(args.student.dtype);
-  const int64_t chunks = chunks_of(args.student.vocab);
+  const int64_t vocab = args.student.vocab, chunks = chunks_of(vocab);
   const double inverse = 1 / args.temperature;
-  std::vector<int64_t> rows = active_rows(args.active, args.count);
+  const std::vector<int64_t> rows = active_rows(args.active, args.count);
   std::vector<DistillationPart<double>> parts(rows.size() * chunks);
-  run_parallel(parallel, static_cast<int64_t>(parts.size()), [&](int64_t unit) {
-    const PairSpan span = span_of(args, rows[unit / chunks], unit % chunks);
+  run_chunks(parallel, rows.size(), vocab, [&](const Chunk& chunk) {
+    const PairSpan span = span_of(args, rows[chunk.row], chunk);
     DistillationPart<double> part;
     if constexpr (sizeof(R) == 4)
       distillation_kernel_in_use().stats[dtype](span, static_cast<float>(inverse), part);
     else add_stats(span, inverse, part);
-    parts[unit] = part;
+    parts[chunk.place] = part;
   });
   auto* divergence = static_cast<R*>(args.divergence);
   auto* saved = static_cast<R*>(args.saved);
@@ -56,8 +53,7 @@ void forward(const DistillationArgs& args, Parallel parallel) {
   std::fill_n(args.error, args.count, kNoError);
   std::vector<int64_t> sound;
   for (size_t i = 0; i < rows.size(); ++i) {
-    DistillationPart<double> part;
-    for (int64_t c = 0; c < chunks; ++c) part.merge(parts[i * chunks + c], inverse);
+    const DistillationPart<double> part = merged(parts, i, chunks, inverse);
     const int64_t row = rows[i];
     args.error[row] = part.error(row, args.kl_weight > 0);
     if (args.error[row] != kNoError) {
@@ -73,9 +69,9 @@ void forward(const DistillationArgs& args, Parallel parallel) {
   }
   if (!(args.l1_weight > 0)) return;
   std::vector<DistancePart<double>> distances(sound.size() * chunks);
-  run_parallel(parallel, static_cast<int64_t>(distances.size()), [&](int64_t unit) {
-    const int64_t row = sound[unit / chunks];
-    const PairSpan span = span_of(args, row, unit % chunks);
+  run_chunks(parallel, sound.size(), vocab, [&](const Chunk& chunk) {
+    const int64_t row = sound[chunk.row];
+    const PairSpan span = span_of(args, row, chunk);
     const DistillationRow<R> of(saved + row * kDistillationSaved, static_cast<R>(inverse));
     DistancePart<double> part;
     if constexpr (sizeof(R) == 4) {
@@ -85,11 +81,10 @@ void forward(const DistillationArgs& args, Parallel parallel) {
         of.add_distance(static_cast<const double*>(span.student)[id],
                         static_cast<const double*>(span.teacher)[id], part);
     }
-    distances[unit] = part;
+    distances[chunk.place] = part;
   });
   for (size_t i = 0; i < sound.size(); ++i) {
-    DistancePart<double> part;
-    for (int64_t c = 0; c < chunks; ++c) part.merge(distances[i * chunks + c]);
+    const DistancePart<double> part = merged(distances, i, chunks);
     divergence[sound[i]] += static_cast<R>(args.l1_weight * part.distance);
     R* of_row = saved + sound[i] * kDistillationSaved;
     of_row[kSavedAbove] = static_cast<R>(part.above);
@@ -100,19 +95,11 @@ void forward(const DistillationArgs& args, Parallel parallel) {
 template <class R>
 void backward(const DistillationBackwardArgs& args, Parallel parallel) {
   const DType dtype = args.student.dtype;
-  const int64_t vocab = args.student.vocab, chunks = chunks_of(vocab), size = element_size(dtype);
   const auto inverse = static_cast<R>(1 / args.temperature);
-  if (args.grad) prefer_huge_pages(args.grad, args.count * vocab * size);
-  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
-    const int64_t row = unit / chunks;
-    const PairSpan span = span_of(args, row, unit % chunks);
-    char* out = args.grad ? static_cast<char*>(args.grad) + row * vocab * size
-                          : static_cast<char*>(const_cast<void*>(span.student));
+  run_gradient(args, args.student, parallel, [&](const RowSpan& student, int64_t row, void* out) {
     const R grad = static_cast<const R*>(args.grad_divergence)[row];
-    if (!args.active[row] || grad == 0) {
-      std::memset(out + span.begin * size, 0, (span.end - span.begin) * size);
-      return;
-    }
+    if (grad == 0) return false;
+    const PairSpan span{student.row, row_pointer(args.teacher, row), student.begin, student.end};
     const DistillationGradient<R> gradient(
         static_cast<const R*>(args.saved) + row * kDistillationSaved, grad, args.kl_weight,
         args.l1_weight, inverse);
@@ -124,6 +111,7 @@ void backward(const DistillationBackwardArgs& args, Parallel parallel) {
               gradient.at(static_cast<const double*>(span.student)[id],
                           static_cast<const double*>(span.teacher)[id]));
     }
+    return true;
   });
 }
 

@@ -5,9 +5,12 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
 #include <vector>
 
 #include "dparallel/launch.h"
+#include "parallel.h"
+#include "row_kernel.h"
 #include "row_stats.h"
 
 namespace dparallel::cpu {
@@ -51,6 +54,23 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+// Writes the gradient of `logits`, in parallel: to args.grad [count, vocab] or, where that is null,
+// over the logits. write(span, row, out) writes that of a chunk of a row into the row `out`, or
+// returns false, and then the chunk is zero, as all rows are that are not active.
+template <class Args, class F>
+void run_gradient(const Args& args, const Logits& logits, Parallel parallel, const F& write) {
+  const int64_t size = element_size(logits.dtype), bytes = logits.vocab * size;
+  auto* grad = static_cast<char*>(args.grad);
+  if (grad != nullptr) prefer_huge_pages(grad, args.count * bytes);
+  run_chunks(parallel, args.count, logits.vocab, [&](const Chunk& chunk) {
+    const RowSpan span{row_pointer(logits, chunk.row), chunk.begin, chunk.end};
+    char* out = grad != nullptr ? grad + chunk.row * bytes
+                                : static_cast<char*>(const_cast<void*>(span.row));
+    if (!args.active[chunk.row] || !write(span, chunk.row, out))
+      std::memset(out + span.begin * size, 0, (span.end - span.begin) * size);
+  });
 }
 
 }  // namespace dparallel::cpu

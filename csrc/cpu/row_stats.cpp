@@ -75,33 +75,32 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
   std::vector<RowPart> parts(job.count * chunks);                   // [count, chunks]
   std::vector<SamplePart> drawn(samples ? job.count * chunks : 0);  // [count, chunks]
   std::vector<Nucleus> nuclei(samples ? job.count : 0, Nucleus::all());
-  const auto scan = [&](int64_t unit, bool stats, bool draws) {
-    const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
-    const int64_t end = std::min(begin + kChunk, logits.vocab);
-    const void* row = row_at(i);
-    RowPart part;
-    SamplePart sample;
-    each_admissible(begin, end, job.exclusions, [&](int64_t from, int64_t to) {
-      if (stats) kernel.stats[dtype]({row, from, to}, part);
-      if (draws)
-        kernel.sample[dtype]({row, from, to}, inverse_temperature, job.keys[i], nuclei[i], sample);
+  const auto scan = [&](bool stats, bool draws) {
+    run_chunks(parallel, job.count, logits.vocab, [&](const Chunk& chunk) {
+      const int64_t i = chunk.row;
+      const void* row = row_at(i);
+      RowPart part;
+      SamplePart sample;
+      each_admissible(chunk.begin, chunk.end, job.exclusions, [&](int64_t from, int64_t to) {
+        const RowSpan span{row, from, to};
+        if (stats) kernel.stats[dtype](span, part);
+        if (draws) kernel.sample[dtype](span, inverse_temperature, job.keys[i], nuclei[i], sample);
+      });
+      if (stats) parts[chunk.place] = part;
+      if (draws) drawn[chunk.place] = sample;
     });
-    if (stats) parts[unit] = part;
-    if (draws) drawn[unit] = sample;
   };
-  run_parallel(parallel, job.count * chunks,
-               [&](int64_t unit) { scan(unit, true, samples && !filters); });
+  scan(true, samples && !filters);
 
   const int64_t mask_id = job.exclusions.mask_id;
   const bool mask_counts = counts_mask(logits, job.exclusions);
   std::vector<RowPart> rows(job.count);
-  for (int64_t i = 0; i < job.count; ++i)
-    for (int64_t c = 0; c < chunks; ++c) rows[i].merge(parts[i * chunks + c]);
+  for (int64_t i = 0; i < job.count; ++i) rows[i] = merged(parts, i, chunks);
   if (filters) {
     run_parallel(parallel, job.count, [&](int64_t i) {
       if (rows[i].error() == kRowOk) nuclei[i] = find_nucleus(row_at(i), job, rows[i].top1);
     });
-    run_parallel(parallel, job.count * chunks, [&](int64_t unit) { scan(unit, false, true); });
+    scan(false, true);
   }
   std::vector<RowAnswer> answers(job.count);
   for (int64_t i = 0; i < job.count; ++i) {
@@ -114,8 +113,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
       answers[i].result = finish(part);
       continue;
     }
-    SamplePart sample;
-    for (int64_t c = 0; c < chunks; ++c) sample.merge(drawn[i * chunks + c], inverse_temperature);
+    const SamplePart sample = merged(drawn, i, chunks, inverse_temperature);
     answers[i].result = finish(part, sample, inverse_temperature);
   }
   return answers;

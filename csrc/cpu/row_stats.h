@@ -11,9 +11,7 @@
 
 namespace dparallel::cpu {
 
-// Rows to read: answer i is of logits row rows[i], i in [0, count). Work is split by row and by
-// chunks of the vocabulary of fixed size, so that neither the batch nor the number of threads
-// changes a bit of a result.
+// Rows to read: answer i is of logits row rows[i], i in [0, count).
 struct RowJob {
   const Logits& logits;
   const int64_t* rows;  // [count], or null: row i is row i of the logits
@@ -48,10 +46,6 @@ inline void put(const RowOutput& output, int64_t count, int64_t row, const RowRe
   output.tokens[count + row] = result.sample;
   for (int f = 0; f < kRowFields; ++f) output.fields[f * count + row] = result.field[f];
 }
-
-constexpr int64_t kChunk = 16384;  // ids per unit of work
-
-inline int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
 inline const void* row_pointer(const Logits& logits, int64_t row) {
   return static_cast<const char*>(logits.data) + logits.offset(row) * element_size(logits.dtype);

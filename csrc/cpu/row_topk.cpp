@@ -22,15 +22,14 @@ void row_topk(const RowTopkArgs& args, Parallel parallel) {
   // largest, so later chunks skip them: that changes what a chunk lists, but not the result.
   std::vector<std::atomic<float>> known(args.count);
   for (auto& bar : known) bar = -kInfinity;
-  run_parallel(parallel, args.count * chunks, [&](int64_t unit) {
-    const int64_t i = unit / chunks, begin = unit % chunks * kChunk;
-    const int64_t end = std::min(begin + kChunk, logits.vocab);
+  run_chunks(parallel, args.count, logits.vocab, [&](const Chunk& chunk) {
+    const int64_t i = chunk.row;
     TopKeys top(args.k);
     top.floor = std::nextafter(known[i].load(std::memory_order_relaxed), -kInfinity);
-    each_admissible(begin, end, args.exclusions, [&](int64_t from, int64_t to) {
-      kernel.topk[dtype]({row_at(i), from, to}, parts[unit], top);
+    each_admissible(chunk.begin, chunk.end, args.exclusions, [&](int64_t from, int64_t to) {
+      kernel.topk[dtype]({row_at(i), from, to}, parts[chunk.place], top);
     });
-    best[unit] = top;
+    best[chunk.place] = top;
     if (top.keys[args.k - 1] != kNoKey && top.bar() > known[i].load(std::memory_order_relaxed))
       known[i].store(top.bar(), std::memory_order_relaxed);
   });
@@ -38,12 +37,10 @@ void row_topk(const RowTopkArgs& args, Parallel parallel) {
   const int64_t mask_id = args.exclusions.mask_id;
   const bool mask_counts = counts_mask(logits, args.exclusions);
   for (int64_t i = 0; i < args.count; ++i) {
-    RowPart part;
+    RowPart part = merged(parts, i, chunks);
     TopKeys top(args.k);
-    for (int64_t c = 0; c < chunks; ++c) {
-      part.merge(parts[i * chunks + c]);
+    for (int64_t c = 0; c < chunks; ++c)
       for (int64_t n = 0; n < args.k; ++n) top.rank(best[i * chunks + c].keys[n]);
-    }
     if (mask_counts)
       part.add(load_logit(row_at(i), logits.dtype, mask_id), static_cast<int32_t>(mask_id), false);
     const RowError error = part.error();
