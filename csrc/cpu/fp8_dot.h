@@ -6,7 +6,15 @@
 #include "product_tile.h"
 
 #if defined(__AVX512F__)
+#if !defined(__clang__)  // GCC 12 warns of its own header
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // These functions alone are compiled for such CPUs.
 #define DPARALLEL_DOT __attribute__((target("avx512bf16,avx512vbmi")))
