@@ -13,6 +13,7 @@ one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -20,10 +21,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -192,13 +194,22 @@ def once(device: torch.device) -> None:
 # --- checks --------------------------------------------------------------------------------------
 
 
-def start(
+@contextlib.contextmanager
+def running(
     command: list[str], environment: Mapping[str, str] = MappingProxyType({}), **settings: Any
-) -> subprocess.Popen[bytes]:
-    """Start a process that imports the packages of this checkout."""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that imports the packages of this checkout; if it runs still at the end, it is killed with
+    all that it has started.
+    """
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables, **settings)
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **settings)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def watched(
@@ -207,14 +218,13 @@ def watched(
     """Run a command with its output in `log`; return its exit code (None: stopped after `seconds`) and the
     output.
     """
-    with open(log, "w") as file:
-        process = start(command, environment, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code: int | None = process.wait(timeout=max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            code = None
+    code: int | None = None
+    with (
+        open(log, "w") as file,
+        contextlib.suppress(subprocess.TimeoutExpired),
+        running(command, environment, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        code = process.wait(timeout=max(1.0, seconds))
     return code, log.read_text(errors="replace")
 
 
@@ -328,13 +338,12 @@ def supervise(out: Path, deadline: float, arguments: list[str]) -> None:
     file = out / "results.json"
     while True:
         minutes = max(0.0, deadline - time.monotonic()) / 60
-        process = start([*COMMAND, "--measure", f"--minutes={minutes:.4f}", *arguments])
         why = ""
-        while process.poll() is None:
-            time.sleep(0.2)
-            if time.time() - file.stat().st_mtime > STALL:
-                process.kill()
-                why = f"no figure in {STALL:.0f} s: hung"
+        with running([*COMMAND, "--measure", f"--minutes={minutes:.4f}", *arguments]) as process:
+            while process.poll() is None and not why:
+                time.sleep(0.2)
+                if time.time() - file.stat().st_mtime > STALL:
+                    why = f"no figure in {STALL:.0f} s: hung"
         run = Run.load(out)
         case = run.results["running"]
         if case is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,11 +191,12 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
 def test_a_run_that_is_cut_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process of its own would measure is measured here."""
 
-    def here(command: list[str]) -> SimpleNamespace:
+    @contextlib.contextmanager
+    def here(command: list[str]) -> Iterator[SimpleNamespace]:
         code = gpu.main(command[command.index("benchmarks.gpu") + 1 :])
-        return SimpleNamespace(poll=lambda: code, returncode=code)
+        yield SimpleNamespace(poll=lambda: code, returncode=code)
 
-    monkeypatch.setattr(gpu, "start", here)
+    monkeypatch.setattr(gpu, "running", here)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # what a small run changes
     monkeypatch.setattr(baselines, "backend", baselines.backend)
     cut = run(tmp_path, "--minutes", "5", "--since", str(time.time() - 301))  # spent on the build
@@ -213,16 +218,16 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     begun = gpu.begin(tmp_path, torch.device("cpu"), True, COMMIT)
     begun.save()
     programs = ["import time; time.sleep(99)" if end == "hang" else "import os; os.abort()", "pass"]
-    started = []
+    started, running = [], gpu.running
 
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
+    def start(command: list[str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
         started.append(command)
         if len(started) == 1:
             begun.results["running"] = "select, batch 64, 512 positions"
             begun.save()
-        return subprocess.Popen([sys.executable, "-c", programs[len(started) - 1]])
+        return running([sys.executable, "-c", programs[len(started) - 1]])
 
-    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "running", start)
     monkeypatch.setattr(gpu, "STALL", 2.0 if end == "hang" else 60.0)
     gpu.supervise(tmp_path, deadline=float("inf"), arguments=[])
     found = records.load(tmp_path / "results.json")
@@ -232,6 +237,16 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     (record,) = found["records"]
     assert (": hung" if end == "hang" else "exit code -6") in record["failed"]
     assert record["failed"] in (tmp_path / "report.md").read_text()
+
+
+def test_a_process_that_is_cut_ends_with_all_that_it_has_started() -> None:
+    """Or what the sanitizer runs would share the GPU with the measurements."""
+    with gpu.running(["sh", "-c", "sleep 600 & echo; wait"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+    # The end of the output: nobody can write any more.
+    assert select.select([process.stdout], [], [], 60.0)[0]
+    process.stdout.close()
 
 
 def test_a_contender_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
