@@ -18,10 +18,9 @@ from .errors import named_row, report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, refuse_transform, rows_view
 from .kernel import kernel
+from .loss_gradient import register_gradient
 
 _certainty_forcing_loss = kernel("certainty_forcing_loss")
-_certainty_forcing_loss_backward = kernel("certainty_forcing_loss_backward")
-_certainty_forcing_loss_backward_ = kernel("certainty_forcing_loss_backward_")
 
 
 def row_errors(vocabulary: int) -> dict[int, str]:
@@ -216,22 +215,4 @@ def _() -> None:
     return None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, active, ctx.temperature, ctx.ce_temperature, ctx.inplace = inputs
-    ctx.save_for_backward(logits, labels, active, output[3])
-    ctx.mark_non_differentiable(output[2], output[3], output[4])
-
-
-def _backward(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, labels, active, saved = ctx.saved_tensors
-    settings = ctx.temperature, ctx.ce_temperature
-    inputs = logits, labels, active, *settings, saved, grad_nll, grad_entropy
-    if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        _certainty_forcing_loss_backward_(*inputs)
-        grad = logits.detach()
-    else:
-        grad = _certainty_forcing_loss_backward(*inputs)
-    return grad, None, None, None, None, None
-
-
-torch.library.register_autograd("dparallel::certainty_forcing_loss", _backward, setup_context=_save)
+register_gradient("certainty_forcing_loss", terms=2)

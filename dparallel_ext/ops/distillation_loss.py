@@ -17,10 +17,9 @@ from .errors import report
 from .fake import register_fake
 from .inputs import WIDE_DTYPES, check_logits, rows_view
 from .kernel import kernel
+from .loss_gradient import register_gradient
 
 _distillation_loss = kernel("distillation_loss")
-_distillation_loss_backward = kernel("distillation_loss_backward")
-_distillation_loss_backward_ = kernel("distillation_loss_backward_")
 
 ROW_ERRORS = {
     1: "{} holds NaN",
@@ -166,21 +165,4 @@ def _() -> None:
     return None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, active, *ctx.settings, ctx.inplace = inputs
-    ctx.save_for_backward(student, teacher, active, output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _backward(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    student, teacher, active, saved = ctx.saved_tensors
-    inputs = student, teacher, active, *ctx.settings, saved, grad_divergence
-    if ctx.inplace and not torch.is_grad_enabled():  # enabled: the gradient's own graph needs the logits
-        _distillation_loss_backward_(*inputs)
-        grad = student.detach()
-    else:
-        grad = _distillation_loss_backward(*inputs)
-    return grad, None, None, None, None, None, None
-
-
-torch.library.register_autograd("dparallel::distillation_loss", _backward, setup_context=_save)
+register_gradient("distillation_loss", terms=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .errors import named_row, report
 from .fake import register_fake
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 from .kernel import kernel
+from .loss_gradient import register_head_gradient
 
 _certainty_forcing_loss = kernel("certainty_forcing_loss")
 _certainty_forcing_loss_backward_ = kernel("certainty_forcing_loss_backward_")
@@ -173,20 +174,4 @@ def _linear_backward(
 register_fake("linear_certainty_forcing_loss_backward")(HeadGradient.fake)
 
 
-def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    hidden, head, labels, active, *ctx.settings = inputs
-    ctx.save_for_backward(hidden, head, labels, active, output[3])
-    ctx.mark_non_differentiable(output[2], output[3], output[4])
-
-
-def _linear_gradient(ctx: Any, grad_nll: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
-    hidden, head, labels, active, saved = ctx.saved_tensors
-    needed = ctx.needs_input_grad[1]
-    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are those of the forward pass
-        grad, grad_head = torch.ops.dparallel.linear_certainty_forcing_loss_backward(
-            hidden, head, labels, active, *ctx.settings, saved, grad_nll, grad_entropy, needed
-        )
-    return grad, grad_head if needed else None, None, None, None, None, None, None
-
-
-_linear.register_autograd(_linear_gradient, setup_context=_linear_save)
+register_head_gradient("linear_certainty_forcing_loss", tensors=4, terms=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .errors import report
 from .fake import register_fake
 from .head import HeadGradient, check_head, check_softcap, chunks, rows_of_chunk, slope_of
 from .kernel import kernel
+from .loss_gradient import register_head_gradient
 
 _distillation_loss = kernel("distillation_loss")
 _distillation_loss_backward_ = kernel("distillation_loss_backward_")
@@ -182,20 +183,4 @@ def _linear_backward(
 register_fake("linear_distillation_loss_backward")(HeadGradient.fake)
 
 
-def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    tensors, ctx.settings = inputs[:5], inputs[5:]
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _linear_gradient(ctx: Any, grad_divergence: Tensor, *_: Any) -> tuple[Any, ...]:
-    *tensors, saved = ctx.saved_tensors
-    needed = ctx.needs_input_grad[1]
-    with torch.autocast(tensors[0].device.type, enabled=False):  # the dtypes are those of the forward pass
-        grad, grad_head = torch.ops.dparallel.linear_distillation_loss_backward(
-            *tensors, *ctx.settings, saved, grad_divergence, needed
-        )
-    return grad, grad_head if needed else None, *(None,) * 8
-
-
-_linear.register_autograd(_linear_gradient, setup_context=_linear_save)
+register_head_gradient("linear_distillation_loss", tensors=5, terms=1)
