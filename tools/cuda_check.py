@@ -77,8 +77,8 @@ SAID = {"registers": "registers", "shared": "bytes of shared memory", "code": "b
 def version_of(nvcc: str) -> str:
     """13.0.88"""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V(\d+(\.\d+)+)", text)
-    return found.group(1) if found else text
+    release = re.search(r"V(\d+(\.\d+)+)", text)
+    return release.group(1) if release else text
 
 
 # Machine code of these is made of the same PTX: no source of ours asks for the architecture.
@@ -219,13 +219,13 @@ def measure_all(
     sources: list[Path],
     architectures: list[str],
     headers: str,
-    own: dict[str, Table],
+    tables: dict[str, Table],
 ) -> tuple[dict[str, dict[str, Usage]], dict[str, sass.Loop | None]]:
-    """Usage by "source: kernel" and by architecture, and the loops of `own`, the table of each source; None:
-    a kernel has no such loop."""
+    """Usage by "source: kernel" and by architecture, and the loops of `tables`, by source; None: a kernel has
+    no such loop."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         measured = list(
-            pool.map(lambda s: measure(nvcc, nvdisasm, s, architectures, headers, own[s.stem]), sources)
+            pool.map(lambda s: measure(nvcc, nvdisasm, s, architectures, headers, tables[s.stem]), sources)
         )
     usage: dict[str, dict[str, Usage]] = {}
     loops: dict[str, sass.Loop | None] = {}
@@ -235,7 +235,7 @@ def measure_all(
                 usage.setdefault(f"{source.stem}: {kernel}", {})[architecture] = used
         if nvdisasm is not None and LOOPS_OF in reports:
             of_source = parse_loops(reports[LOOPS_OF])
-            loops |= {kernel: of_source.get(kernel.partition(": ")[2]) for kernel in own[source.stem]}
+            loops |= {kernel: of_source.get(kernel.partition(": ")[2]) for kernel in tables[source.stem]}
     return usage, loops
 
 
@@ -326,11 +326,13 @@ def main() -> None:
     if options.update and nvdisasm is None:
         sys.exit("cuda-check: --update needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     sources = sorted(SOURCES.glob("*.cu"), key=lambda source: source.name != "unmask.cu")  # the longest first
-    own = {s.stem: {k: entry for k, entry in table.items() if k.startswith(f"{s.stem}: ")} for s in sources}
-    hashes = {source.stem: hash_of(source, headers, own[source.stem]) for source in sources}
+    tables = {
+        s.stem: {k: entry for k, entry in table.items() if k.startswith(f"{s.stem}: ")} for s in sources
+    }
+    hashes = {source.stem: hash_of(source, headers, tables[source.stem]) for source in sources}
     same = made_with["architectures"] == architectures and not (options.all or options.update)
     changed = [s for s in sources if not same or made_with["sources"].get(s.stem) != hashes[s.stem]]
-    usage, loops = measure_all(nvcc, nvdisasm, changed, architectures, headers, own)
+    usage, loops = measure_all(nvcc, nvdisasm, changed, architectures, headers, tables)
     show(usage, architectures)
     show_loops(loops, table)
     if changed and nvdisasm is None:

@@ -24,22 +24,22 @@ void accept_lane(const AcceptArgs& args, int64_t lane, int64_t first,
     if (is_chosen(i, parent, args.draft[first + i], [&](int32_t row) { return choices[row]; }))
       follows[parent] = std::min(follows[parent], i);
   }
-  Path found{0, 0, kPathLeaf};
+  Path walk{0, 0, kPathLeaf};
   if (count > 0)
-    found = walk_path(
+    walk = walk_path(
         args.room ? args.room[lane] : count, [&](int32_t row) { return follows[row]; },
         [&](int32_t place, int32_t row) {
           path[place] = row;
           tokens[place] = choices[row];
         });
-  std::fill(path + found.count, path + args.max_q_len, -1);
-  std::fill(tokens + found.count, tokens + args.max_q_len, -1);
-  args.emitted[lane] = found.count;
-  args.ended[lane] = found.ended();
+  std::fill(path + walk.count, path + args.max_q_len, -1);
+  std::fill(tokens + walk.count, tokens + args.max_q_len, -1);
+  args.emitted[lane] = walk.count;
+  args.ended[lane] = walk.ended();
   args.output.error[lane] = kNoError;
-  if (found.follows == kPathFails)
+  if (walk.follows == kPathFails)
     args.output.error[lane] =
-        encode_error(lane * kLaneRows + found.last, static_cast<RowError>(-choices[found.last]));
+        encode_error(lane * kLaneRows + walk.last, static_cast<RowError>(-choices[walk.last]));
 }
 
 }  // namespace
@@ -48,8 +48,8 @@ void accept(const AcceptArgs& args, Parallel parallel) {
   std::vector<int64_t> rows;
   std::vector<SampleKey> keys;
   for (int64_t lane = 0; lane < args.lanes; ++lane) {
-    const auto own = args.rows_of(lane);
-    for (int64_t row = own.first; row < own.first + own.count; ++row) {
+    const auto span = args.rows_of(lane);
+    for (int64_t row = span.first; row < span.first + span.count; ++row) {
       rows.push_back(row);
       if (args.sampling.samples()) keys.push_back(sample_key(args.sampling.keys + 4 * row));
     }
@@ -63,11 +63,11 @@ void accept(const AcceptArgs& args, Parallel parallel) {
     if (answers[i].error != kRowNan) put(args.output, args.count, rows[i], answers[i].result);
   const RowAnswer* answer = answers.data();
   for (int64_t lane = 0; lane < args.lanes; ++lane) {
-    const auto own = args.rows_of(lane);
+    const auto span = args.rows_of(lane);
     std::vector<int32_t> choices;
-    for (int64_t i = 0; i < own.count; ++i, ++answer)
+    for (int64_t i = 0; i < span.count; ++i, ++answer)
       choices.push_back(choice_of(answer->error, answer->result.sample));
-    accept_lane(args, lane, own.first, choices);
+    accept_lane(args, lane, span.first, choices);
   }
 }
 

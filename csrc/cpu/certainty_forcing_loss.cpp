@@ -87,14 +87,14 @@ void backward(const LossBackwardArgs& args, Parallel parallel) {
                                    grad_entropy, inverse);
     // Read the label's logit before writing `out`, which may be the logits' own memory.
     const bool here = label >= span.begin && label < span.end;
-    const R own = here ? static_cast<R>(logit_at(span.row, dtype, label)) : R(0);
+    const R label_logit = here ? static_cast<R>(logit_at(span.row, dtype, label)) : R(0);
     if constexpr (sizeof(R) == 4) {
       loss_kernel_in_use().gradient[static_cast<int>(dtype)](span, gradient, out);
     } else {
       for (int64_t id = span.begin; id < span.end; ++id)
         store(out, dtype, id, gradient.at(static_cast<const double*>(span.row)[id]));
     }
-    if (here) store(out, dtype, label, gradient.at_label(own));
+    if (here) store(out, dtype, label, gradient.at_label(label_logit));
     return true;
   });
 }

@@ -45,10 +45,9 @@ namespace dparallel::cuda {
 
 constexpr int kTeams = 2, kTeamThreads = 128, kProductThreads = kTeams * kTeamThreads;
 constexpr int kMultiple = 64;  // the inner dimension is a multiple of it
-constexpr int kWhole =
-    224 * 1024;  // bytes of shared memory: an SM's, less the share of small kernels
-constexpr int kSmall = 99 * 1024;  // of a device that has less
-constexpr int kMostHeight = 3;     // of a tile, in 64 rows
+// Bytes of shared memory: an SM's, less the share of small kernels, and that of a device with less.
+constexpr int kWhole = 224 * 1024, kSmall = 99 * 1024;
+constexpr int kMostHeight = 3;  // of a tile, in 64 rows
 
 // kTiles: of 8 rows of x. kHeight: of 64 rows of the weights.
 template <class W, int kTiles, int kHeight, int kBytes>

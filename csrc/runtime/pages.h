@@ -70,8 +70,8 @@ class PrefixTree {
   int64_t evicted() const { return evicted_; }
 
   Node* find(Node* parent, const Tokens& key) {
-    auto found = parent->children.find(key);
-    return found == parent->children.end() ? nullptr : found->second.get();
+    auto child = parent->children.find(key);
+    return child == parent->children.end() ? nullptr : child->second.get();
   }
 
   // A new node, held once, whose page belongs to the tree from now on. Its parent must be held.
@@ -94,8 +94,8 @@ class PrefixTree {
 
   void leave(Node* node) {
     if (--node->holders > 0) return;
-    if (!node->ready)
-      return remove(node);  // a page that was never computed is of no use to anybody
+    // A page that was never computed is of no use to anybody.
+    if (!node->ready) return remove(node);
     node->used = ++clock_;
     ++idle_;
     if (node->children.empty()) leaves_.insert({node->used, node});
@@ -124,8 +124,8 @@ class PrefixTree {
 
   PageAllocator& pages_;
   Node root_{};
-  std::set<std::pair<int64_t, Node*>>
-      leaves_;  // idle nodes without children, by when they were used
+  // Idle nodes without children, by when they were used.
+  std::set<std::pair<int64_t, Node*>> leaves_;
   int64_t size_ = 0, idle_ = 0, evicted_ = 0, clock_ = 0;
 };
 

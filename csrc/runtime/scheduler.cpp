@@ -55,12 +55,12 @@ std::optional<Admission> Scheduler::admit() {
     request.path.push_back(next);
     node = next;
   }
-  int64_t found = static_cast<int64_t>(request.path.size()), total = needed(request.length);
-  if (total - found > pages_.free() + tree_.idle()) {
+  int64_t reused = static_cast<int64_t>(request.path.size()), total = needed(request.length);
+  if (total - reused > pages_.free() + tree_.idle()) {
     abandon(request);
     return std::nullopt;
   }
-  for (int64_t i = found; i < total; ++i) {
+  for (int64_t i = reused; i < total; ++i) {
     if (pages_.free() == 0) tree_.evict();
     Page page = pages_.take();
     if (i < whole)
@@ -71,11 +71,11 @@ std::optional<Admission> Scheduler::admit() {
   request.lane = lanes_.back();
   lanes_.pop_back();
   prompt_tokens_ += static_cast<int64_t>(request.prompt.size());
-  reused_tokens_ += found * page_size_;
-  Admission made{id, request.lane, {}, found * page_size_};
-  for (auto* held : request.path) made.pages.push_back(held->page);
-  made.pages.insert(made.pages.end(), request.own.begin(), request.own.end());
-  return made;
+  reused_tokens_ += reused * page_size_;
+  Admission admission{id, request.lane, {}, reused * page_size_};
+  for (auto* held : request.path) admission.pages.push_back(held->page);
+  admission.pages.insert(admission.pages.end(), request.own.begin(), request.own.end());
+  return admission;
 }
 
 std::vector<std::pair<int64_t, Page>> Scheduler::store(int64_t id, const Tokens& tokens) {
@@ -94,8 +94,8 @@ std::vector<std::pair<int64_t, Page>> Scheduler::store(int64_t id, const Tokens&
     auto* parent = request.path.empty() ? tree_.root() : request.path.back();
     auto* node = tree_.find(parent, key(tokens, i));
     if (node != nullptr && !node->ready) {
-      request.shares =
-          false;  // somebody is computing the same: whoever shares that must wait for it
+      // Somebody is computing the same: whoever shares that must wait for it.
+      request.shares = false;
       break;
     }
     Page page = request.own.front();
@@ -153,8 +153,8 @@ Scheduler::Request& Scheduler::running(int64_t id) {
   return at->second;
 }
 
-void Scheduler::abandon(
-    Request& request) {  // from the leaf up: a node that is left has no child that is held
+void Scheduler::abandon(Request& request) {
+  // From the leaf up: a node that is left has no child that is held.
   for (; !request.path.empty(); request.path.pop_back()) tree_.leave(request.path.back());
 }
 

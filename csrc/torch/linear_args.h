@@ -15,7 +15,7 @@ inline LinearArgs linear_args(Tensor& x, Tensor& weight, std::optional<Tensor>& 
   DP_CHECK(x.dim() == 2, "x: expected (N, in), got ", described(x));
   DP_CHECK(weight.dim() == 2, "weight: expected (out, in), got ", described(weight));
   const int64_t count = x.size(0), in = x.size(1), out_width = weight.size(0);
-  const void* given = weight.data_ptr();
+  const void* original = weight.data_ptr();
   expect(weight, "weight", scale.has_value() ? ScalarType::Float8_e4m3fn : x.scalar_type(),
          {out_width, in}, x);
   if (scale.has_value()) expect(*scale, "scale", ScalarType::Float, {out_width}, x);
@@ -31,7 +31,7 @@ inline LinearArgs linear_args(Tensor& x, Tensor& weight, std::optional<Tensor>& 
           data_or_null<float>(scale),
           data_or_null<void>(bias),
           nullptr,
-          constant && weight.data_ptr() == given};  // a copy was just written
+          constant && weight.data_ptr() == original};  // a copy was just written
 }
 
 }  // namespace dparallel

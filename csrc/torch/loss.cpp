@@ -76,7 +76,7 @@ template <class Backend>
 void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temperature,
                    double ce_temperature, Tensor& saved, Tensor& grad_nll, Tensor& grad_entropy,
                    void* grad) {
-  const Tensor given = logits;  // not a copy that the kernel changes in its place
+  const Tensor original = logits;  // not a copy that the kernel changes in its place
   const Logits all = check_loss(logits, labels, active, temperature, ce_temperature);
   const int64_t count = row_count(logits);
   const ScalarType real = real_of(logits);
@@ -84,11 +84,11 @@ void loss_backward(Tensor& logits, Tensor& labels, Tensor& active, double temper
   expect(grad_nll, "grad_nll", real, {count}, logits);
   expect(grad_entropy, "grad_entropy", real, {count}, logits);
   if (grad == nullptr)
-    own_memory({{given, "logits"}}, {{labels, "labels"},
-                                     {active, "active"},
-                                     {saved, "saved"},
-                                     {grad_nll, "grad_nll"},
-                                     {grad_entropy, "grad_entropy"}});
+    own_memory({{original, "logits"}}, {{labels, "labels"},
+                                        {active, "active"},
+                                        {saved, "saved"},
+                                        {grad_nll, "grad_nll"},
+                                        {grad_entropy, "grad_entropy"}});
   const LossBackwardArgs args{all,
                               data<Flag>(active),
                               data<int64_t>(labels),
@@ -144,18 +144,18 @@ struct Rows {
 
 Rows rows_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature, double kl_weight,
              double l1_weight, bool inplace) {
-  const Tensor given = student;  // not a copy that the kernel changes in its place
-  const Logits own = logits_of(student, true, "student");
+  const Tensor original = student;  // not a copy that the kernel changes in its place
+  const Logits student_rows = logits_of(student, true, "student");
   check_shape(teacher, "teacher", student.scalar_type(), sizes_of(student));
   check_device(teacher, "teacher", student, "student");
-  const Logits other = logits_of(teacher, true, "teacher");
+  const Logits teacher_rows = logits_of(teacher, true, "teacher");
   const int64_t count = row_count(student);
   expect(active, "active", ScalarType::Bool, {count}, student);
-  if (inplace) own_memory({{given, "student"}}, {{teacher, "teacher"}, {active, "active"}});
+  if (inplace) own_memory({{original, "student"}}, {{teacher, "teacher"}, {active, "active"}});
   check_temperature("temperature", temperature);
   check_weight("kl_weight", kl_weight);
   check_weight("l1_weight", l1_weight);
-  return {own, other, count, real_of(student)};
+  return {student_rows, teacher_rows, count, real_of(student)};
 }
 
 template <class Backend>
@@ -184,13 +184,13 @@ template <class Backend>
 void gradient_of(Tensor& student, Tensor& teacher, Tensor& active, double temperature,
                  double kl_weight, double l1_weight, Tensor& saved, Tensor& grad_divergence,
                  void* grad) {
-  const Tensor given = student;  // not a copy that the kernel changes in its place
+  const Tensor original = student;  // not a copy that the kernel changes in its place
   const Rows rows =
       rows_of(student, teacher, active, temperature, kl_weight, l1_weight, grad == nullptr);
   expect(saved, "saved", rows.real, {rows.count, kDistillationSaved}, student);
   expect(grad_divergence, "grad_divergence", rows.real, {rows.count}, student);
   if (grad == nullptr)
-    own_memory({{given, "student"}}, {{saved, "saved"}, {grad_divergence, "grad_divergence"}});
+    own_memory({{original, "student"}}, {{saved, "saved"}, {grad_divergence, "grad_divergence"}});
   const DistillationBackwardArgs args{rows.student, rows.teacher,     data<Flag>(active),
                                       rows.count,   temperature,      kl_weight,
                                       l1_weight,    saved.data_ptr(), grad_divergence.data_ptr(),

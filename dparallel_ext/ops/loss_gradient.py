@@ -61,7 +61,7 @@ def _register(
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, saved = ctx.saved_tensors
-        found = gradient(ctx, inputs, saved, *grads[:terms])
-        return *found, *(None,) * (tensors + len(ctx.settings) - len(found))
+        leading = gradient(ctx, inputs, saved, *grads[:terms])
+        return *leading, *(None,) * (tensors + len(ctx.settings) - len(leading))
 
     torch.library.register_autograd(f"dparallel::{name}", backward, setup_context=save)

@@ -55,8 +55,8 @@ struct LossPart {
   // `token`, no longer the maximum, gets its term in the sums.
   DP_HD void rebase(R to, const InverseTemperatures<R>& inverse) {
     if (max > -kInfinity) {
-      const R d =
-          max - to < inverse.floor() ? inverse.floor() : max - to;  // finite: 0 * inf is NaN
+      const R floor = inverse.floor();
+      const R d = max - to < floor ? floor : max - to;  // finite: 0 * inf is NaN
       const R e = exponential(d * inverse.entropy);
       weighted_t = e * (weighted_t + (R(1) + sum_t) * d);
       sum_t = e * (R(1) + sum_t);

@@ -273,8 +273,8 @@ struct KvWriteArgs {
   const float* cos;
   const float* sin;  // [table, rotary_dim / 2]
   int64_t table;
-  int64_t
-      rotary_dim;  // even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied
+  // Even, up to head_dim: pairs (i, i + rotary_dim / 2) turn, the rest is copied.
+  int64_t rotary_dim;
   void* k_cache;
   void* v_cache;
   CacheLayout k_layout, v_layout;
