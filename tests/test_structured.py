@@ -278,6 +278,8 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
         ),
         ({"properties": {"a": {"type": "null"}}, "required": 5}, "required: expected some of"),
         ({"properties": {"a": {"type": "null"}}, "required": [["a"]]}, "required: expected some of"),
+        ({"type": "integer", "pattern": 1}, "pattern: expected a text, got 1, at #"),
+        ({"type": "object", "format": ["date"]}, r"format: expected a text, got \['date'\], at #"),
         ({"type": "string", "pattern": "a+", "maxLength": 3}, "pattern: is not supported beside maxLength"),
         ({"type": "string", "pattern": "a+", "format": "date"}, "format: is not supported beside pattern"),
         ({"allOf": [{"type": "integer"}, {"type": "null"}]}, "allOf: expected one schema, got 2"),
@@ -368,6 +370,19 @@ def test_keywords_that_forbid_nothing_more_are_taken(schema: dict[str, Any]) -> 
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(ValueError, match="schema: "):
         json_pattern(schema)
+
+
+def test_an_end_need_not_be_in_the_vocabulary() -> None:
+    """config.json may name one that the tokenizer lacks."""
+    tokenizer = tokenizer_of("bytes")
+    vocabulary = Vocabulary.of(tokenizer)
+    end = len(vocabulary.tokens) + 3
+    form = automaton("a", vocabulary, [end])
+    a = tokenizer.encode("a").ids
+    assert form.after(0, a) != NOWHERE != form.after(0, [*a, end])
+    assert form.after(0, [*a, end - 1]) == form.after(0, [end]) == NOWHERE
+    with pytest.raises(ValueError, match="ends: expected a whole number >= 0, got -1"):
+        automaton("a", vocabulary, [-1])
 
 
 def test_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

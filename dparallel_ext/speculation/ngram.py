@@ -5,7 +5,7 @@ Source: A. Saxena, "Prompt Lookup Decoding" (2023); LLMA, arXiv 2304.04487.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ..arguments import whole
@@ -40,7 +40,7 @@ class NGram:
 
 class _Session(DraftSession):
     def __init__(self, longest: int, lanes: int) -> None:
-        self._sizes = range(longest, 0, -1)
+        self._longest = longest
         self._ids: list[list[int]] = [[] for _ in range(lanes)]
         """For each lane, the tokens that are indexed."""
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(lanes)]
@@ -55,15 +55,17 @@ class _Session(DraftSession):
     def _draft(self, lane: Lane, most: int) -> Draft:
         ids, ends = self._ids[lane.lane], self._ends[lane.lane]
         for token in lane.tokens[len(ids) :].tolist():
-            for size in self._sizes:
-                if size <= len(ids):
-                    ends[tuple(ids[-size:])] = len(ids)
+            for gram in self._grams(ids):
+                ends[gram] = len(ids)
             ids.append(token)
-        for size in self._sizes:
-            at = ends.get(tuple(ids[-size:])) if size <= len(ids) else None
-            if at is not None:
+        for gram in self._grams(ids):
+            if (at := ends.get(gram)) is not None:
                 continuation = ids[at : at + most]
                 # The occurrence overlaps the end: a text that repeats itself.
                 repeats = -(-most // len(continuation))
                 return Draft(tuple((continuation * repeats)[:most]))
         return Draft()
+
+    def _grams(self, ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """The n-grams at the end of `ids`, the longest first."""
+        return (tuple(ids[-size:]) for size in range(min(self._longest, len(ids)), 0, -1))

@@ -169,6 +169,9 @@ def _prepare(part: dict[str, Any], at: str, sandbox: Sandbox) -> dict[str, str]:
     with bounds; return the marks' patterns. Raises ValueError naming a constraint that the schema's pattern
     would not have, and its place."""
     marked: dict[str, str] = {}
+    for keyword in ("pattern", "format"):  # the library does not read them beside another type than "string"
+        if not isinstance(part.get(keyword, ""), str):
+            raise ValueError(f"schema: {keyword}: expected a text, got {part[keyword]!r:.80}, at {at}")
     leading = next((keyword for keyword in FOLLOWED if keyword in part), None)
     if leading is None:
         return marked
@@ -205,7 +208,8 @@ def _prepare(part: dict[str, Any], at: str, sandbox: Sandbox) -> dict[str, str]:
                 )
     if leading == "properties":
         names, required = {*part["properties"]}, part.get("required", [])
-        if not isinstance(required, list) or not all(name in [*names] for name in required):
+        known = isinstance(required, list) and all(isinstance(n, str) and n in names for n in required)
+        if not known:
             raise ValueError(
                 f"schema: required: expected some of {sorted(names)}, got {required!r:.200}, at {at}"
             )

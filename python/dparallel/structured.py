@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dparallel_ext.arguments import whole
 from dparallel_ext.automaton import NOWHERE, Automaton
+from dparallel_ext.models.files import MOST_IDS
 
 from .json_schema import json_pattern
 from .sandbox import Exceeded, Refused, Sandbox, shared
@@ -90,10 +92,13 @@ def automaton(
 
     pattern: a regular expression in the syntax of Rust's regex, without anchors, look-around and references
         to groups; no text holds a NUL.
+    ends: ids, which the vocabulary need not have: a config.json may name one that the tokenizer lacks.
     sandbox: where the automaton over bytes is made, with limits of time and size.
 
-    Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches.
+    Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches,
+    and for an end that is no id.
     """
+    ends = [whole("ends", end, 0, MOST_IDS - 1) for end in ends]
     try:
         found = sandbox.automaton_of(pattern)
     except Exceeded as error:
@@ -159,7 +164,9 @@ def _over_tokens(
         begins = nothing if first is None else of_text(first)
         return classes.setdefault((within, functions[begins][0]), len(classes))
 
-    token_class = torch.tensor([*map(class_of, *vocabulary)], device="cpu")
+    lacking = [None] * (max(ends, default=-1) + 1 - len(vocabulary.tokens))
+    texts = [*vocabulary.tokens, *lacking], [*vocabulary.first, *lacking]
+    token_class = torch.tensor([*map(class_of, *texts)], device="cpu")
     token_class[list(ends)] = len(classes)
     # The first state is that of no token yet; then come those of the table, and the one behind an end.
     rows = [

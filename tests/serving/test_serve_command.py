@@ -190,6 +190,12 @@ def test_what_fails_leaves_no_engine_behind(monkeypatch: pytest.MonkeyPatch, fai
         assert engine.stats.active == engine.stats.waiting == 0
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_time_for_requests_that_none_could_keep_is_named(seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"body_seconds: expected seconds >= 0, got {seconds}"):
+        ServerSettings(body_seconds=seconds)
+
+
 def test_a_port_on_which_another_listens_first_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that begin at once both get the port, and the slower one learns it with its model loaded."""
     (faster,) = listen("127.0.0.1", 0)

@@ -436,3 +436,11 @@ def test_prompt_lookup_takes_the_latest_occurrence_of_the_longest_end() -> None:
     assert draft(1, 2, 3, 9, 2, 4, 1, 2) == (3, 9, 2, 4, 1)  # though 2 alone came later
     assert draft(2, 3, 2, 4, 2) == (4, 2, 4, 2, 4)
     assert draft(6, 2) == ()
+
+
+def test_prompt_lookup_compares_no_more_than_the_text_has() -> None:
+    """Whatever N is: it once counted down from N for each token, which here would take years."""
+    out = plain(MODEL, drafter="ngram:999999999999999999", draft_size=3)
+    expected = plain(MODEL, drafter=NGram(40), draft_size=3)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert out.nfe.tolist() == expected.nfe.tolist()

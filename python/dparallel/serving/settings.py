@@ -53,8 +53,9 @@ class ServerSettings:
         check_fields(self, ("max_choices",), whole, 1, MOST_PROMPTS)
         check_fields(self, ("max_body",), whole, 1, 2**31)
         check_fields(self, ("max_connections",), whole, 2, 2**20)
-        if not 0 <= self.grace < math.inf:
-            raise ValueError(f"grace: expected seconds >= 0, got {self.grace}")
+        for name in ("body_seconds", "grace"):
+            if not 0 <= (seconds := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected seconds >= 0, got {seconds}")
         for origin in self.cors_origins:
             # Browsers write them in lower case, without a path.
             if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):

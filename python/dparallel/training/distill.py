@@ -73,7 +73,8 @@ def read(file: str | Path, **changes: Any) -> Recipe:
 
     try:
         content = yaml.safe_load(files.read_text("recipe", file))
-    except yaml.YAMLError as error:
+        _check_plain(f"recipe: {file}", content)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"recipe: {file} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"recipe: {file} holds a {type(content).__name__}, expected a mapping")
@@ -99,6 +100,20 @@ def read(file: str | Path, **changes: Any) -> Recipe:
         content["architecture"] = None
     training = {**content.pop("training"), **changes.pop("training", {})}
     return Recipe(**{**content, **changes, "training": training})
+
+
+def _check_plain(place: str, value: Any) -> None:
+    """Raise ValueError for a key or a value that JSON does not have, since training.json holds the recipe."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{place}: expected a text as a key, so in quotes, got {key!r:.80}")
+            _check_plain(f"{place}: {key}", each)
+    elif isinstance(value, list):
+        for each in value:
+            _check_plain(place, each)
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"{place}: expected a number or a text, so in quotes, got {value!r:.80}")
 
 
 def arguments(recipe: Recipe, out: str | Path) -> Any:
