@@ -217,8 +217,8 @@ def test_what_the_tokenizer_does_not_know_and_an_empty_response_are_said():
     assert json.loads(result.stdout)["response"] == ""
     assert "builtin:teacher has no token for 'hello', 'there' of the prompt" in result.stderr
     assert "the response is empty" in result.stderr
-    result = CliRunner().invoke(app, ["decode", PROMPT, "--suffix", "hello sam"])
-    assert "builtin:teacher has no token for 'hello' of the suffix" in result.stderr
+    result = CliRunner().invoke(app, ["decode", PROMPT, PROMPT, "--suffix", "hello sam"])
+    assert result.stderr.count("builtin:teacher has no token for 'hello' of the suffix") == 1
     assert "warning" not in CliRunner().invoke(app, ["decode", PROMPT]).stderr
 
 

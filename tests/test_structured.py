@@ -280,6 +280,8 @@ def test_a_pattern_that_no_token_matches_is_refused() -> None:
         ({"properties": {"a": {"type": "null"}}, "required": [["a"]]}, "required: expected some of"),
         ({"type": "integer", "pattern": 1}, "pattern: expected a text, got 1, at #"),
         ({"type": "object", "format": ["date"]}, r"format: expected a text, got \['date'\], at #"),
+        ({"type": "null", "items": {"allOf": True}}, "allOf: expected a list, got True, at #/items"),
+        ({"const": 1, "$defs": {"a": {"properties": 1}}}, "properties: expected an object, got 1, at #/"),
         ({"type": "string", "pattern": "a+", "maxLength": 3}, "pattern: is not supported beside maxLength"),
         ({"type": "string", "pattern": "a+", "format": "date"}, "format: is not supported beside pattern"),
         ({"allOf": [{"type": "integer"}, {"type": "null"}]}, "allOf: expected one schema, got 2"),

@@ -142,9 +142,8 @@ def adaptive_decode(
             graphs=config.graphs,
             **options,
         )
-        for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids, count, setting)
-        run(batch, streamer, progress_bar(progress, sum(counts), "adaptive_decode"))
+        bar = progress_bar(progress, sum(counts), "adaptive_decode")
+        run(batch, prompts, counts, settings, streamer, bar)
         if not named:  # else the next call reads another
             batch.keep()
     fields = output_fields(batch, device, config, "draft_nfe")

@@ -17,6 +17,7 @@ from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields, with_ends
 from ..decoding.decode import DecodeOutput, Prompts, progress_bar
 from ..decoding.fields import plain
+from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import check_ends, make_settings
 from ..decoding.workspace import Trajectory
 from ..models import Model, native, warn_beyond
@@ -148,9 +149,7 @@ def speculate(
             graphs=config.graphs,
             ahead=1,
         )
-        for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-            batch.admit(lane, ids, count, setting)
-        run(batch, streamer, progress_bar(progress, sum(counts), "speculate"))
+        run(batch, prompts, counts, settings, streamer, progress_bar(progress, sum(counts), "speculate"))
         if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
     return SpeculateOutput(
@@ -205,8 +204,17 @@ def sizer_of(
     return Fixed(0) if drafter is None else make_sizer(drafter)
 
 
-def run(batch: CausalBatch, streamer: Any, bar: Any) -> None:
-    """Run passes until every sequence is done."""
+def run(
+    batch: CausalBatch,
+    prompts: Sequence[Tensor],
+    counts: Sequence[int],
+    settings: Sequence[SequenceSettings],
+    streamer: Any,
+    bar: Any,
+) -> None:
+    """Admit all prompts, and run passes until every sequence is done. counts: the most tokens of each."""
+    for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
+        batch.admit(lane, ids, count, setting)
     if streamer is not None:
         streamer.put(batch.tokens[:, : batch.sequences[0].prompt].clone())
     while live := batch.live:

@@ -46,6 +46,11 @@ BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 CONSTRAINTS = {*FOLLOWED, *NONE.union(*FOLLOWED.values()), *OTHERS.split()} - {"type"}
 """The keywords of JSON Schema by which a value may be invalid. Others describe it, or say no more than the
 library's keyword beside them."""
+KINDS: dict[str, type] = {
+    **{"pattern": str, "format": str, "properties": dict, "enum": list},
+    **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), list),
+}
+"""The types of keywords' values. The library does not check those that it ignores."""
 OFFSET = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
 TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?{OFFSET}"
@@ -169,9 +174,10 @@ def _prepare(part: dict[str, Any], at: str, sandbox: Sandbox) -> dict[str, str]:
     with bounds; return the marks' patterns. Raises ValueError naming a constraint that the schema's pattern
     would not have, and its place."""
     marked: dict[str, str] = {}
-    for keyword in ("pattern", "format"):  # the library does not read them beside another type than "string"
-        if not isinstance(part.get(keyword, ""), str):
-            raise ValueError(f"schema: {keyword}: expected a text, got {part[keyword]!r:.80}, at {at}")
+    for keyword, kind in KINDS.items():
+        if not isinstance(value := part.get(keyword, kind()), kind):
+            wanted = "a text" if kind is str else "a list" if kind is list else "an object"
+            raise ValueError(f"schema: {keyword}: expected {wanted}, got {value!r:.80}, at {at}")
     leading = next((keyword for keyword in FOLLOWED if keyword in part), None)
     if leading is None:
         return marked

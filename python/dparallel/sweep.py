@@ -88,6 +88,7 @@ def sweep(
     drafters, of_causal = list(drafters), loading
     if not all(causal for _, causal in models) or {*drafters} == {PLAIN}:
         of_causal = replace(loading, mask_id=None)  # it is the diffusion models', or nobody's
+    in_chat = {}
     for name, causal in models:  # before the first measurement, which may take hours
         of_name = of_causal if causal else loading
         if causal:
@@ -95,16 +96,16 @@ def sweep(
         else:
             _check_policies(name, entries, config, of_name)
         problem_set.length(name)
-        registry.template_of(name, chat)
+        in_chat[name] = registry.template_of(name, chat) is not None
     for name, causal in models:
         of_name = of_causal if causal else loading
         conditions = of_name.conditions(name)
         unasked = {key for key, value in vars(registry.Loading()).items() if getattr(of_name, key) == value}
         older = {key: conditions[key] for key in unasked}  # of rows that do not name them
         results = {_key(older | row): row for row in known}
-        in_chat = registry.template_of(name, chat) is not None
-        conditions |= {**problem_set.description, "gen_length": problem_set.length(name), "chat": in_chat}
-        shared = {"problems": problem_set, "batch": batch, "chat": in_chat, "recording": recording}
+        of_problems = {"gen_length": problem_set.length(name), "chat": in_chat[name]}
+        conditions |= {**problem_set.description, **of_problems}
+        shared = {"problems": problem_set, "batch": batch, "chat": in_chat[name], "recording": recording}
         if causal:
             fixed = causal_config, draft_size
             yield from _drafted(name, drafters, *fixed, results, of_name, conditions, shared)
@@ -206,7 +207,6 @@ def _drafted(
     plain: list[Answer] = []
     compares = False
     for drafter in drafters:
-        check_named(drafter)
         compares |= drafter == PLAIN
         drafter_name = None if drafter == PLAIN else drafter
         changed = drafter_fields(config, drafter_name, draft_size)

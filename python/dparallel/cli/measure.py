@@ -168,12 +168,7 @@ def evaluate(
     from .. import results as reporting
     from ..recording import Recording
 
-    def progress() -> str:
-        if json_file is None:
-            return "nothing is kept; with --json FILE measurements are, and --resume goes on behind them"
-        return f"{json_file} keeps the measurements that are complete; --resume goes on behind them"
-
-    with plain_errors(progress=progress):
+    with plain_errors(progress=functools.partial(kept_measurements, json_file)):
         if problems is not None:
             whole("problems", problems, 1)
         whole("batch", batch, 1)
@@ -200,12 +195,7 @@ def evaluate(
             }
             of_drafters = {"drafter": drafter or None, "report": report or None}
             check_kind(model[0], True in causal, **of_drafters, **of_diffusion)
-        policies: list[str | Fields] = [*(policy or [])]
-        if rows is not None:
-            policies += read_rows(rows)
-        elif not policy:
-            policy_of_file = policy_in(content) if False in causal else None
-            policies += [policy_of_file] if policy_of_file else sweeping.POLICIES
+        policies = policies_of(policy or [], rows, content if False in causal else {})
         known = reporting.read_results(json_file) if resume and json_file and json_file.exists() else []
         if data is None:
             say_what_is_asked("data", model)
@@ -233,6 +223,23 @@ def evaluate(
             if json_file is not None:
                 files.write_json(json_file, results + [old for old in known if old not in results])
         write_reports(results, recording, markdown=markdown, plot=plot, html=html)
+
+
+def kept_measurements(json_file: Path | None) -> str:
+    """A line for `plain_errors`: what an interrupted `evaluate` has kept."""
+    if json_file is None:
+        return "nothing is kept; with --json FILE measurements are, and --resume goes on behind them"
+    return f"{json_file} keeps the measurements that are complete; --resume goes on behind them"
+
+
+def policies_of(policy: list[str], rows: Path | None, content: Fields) -> list[str | Fields]:
+    """The rows of the table: the options', else that of the config file's `content`, else `POLICIES`."""
+    if rows is not None:
+        return [*policy, *read_rows(rows)]
+    if policy:
+        return [*policy]
+    of_file = policy_in(content)
+    return [of_file] if of_file else [*sweeping.POLICIES]
 
 
 def write_reports(

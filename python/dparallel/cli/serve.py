@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ from .common import (
     check_kind,
     read_config,
 )
+
+if TYPE_CHECKING:
+    from ..serving.runner import Served
 
 
 def serve(
@@ -143,35 +146,22 @@ def serve(
             check_kind(each, causal[each], **given)
         if any(causal.values()):
             check_drafted(drafter, draft_size)
-        models = []
+        models: list[runner.Served] = []
         for each in model:
             fields = {"gen_length": registry.gen_length(each), **content}
-            shared: dict[str, Any] = {"batch_invariant": batch_invariant or None}
+            options: dict[str, Any] = {"batch_invariant": batch_invariant or None}
             if causal[each]:
-                decoding = config_without_policy(fields, **shared)
-                several = len(drafter or ()) > 1
-                for guessing in drafter or (PLAIN,):
-                    drafter_name = None if guessing == PLAIN else guessing
-                    called = f"{each}+{guessing}" if several and drafter_name else each
-                    kept_mask = loading if all(causal.values()) else replace(loading, mask_id=None)
-                    models.append(runner.Served(called, each, decoding, kept_mask, drafter_name, draft_size))
-            elif verifier:
-                decoding = config_without_policy(fields, **shared)
-                models.append(
-                    runner.Served(each, each, decoding, loading, verifier=verifier, options=of_verifier)
-                )
+                of_each = loading if all(causal.values()) else replace(loading, mask_id=None)
+                served = runner.Served(each, each, config_without_policy(fields, **options), of_each)
+                models += by_drafter(served, drafter or [PLAIN], draft_size)
+                continue
+            if verifier:
+                decoding = config_without_policy(fields, **options)
             else:
-                decoding = config_with_policy(
-                    fields, policy, cache=cache, block_length=block_length, **shared
-                )
-                models.append(runner.Served(each, each, decoding, loading, draft_size=self_drafts))
-        if name and len(name) != len(models):
-            called = ", ".join(served.name for served in models)
-            raise ValueError(f"name: expected one for each of {called}, got {len(name)}")
-        models = [
-            replace(served, name=called)
-            for served, called in zip(models, name or [f.name for f in models], strict=True)
-        ]
+                options |= {"cache": cache, "block_length": block_length}
+                decoding = config_with_policy(fields, policy, **options)
+            drafts: dict[str, Any] = {"draft_size": self_drafts, "verifier": verifier, "options": of_verifier}
+            models.append(runner.Served(each, each, decoding, loading, **drafts))
         server_settings = settings.ServerSettings(
             keys=keys,
             page=page,
@@ -183,7 +173,7 @@ def serve(
             grace=grace,
         )
         runner.run(
-            models,
+            models if not name else renamed(models, name),
             server_settings,
             host=host,
             port=port,
@@ -191,3 +181,23 @@ def serve(
             lanes=lanes,
             max_waiting=max_waiting,
         )
+
+
+def by_drafter(model: Served, drafters: list[str], draft_size: int | None) -> list[Served]:
+    """An autoregressive model once with each drafter, whose name is in the model's if there are several."""
+    models = []
+    for drafter in drafters:
+        fields: dict[str, Any] = {"draft_size": draft_size}
+        if drafter != PLAIN:
+            fields |= {"drafter": drafter}
+            fields |= {"name": f"{model.name}+{drafter}"} if len(drafters) > 1 else {}
+        models.append(replace(model, **fields))
+    return models
+
+
+def renamed(models: list[Served], names: list[str]) -> list[Served]:
+    """The models with these names. Raises ValueError for another number of them."""
+    if len(names) != len(models):
+        called = ", ".join(model.name for model in models)
+        raise ValueError(f"name: expected one for each of {called}, got {len(names)}")
+    return [replace(model, name=name) for model, name in zip(models, names, strict=True)]

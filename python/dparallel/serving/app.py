@@ -361,17 +361,17 @@ def name_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(http: Request, error: HTTPException) -> Response:
-        path = http.scope["path"]
-        if not isinstance(error, ApiError) and error.status_code in (404, 405):
-            message, headers = f"path: expected one of {', '.join(PATHS)}, got {path}", error.headers
-            if error.status_code == 405:
-                allowed = methods(path, service) or READ
-                message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
-            error = ApiError(error.status_code, message, headers=headers)
-        elif not isinstance(error, ApiError) and error.status_code == 400:  # FastAPI could not read it
+        if isinstance(error, ApiError):
+            return error.response
+        path, message, headers = http.scope["path"], error.detail, error.headers
+        if error.status_code == 404:
+            message = f"path: expected one of {', '.join(PATHS)}, got {path}"
+        elif error.status_code == 405:
+            allowed = methods(path, service) or READ
+            message, headers = f"method: {path} expects {allowed}, got {http.method}", {"Allow": allowed}
+        elif error.status_code == 400:  # FastAPI could not read it
             message = "body: expected JSON in UTF-8, not nested deeply, without numbers of so many digits"
-            error = ApiError(400, message)
-        return ApiError.of(error).response
+        return ApiError(error.status_code, message, headers=headers).response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

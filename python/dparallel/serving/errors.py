@@ -36,12 +36,6 @@ class ApiError(HTTPException):
         # ASCII, since a message may quote bytes that are no text.
         return Response(json.dumps(self.body), self.status_code, self.headers, "application/json")
 
-    @classmethod
-    def of(cls, error: HTTPException) -> ApiError:
-        if isinstance(error, cls):
-            return error
-        return cls(error.status_code, error.detail, headers=error.headers)
-
 
 class ErrorFields(BaseModel):
     """An error's fields in OpenAI's form."""

@@ -30,7 +30,7 @@ from ..checkers import checker_of, without_number
 from ..configs import POLICY, parse_policy
 from ..evaluate import kept_of
 from ..problems import Prompt, digest_of
-from ..text import Encoder
+from ..text import Encoder, Template
 from ..toy import tasks
 
 SETTINGS = "settings.json"
@@ -129,7 +129,7 @@ def generate(
     settings = replace(settings, chat=template is not None)
     _ = settings.config  # which names a setting that does not fit
     with files.run_directory(out) as directory:
-        _generate(directory, prompts, settings, batch, device, loaded, progress)
+        _generate(directory, prompts, settings, template, batch, device, loaded, progress)
     return directory
 
 
@@ -137,6 +137,7 @@ def _generate(
     directory: Path,
     prompts: list[Prompt],
     settings: TrajectorySettings,
+    template: Template | None,
     batch: int,
     device: str | None,
     loaded: tuple[Any, Any] | None,
@@ -161,7 +162,6 @@ def _generate(
     model, tokenizer = loaded or loading.load(settings.model)
     model = dx.models.for_decoding(model)
     dx.models.check_diffusion(model)
-    template = registry.template_of(settings.model, True) if settings.chat else None
     encode = registry.encoder_of(settings.model, model, tokenizer, template, settings.gen_length)
     config, checker = settings.config, checker_of(settings.checker)
     total, left = (sum(len(shards[i]) for i in some) for some in (mine, missing))
@@ -268,12 +268,11 @@ def _is_whole(directory: Path, number: int, settings: TrajectorySettings) -> boo
     file = _shard(directory, number, settings.format)
     if not file.exists():
         return False
+    own = range(number * settings.shard, (number + 1) * settings.shard)
     try:
-        indices = [row["index"] for row in _rows_of_shard(file, ["index"])]
+        return all(row["index"] in own for row in _rows_of_shard(file, ["index"]))
     except (ValueError, KeyError):
         return False
-    first = number * settings.shard
-    return all(first <= index < first + settings.shard for index in indices)
 
 
 def _rows_of_shard(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
