@@ -477,3 +477,6 @@ def test_which_heads_are_plain():
     assert plain_head(found["remote"]) is found["remote"].lm_head
     assert plain_head(found["remote, scaled"]) is None
     assert plain_head(nn.Linear(2, 2)) is None
+    head = found["llada"].lm_head
+    head.forward = lambda x: 2 * type(head).forward(head, x)  # which the loss in its place would leave out
+    assert plain_head(found["llada"]) is None

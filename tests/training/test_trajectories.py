@@ -241,6 +241,7 @@ def test_shards_are_looked_at_when_a_run_goes_on(
     shards[1].write_bytes(b"")
     shards[2].write_bytes(before[3])
     if format == "jsonl":
+        shards[3].write_text('{"index": "first"}\n')
         with pytest.raises(ValueError, match=r"part-00000.jsonl is empty or cut off"):
             Trajectories(whole)
     else:

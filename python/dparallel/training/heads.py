@@ -12,7 +12,8 @@ from dparallel_ext.models import Model
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output embedding, if its output are the logits without further changes; else None."""
+    """The model's output embedding, if its class computes it, and its output are the logits without further
+    changes; else None: accelerate, for example, gives a layer on another device a forward of its own."""
     if isinstance(model, Model):
         head: Any = model.lm_head
         unscaled = model.shape.logit_scale == 1.0
@@ -20,7 +21,8 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
         get = getattr(model, "get_output_embeddings", None)
         head, config = get() if get is not None else None, getattr(model, "config", None)
         unscaled = not any(getattr(config, key, None) for key in ("scale_logits", "final_logit_softcapping"))
-    return head if unscaled and type(head) is nn.Linear and head.bias is None else None
+    plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
+    return head if unscaled and plain else None
 
 
 @contextmanager
