@@ -11,7 +11,7 @@ def main() -> None:
     if handler is signal.default_int_handler:  # not where the parent process has SIGINT ignored
         # Not by an exception: an import of torch's takes seconds, and some of its parts catch any.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    gc.disable()  # what is imported stays: looking through it for garbage took an eighth of the start
+    gc.disable()  # imported modules stay: looking through them for garbage took an eighth of the start
     from . import cli
 
     gc.freeze()

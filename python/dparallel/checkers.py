@@ -65,7 +65,7 @@ def compares(name: str) -> bool:
 
 def checker_of(name: str) -> Checker:
     """One of CHECKERS, or "package.module:function". Raises ValueError, also where the module raises
-    anything, and so does the checker where the function raises anything, or returns neither true nor
+    anything. The checker raises ValueError where the function raises anything, or returns neither true nor
     false."""
     expected = f"one of {list(CHECKERS)} or package.module:function"
     if not isinstance(name, str):

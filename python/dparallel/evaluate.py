@@ -1,4 +1,4 @@
-"""Measures accuracy and passes over problems, the built-in task's or one's own, for models and policies."""
+"""Measures accuracy and passes over problems, of the built-in task or of a file, for models and policies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def evaluate(
     `seed`, and check the answers.
 
     Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
-    rule; `config` has all other fields but those of `SET_HERE`.
+    rule; `config` has all other fields, except `SET_HERE`.
     `chat`: put problems into the checkpoint's chat template; default: if it has one. With `loaded`, a model
     and its tokenizer, there is no template unless `chat` is true, which takes that of `model_name`.
     `draft_size`: see `decode`. `answers`: a list that receives whole responses, in the order of the problems.
@@ -224,12 +224,12 @@ def evaluate_drafter(
 ) -> dict[str, Any]:
     """`evaluate` an autoregressive model, each answer to its end, with a drafter (None: plain).
 
-    config: fields that `speculate` takes, but those of `SET_HERE`. answers: a list that receives the answers,
-    in the order of the problems. The other arguments are those of `evaluate`.
+    config: fields that `speculate` takes, except `SET_HERE`. answers: a list that receives the answers, in
+    the order of the problems. The other arguments are those of `evaluate`.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward
     counts the end among the tokens; policy is "plain" or the drafter's name, as it is given. Besides,
-    draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and those whose
+    draft_mean (drafts per answer), drafted and accepted (drafts that reached each depth, and drafts whose
     token there was the model's own), accepted_per_draft, and layers: the layers of the model run for a token,
     one after the other, as a share of all its layers.
     """
@@ -343,7 +343,7 @@ def evaluate_adaptive(
     """`evaluate` a diffusion model with a verifier, see `adaptive_decode`, each answer to its end.
 
     verifier: its name. options: mixture, window and lookahead, as far as they are given. config: the other
-    fields, but those of `SET_HERE`. The other arguments are those of `evaluate`.
+    fields, except `SET_HERE`. The other arguments are those of `evaluate`.
 
     Returns as `evaluate`, with the verifier's name as policy: nfe_mean and nfe_to_eos are passes of the
     diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
@@ -377,8 +377,8 @@ def _seeded(config: dx.DecodeConfig, part: Sequence[Encoded]) -> dx.DecodeConfig
 
 
 def _batches(task: Task) -> Iterator[Sequence[Encoded]]:
-    """At most `task.batch` problems at a time, those of like lengths together. A terminal shows how many
-    are done."""
+    """At most `task.batch` problems at a time; problems of like lengths go together. A terminal shows how
+    many are done."""
     prompts = enumerate(task.problems.prompts)
     encoded = [Encoded(number, prompt, task.encode(prompt.text)) for number, prompt in prompts]
     encoded.sort(key=lambda each: len(each.ids))

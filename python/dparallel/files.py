@@ -212,7 +212,7 @@ def apart(out: Path, checkpoint: Path) -> None:
         raise ValueError(f"out: expected another directory than the model's, got {out}")
 
 
-# --- what goes with a checkpoint ---------------------------------------------------------------
+# --- files beside a checkpoint's weights --------------------------------------------------------
 
 COMPANIONS = (
     "*token*.json",
@@ -235,7 +235,7 @@ are the new model's own, and other files (results, model card, log) describe the
 class Companions:
     """Copies a checkpoint's `COMPANIONS`; stands in for Trainer's tokenizer.
 
-    Raises FileNotFoundError for one that is a link that leads nowhere, before anything is copied.
+    Raises FileNotFoundError for a file that is a link to nowhere, before anything is copied.
     """
 
     model_input_names = ("input_ids",)  # where Trainer looks for a row's length

@@ -1,8 +1,8 @@
 """Regular expressions of JSON schemas.
 
-The library outlines_core makes them. It leaves out what it does not follow without a word, and some of its
-strings are no JSON: here each constraint is refused by name that a response might not keep, and the patterns
-of strings, the bounds of numbers and values of any content are written.
+The library outlines_core makes them. It leaves out constraints that it does not follow without a word, and
+some of its strings are no JSON: here each constraint is refused by name that a response might not keep, and
+the patterns of strings, the bounds of numbers and values of any content are written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOLLOWED = {
 """The library follows the first of these keywords that a schema has, with these beside it. It would leave out
 any other constraint without a word."""
 STRINGS = {"maxLength": {"pattern", "format"}, "minLength": {"pattern", "format"}, "pattern": {"format"}}
-"""Nor does it follow these beside each of those."""
+"""Nor does the library follow these keywords beside the key."""
 OTHERS = """minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minContains
     maxContains minProperties maxProperties patternProperties propertyNames dependentRequired dependentSchemas
     dependencies additionalItems unevaluatedItems unevaluatedProperties not if then else"""
@@ -50,7 +50,7 @@ KINDS: dict[str, type] = {
     **{"pattern": str, "format": str, "properties": dict, "enum": list},
     **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), list),
 }
-"""The types of keywords' values. The library does not check those that it ignores."""
+"""The types of keywords' values. The library does not check keywords that it ignores."""
 OFFSET = "(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
 TIME = rf"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?{OFFSET}"
@@ -71,8 +71,8 @@ NO_CONSTRAINT: dict[str, Any] = {"required": [], "uniqueItems": False, "minPrope
 
 
 def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str:
-    """The regular expression of a JSON schema, an object or its text. Raises ValueError saying what of it is
-    not supported.
+    """The regular expression of a JSON schema, an object or its text. Raises ValueError saying which part of
+    it is not supported.
 
     A value of any content has at most `any_json.FREE` objects and arrays in each other, and `any_json.DEPTH`
     where the whole schema is that of an object of any content, as {"type": "object"}.
@@ -109,8 +109,8 @@ def json_pattern(schema: str | dict[str, Any], sandbox: Sandbox = shared) -> str
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The places and schemas of a schema and of all in it, each before those that it has; it may change. One
-    that is true becomes {}, which says the same."""
+    """The places and schemas of a schema and of all schemas in it, each before the schemas in it, so that the
+    caller may change it. A schema that is true becomes {}, which says the same."""
     waiting = [("#", schema)]
     while waiting:
         at, part = waiting.pop()

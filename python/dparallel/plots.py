@@ -159,7 +159,8 @@ def _rule(row: dict[str, Any]) -> str:
 
 
 def _threshold(row: dict[str, Any]) -> str:
-    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is not one. Of a drafter its name."""
+    """The numbers of a row's rule; "builtin:NAME", a filter that ships, is no number. Of a drafter its
+    name."""
     if "draft_mean" in row:
         return str(row["policy"]).removeprefix("builtin:")
     parts = [part.partition(":")[2].split(",") for part in str(row["policy"]).split("+")]

@@ -42,9 +42,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """Prompts of a file (`files.ROWS`), or of "builtin:N[:SEED]", N training problems of `tasks`.
 
-    A prompt is a text, or a list of chat messages, {"role": ..., "content": ...}: those in front of the
-    assistant's last are the prompt. An answer is a text or a number, or a list of messages whose last is the
-    assistant's. `answer_field` None: there are no answers, and a line that is no JSON is a prompt, too.
+    A prompt is a text, or a list of chat messages, {"role": ..., "content": ...}: the messages in front of
+    the assistant's last are the prompt. An answer is a text or a number, or a list of messages whose last is
+    the assistant's. `answer_field` None: there are no answers, and a line that is no JSON is a prompt, too.
     Raises FileNotFoundError, or ValueError naming the argument, the line and the field that is missing or of
     another type, or a file without prompts.
     """
@@ -126,7 +126,7 @@ class Problems:
     description: Mapping[str, Any]
     """The fields of results about them."""
     beyond_end: bool
-    """Whether what follows the end of a response is judged, too."""
+    """Whether the tokens behind the end of a response are judged, too."""
 
     def length(self, model_name: str) -> int:
         """The tokens of a response of a model."""

@@ -32,7 +32,8 @@ def builtins() -> list[str]:
 
 @contextlib.contextmanager
 def naming(argument: str, of_callee: str) -> Iterator[None]:
-    """A context whose errors name `argument`, in place of the argument `of_callee` of what it calls."""
+    """A context whose errors name `argument`, in place of the argument `of_callee` of the functions called in
+    it."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -134,7 +135,7 @@ def gen_length(name: str) -> int:
 def check_positions(name: str, model: models.Model, positions: int) -> None:
     """Raise ValueError if a model that ships would decode beyond the positions that it was trained on.
 
-    Some other checkpoints can (rotary embeddings extrapolate), so for these `decode` only warns.
+    Some other checkpoints can decode there (rotary embeddings extrapolate), so for these `decode` only warns.
     """
     most = models.max_positions(model)
     if name.startswith("builtin:") and most is not None and positions > most:

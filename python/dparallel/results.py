@@ -36,8 +36,8 @@ def settings_text(row: Mapping[str, Any]) -> str:
 
 
 def result_line(row: Mapping[str, Any]) -> str:
-    """A result as a line under HEADING; what may be long comes last. What rows of older versions lack is
-    blank."""
+    """A result as a line under HEADING; the fields that may be long come last. Fields that rows of older
+    versions lack are blank."""
     to_eos = f"{row['nfe_to_eos']:.1f}" if "nfe_to_eos" in row else ""
     tokens = f"{row['tokens_per_forward']:.2f}" if "tokens_per_forward" in row else ""
     return (

@@ -1,4 +1,4 @@
-"""Runs what is not trusted, chat templates and patterns, in a process with limits of time and memory.
+"""Runs chat templates and patterns, which are not trusted, in a process with limits of time and memory.
 
 jinja2's sandbox keeps a template from files and from Python's internals, but not from an endless loop or from
 gigabytes of text; a short regular expression may have an automaton of billions of states. So another process
@@ -43,7 +43,7 @@ class Exceeded(Refused):
 
 
 class Sandbox:
-    """The process; the first request starts it, and so does one after a request that has ended it.
+    """The process. The first request starts it; where a request has ended it, the next one starts another.
 
     Any thread may send requests, which are answered one after another.
     """
@@ -212,9 +212,9 @@ PART = re.compile(
 
 
 def length_of(pattern: str) -> int:
-    """The length of the longest text that matches, in characters, where a part that repeats without bound
-    does so as seldom as it may; beyond 2^31 some number beyond it. 0 for a pattern with what is not followed
-    here: the flag x, classes in classes, and what is no pattern.
+    """The length of the longest text that matches, in characters, where a part that may repeat without bound
+    repeats as seldom as it may; beyond 2^31 some number beyond it. 0 for a pattern with parts that are not
+    followed here (the flag x, classes in classes), and for a text that is no pattern.
 
     An automaton of texts that all have an end has as many states at least.
     """
@@ -243,7 +243,7 @@ def length_of(pattern: str) -> int:
 
 
 class TooLarge(ValueError):
-    """Raised in the process for what has no place in an answer."""
+    """Raised in the process for a result that is too large for an answer."""
 
 
 def automaton_of(pattern: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def automaton(
 
     pattern: a regular expression in the syntax of Rust's regex, without anchors, look-around and references
         to groups; no text holds a NUL.
-    ends: ids, which the vocabulary need not have: a config.json may name one that the tokenizer lacks.
+    ends: ids, which the vocabulary need not have: a config.json may name an end that the tokenizer lacks.
     sandbox: where the automaton over bytes is made, with limits of time and size.
 
     Raises ValueError for a pattern that is none, that is too large, or that no text of these tokens matches,
@@ -123,8 +123,8 @@ def automaton(
 def _over_tokens(
     columns: dict[int, list[int]], accepting: list[bool], vocabulary: Vocabulary, ends: Sequence[int]
 ) -> Automaton:
-    """The automaton over tokens of one over bytes. columns: [byte][state], of bytes that lead somewhere; the
-    last state is dead.
+    """The automaton over tokens of an automaton over bytes. columns: [byte][state], of bytes that lead
+    somewhere; the last state is dead.
 
     A text is a function from states to states. A vocabulary's texts have few different ones, so each is
     computed once, and the tokens with the same one, that begin a text alike, are a class.

@@ -60,12 +60,12 @@ def sweep(
     result.
 
     policies: texts, or the fields of a row. drafters: "plain" for none. draft_size: for the drafters; if all
-    models are diffusion models, `decode`'s for every policy without one; such a result has same_texts, the
-    number of responses equal to the same policy's without it. config: the fields of all results; those of
-    masked diffusion are refused where all models are autoregressive, and are for diffusion models alone if
-    there are both kinds. known: results of an earlier run, which are not
-    measured again; those of older versions, which name no device, mask token or dtype, count if none is asked
-    for. The other arguments are those of `evaluate`.
+    models are diffusion models, `decode`'s for every policy that has no draft size of its own; such a result
+    has same_texts, the number of responses equal to the same policy's without drafts. config: the fields of
+    all results; fields of masked diffusion are refused where all models are autoregressive, and are for
+    diffusion models alone if there are both kinds. known: results of an earlier run, which are not measured
+    again; results of older versions, which name no device, mask token or dtype, count if none is asked for.
+    The other arguments are those of `evaluate`.
     """
     entries = [each if isinstance(each, Mapping) else {"rule": each} for each in policies]
     for entry in entries:

@@ -70,8 +70,8 @@ class TextStream:
 
     def put(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        # One by one: what bytes that are no text become depends on what is decoded with them, and the count
-        # ends with the token that completes a stop string.
+        # One by one: the text of bytes that are no UTF-8 depends on the tokens decoded with them, and the
+        # count ends with the token that completes a stop string.
         released = ""
         for token in tokens:
             if self.stopped:
@@ -251,7 +251,8 @@ Encoder = Callable[[str | list[Message]], list[int]]
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError unless it is a `tokenizers.Tokenizer`, as those of transformers hold one."""
+    """Raise ValueError unless it is a `tokenizers.Tokenizer`, which a fast tokenizer of transformers
+    holds."""
     from tokenizers import Tokenizer
 
     if not isinstance(tokenizer, Tokenizer):

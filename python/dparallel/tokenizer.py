@@ -19,7 +19,7 @@ ANY_TEXT = "a \n\U0010ffff"
 QWEN2_WORDS = "|".join(
     (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, with what stands before them
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # letters, with the sign before them
         r"\p{N}",  # each digit alone
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with the ends of their lines
         r"\s*[\r\n]+",
@@ -44,7 +44,7 @@ def load(directory: Path) -> Any:
     text = files.read_text(file)
     try:
         tokenizer = Tokenizer.from_str(text)
-        # The file keeps what its last user had set, often the lengths of training texts.
+        # The file keeps the settings of its last user, often the lengths of training texts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode(ANY_TEXT).ids)
@@ -57,7 +57,7 @@ def load(directory: Path) -> Any:
 def _add_missing(tokenizer: Any, directory: Path) -> None:
     """Add the tokens that tokenizer_config.json lists and tokenizer.json lacks, as transformers does.
 
-    Raises ValueError for one that would get another id than the listed one.
+    Raises ValueError for a token that would get another id than the listed one.
     """
     added = files.added_tokens(directory)
     missing = {text: token for text, token in added.items() if tokenizer.token_to_id(text) is None}

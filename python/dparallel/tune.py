@@ -195,7 +195,7 @@ def curve(
 
 
 def sizes_of(most: int, asked: Iterable[int] | None) -> list[int]:
-    """The sizes to measure, ascending. Raises ValueError for one above `most`."""
+    """The sizes to measure, ascending. Raises ValueError for a size above `most`."""
     if asked:
         return sorted({whole("draft_size", size, 0, most) for size in asked})
     return sorted({*(size for size in SIZES if size < most), most})

@@ -123,8 +123,9 @@ def check_drafted(drafters: list[str] | None, draft_size: int | None) -> None:
 def adaptive_options(verifier: str | None, others: dict[str, Any], **options: Any) -> dict[str, Any]:
     """The options that are given for `adaptive_decode`: mixture, window and lookahead.
 
-    Raises ValueError for one that does not fit, or without a verifier, for an option among `others` with one,
-    and for a verifier that is not autoregressive; FileNotFoundError where there is none.
+    Raises ValueError for an option that does not fit or comes without a verifier, for any of `others` beside
+    a verifier, and for a verifier that is not autoregressive; FileNotFoundError for a verifier that is not
+    there.
     """
     options = {key: value for key, value in options.items() if value is not None}
     for key, value in others.items() if verifier else options.items():

@@ -1,4 +1,4 @@
-"""The commands that measure, or show what is there: info, demo, evaluate, tune."""
+"""The commands that measure models, or show them and the build: info, demo, evaluate, tune."""
 
 from __future__ import annotations
 
@@ -273,8 +273,8 @@ def problems_of(
     prompt_field: str,
     answer_field: str,
 ) -> Problems:
-    """The problems of a file, or those of the built-in task. Raises ValueError naming the option that does
-    not fit."""
+    """The problems of a file, or of the built-in task. Raises ValueError naming the option that does not
+    fit."""
     if data is None:
         for option, value in (("checker", checker), ("gen_length", gen_length)):
             if value is not None:
@@ -286,7 +286,7 @@ def problems_of(
 
 
 def check_written(**file_of: Path | None) -> None:
-    """Raise ValueError for a file that cannot be written, and for one that two options name."""
+    """Raise ValueError for a file that cannot be written, and for a file that two options name."""
     option_of: dict[Path, str] = {}
     for option, file in file_of.items():
         if file is not None:

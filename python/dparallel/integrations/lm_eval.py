@@ -150,7 +150,8 @@ class DParallelLM(TemplateLM):
         self.default_gen_length = registry.gen_length(pretrained)
         self.max_length = max_length or max_positions(self.model) or MAX_LENGTH
         self.bos_token = files.special_tokens(self.directory).get("bos_token")
-        # Tasks list the ends of many models; the mask token, and what this model lacks, is never decoded.
+        # Tasks list the ends of many models; the mask token, and tokens that this model lacks, are never
+        # decoded.
         self.special_ids: dict[str, int] = {
             token.content: number
             for number, token in self.tokenizer.get_added_tokens_decoder().items()

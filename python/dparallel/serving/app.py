@@ -311,8 +311,8 @@ def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str
     verifier, the block is the pass's tokens.
 
     drafted, accepted: the number of tokens that the drafter guessed for the pass, or that the verifier
-    judged, and of those that were kept, the first of the pass's tokens. refused: the others, each as text. A
-    token that ends the text is in neither, see `speculation.sequence.Verified`.
+    judged, and how many of these were kept, which are the first of the pass's tokens. refused: the other
+    guesses, each as text. A token that ends the text is in neither, see `speculation.sequence.Verified`.
 
     passes, logprobs: if the request asks for `logprobs`, for each token the pass that committed it, and its
     log-probability (nats); null for a mask.

@@ -80,9 +80,9 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 
 
-async def in_time(what: Awaitable[T], aborted: asyncio.Future[None], seconds: float | None = None) -> T:
-    """The result of `what`. Raises ApiError if it takes longer than `seconds`, or if the server stops."""
-    doing = asyncio.ensure_future(what)
+async def in_time(awaited: Awaitable[T], aborted: asyncio.Future[None], seconds: float | None = None) -> T:
+    """The result of `awaited`. Raises ApiError if it takes longer than `seconds`, or if the server stops."""
+    doing = asyncio.ensure_future(awaited)
     waiting: set[asyncio.Future[Any]] = {doing, aborted}
     try:
         await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

@@ -176,7 +176,7 @@ class Options(Strict):
     """The parameters of both endpoints."""
 
     asked: ClassVar[str]
-    """The parameter that holds what is asked."""
+    """The parameter that holds the prompt or the messages."""
     top_name: ClassVar[str]
     model: str
     max_tokens: int | None = Field(None, ge=1)

@@ -204,7 +204,7 @@ def run(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError for an empty name, or one that two models have."""
+    """Raise ValueError for an empty name, and for a name that two models have."""
     for at, name in enumerate(names):
         if not name.strip():
             raise ValueError("name: expected the model's name, got an empty one")

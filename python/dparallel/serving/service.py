@@ -1,4 +1,4 @@
-"""The served models, their engines, and what a request asks of them."""
+"""The served models, their engines, and the way of a request to them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ FORMS = 32
 
 
 class Service:
-    """The served models by their names in requests, and what they share: metrics, threads, a sandbox."""
+    """The served models by their names in requests, and the metrics, threads and sandboxes that they
+    share."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings

@@ -29,7 +29,7 @@ def head(name: str) -> str:
 
 def calls_pattern(schemas: Mapping[str, Any], sandbox: Sandbox) -> str:
     """The regular expression of a call of one of the functions, with the schemas of their arguments. Raises
-    ValueError saying what of a schema is not supported."""
+    ValueError saying which part of a schema is not supported."""
     patterns, end = [], time.monotonic() + limits.SECONDS
     for name, schema in schemas.items():
         if time.monotonic() > end:
@@ -54,7 +54,8 @@ class CallText:
         """Whether the function's name is complete."""
 
     def put(self, text: str) -> list[dict[str, Any]]:
-        """The entries of "tool_calls" that more text brings: what it adds to the one call, if anything."""
+        """The entries of "tool_calls" that more text brings: its addition to the one call, if there is
+        any."""
         self._text += text
         call: dict[str, Any] = {"function": {}}
         if not self.named:

@@ -42,7 +42,7 @@ def run(
     names = names or [name for name in registry.builtins() if name != registry.VERIFIER]
     for name in names:
         registry.is_causal(name)  # raises for a name that is none, before anything is shown
-    # A problem that is not among those of the table.
+    # A problem that is not among the table's.
     problem = next(itertools.islice(tasks.problems("held_out", seed=1), 2, None))
     console.print(f"\n[bold]{problem.prompt}[/bold]", highlight=False)
     console.print(LEGEND, highlight=False)

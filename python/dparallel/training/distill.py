@@ -312,7 +312,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
                 processing_class=companions,
             )
     except RuntimeError as error:
-        if "installed" not in str(error):  # else what `report_to` names is not
+        if "installed" not in str(error):  # else the package that `report_to` names is not
             raise
         raise ValueError(f"training: report_to: {error}") from error
     if not progress:
@@ -382,7 +382,7 @@ def _rows(recipe: Recipe, answers: str | Path, model_tokenizer: Any) -> trajecto
 
 
 def _longest(collator: trajectories.Collator, rows: trajectories.Trajectories) -> tuple[int, str]:
-    """The most positions of a collated row, and the name of what decides about them."""
+    """The most positions of a collated row, and the name of the setting or data that decides about them."""
     if collator.total_length is not None:
         return collator.total_length, "total_length"
     if collator.response_length is not None:

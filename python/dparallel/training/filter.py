@@ -121,7 +121,7 @@ def record(
     """The oracle's records over answers, each (prompt and response (T,) int64, the prompt's length), and its
     mean number of passes for an answer.
 
-    Raises ValueError for no answers, and for one that ends within a block of a block-causal model.
+    Raises ValueError for no answers, and for an answer that ends within a block of a block-causal model.
     """
     if not answers:
         raise ValueError("answers: expected at least one, got none")

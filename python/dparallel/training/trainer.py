@@ -385,7 +385,7 @@ class CertaintyForcingTrainer(Trainer):
         return result
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """Adds the rows' sums to those of the evaluation; the loss that it returns counts for nothing."""
+        """Adds the rows' sums to the evaluation's; the loss that it returns counts for nothing."""
         views = self.views(inputs, -1)
         self.fill(model, views)
         views = self._prepare_inputs(views)

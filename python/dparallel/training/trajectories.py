@@ -202,8 +202,8 @@ def _answer(
     config: dx.DecodeConfig,
     batch: int,
 ) -> Iterator[list[tuple[int, dict[str, Any], str]]]:
-    """Answer prompts batch by batch, those of like lengths together; yield [(index in prompts, row, response
-    up to its end)] of each batch."""
+    """Answer prompts batch by batch, prompts of like lengths together; yield [(index in prompts, row,
+    response up to its end)] of each batch."""
     asked = [(at, encode(prompt.text)) for at, prompt in enumerate(prompts)]
     asked.sort(key=lambda each: len(each[1]))
     for first in range(0, len(asked), batch):
@@ -398,8 +398,8 @@ class Collator:
 
     ends, block_length: of a block-causal model, which is decoded block by block and stops. A row ends with
     the block (from column 0 on) that holds its response's first token of `ends`, and in that block EOS
-    follows: what such a model wrote behind its end is no text to learn. A bidirectional model sees its whole
-    response, fills it with EOS itself, and has no `block_length` here.
+    follows: tokens that such a model wrote behind its end are no text to learn. A bidirectional model sees
+    its whole response, fills it with EOS itself, and has no `block_length` here.
 
     Raises ValueError for both lengths, or one below 1; called, for a row without these fields.
     """
@@ -444,7 +444,7 @@ class Collator:
         }
 
     def _ended(self, ids: Tensor, prompt: int) -> Tensor:
-        """The ids (T,) of a row, without what follows the block of its end."""
+        """The ids (T,) of a row, up to the end of the block that holds its end token."""
         if self.block_length is None:
             return ids
         kept = prompt + kept_of(ids[prompt:].tolist(), self.ends) + 1  # with the end

@@ -34,7 +34,7 @@ SHARD = 512
 
 
 def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Token ids of the prompts to learn from, and of those held out to test with."""
+    """Token ids of the prompts to learn from, and of the prompts held out to test with."""
 
     def ids(prompts: Sequence[Prompt]) -> list[Tensor]:
         return [torch.tensor(encode(prompt.text), dtype=torch.int64) for prompt in prompts]
@@ -66,7 +66,8 @@ def answers_of(
     settings: DrafterSettings,
     progress: bool,
 ) -> list[Answer]:
-    """The target's answers, read from the directory if they are there; without those that are too short."""
+    """The target's answers, read from the directory if they are there; answers that are too short are left
+    out."""
     identity: dict[str, Any] = {"target": models.fingerprint(model), "gen_length": settings.gen_length}
     if settings.temperature:
         identity |= {"temperature": settings.temperature, "seed": settings.seed}

@@ -180,7 +180,7 @@ class Trainee(ABC):
         return [p for p in self.module.parameters() if p.ndim == 2]
 
     def learnable(self, answers: list[Answer]) -> list[Answer]:
-        """Of the target's answers, what it can learn from. Raises ValueError if nothing is left."""
+        """The parts of the target's answers that it can learn from. Raises ValueError if nothing is left."""
         return answers
 
     @abstractmethod
