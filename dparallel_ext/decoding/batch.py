@@ -1,7 +1,7 @@
 """A batch of sequences that are decoded together, each with its own length, block and policy.
 
-The semantics are those of the published decoders (LLaDA, Fast-dLLM, dParallel, SDAR): blocks are decoded left
-to right; each pass computes logits for a span of positions, and a policy commits some of the block's masked
+The semantics are the published decoders' (LLaDA, Fast-dLLM, dParallel, SDAR): blocks are decoded left to
+right; each pass computes logits for a span of positions, and a policy commits some of the block's masked
 positions. Only the work differs: the LM head and the statistics touch the masked rows of the blocks alone,
 and a complete sequence is in no pass.
 """
@@ -254,7 +254,7 @@ class Batch:
         """The sequence states that the next pass may begin with.
 
         Where the issued passes complete a block for certain, the next block is in front. Where they only may,
-        several sequences are prepared as they are now, and a single one both ways, the likelier first.
+        several sequences are prepared as they are now, and a single sequence both ways, the likelier first.
 
         passes: how many were issued whose results have not been read.
         """
@@ -343,14 +343,15 @@ class Batch:
         return work
 
     def _counted(self, sequence: SequenceState) -> list[tuple[int, int]]:
-        """Columns of the blocks to count: the open ones, or all unfinished ones if a rule may fill them."""
+        """Columns of the blocks to count: the open blocks, or all unfinished blocks if a rule may fill
+        them."""
         if reads(sequence, "response"):
             return sequence.blocks[sequence.block_index :]
         return [(block.start, block.end) for block in sequence.open]
 
     def _stops(self, b: int, start: int, end: int) -> bool:
-        """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where the one begins
-        that ends first, the longer one if two end together. Tokens behind an EOS are filling, and no text.
+        """Whether EOS or a stop sequence ends in columns [start, end); if so, `kept` is where the first to
+        end begins, of two that end together the longer. Tokens behind an EOS are filling, and no text.
 
         Only the last run of masks is searched: text decoded in front of a given token does not end there.
         """

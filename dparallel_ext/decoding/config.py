@@ -1,4 +1,4 @@
-"""How prompts are decoded, as one object: what `decode`, an engine's requests and the server take alike."""
+"""How prompts are decoded, as one object, which `decode`, an engine's requests and the server take alike."""
 
 from __future__ import annotations
 

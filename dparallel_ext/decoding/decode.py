@@ -48,8 +48,8 @@ class DecodeOutput:
     prompt_lengths: Tensor
     """(B,) int64: tokens of the prompt, its masks included."""
     masked: Tensor
-    """(B, L) bool: the places of the response. They held the masks to fill: those after the prompt, and with
-    `infill` those in it."""
+    """(B, L) bool: the places of the response. They held the masks to fill: the masks after the prompt, and
+    with `infill` the masks in it."""
     nfe_published: Tensor
     """(B,) int64: passes of the published loops, which run some that change nothing: with "prefix" and "dual"
     where a block was complete after its full pass, with "block" to prefill and to store each block, with
@@ -68,7 +68,8 @@ class DecodeOutput:
         """Each sequence's response, (R,) int64: the tokens at the places that held masks, in order.
 
         These are the gen_length tokens after the prompt (of block-causal models more, to the end of a block).
-        With `infill`, those in the prompt come first, without the text between them: `sequences` has that.
+        With `infill`, the tokens at the prompt's masks come first, without the text between them: `sequences`
+        has that.
         """
         return [row[held] for row, held in zip(self.sequences, self.masked, strict=True)]
 
@@ -82,7 +83,8 @@ class DecodeOutput:
 
     @property
     def padded_tokens_per_forward(self) -> float:
-        """Tokens decoded per pass (`generated`), what follows EOS included; 0 where there was no pass."""
+        """Tokens decoded per pass (`generated`), the filling behind EOS included; 0 where there was no
+        pass."""
         return self._per_forward(self.generated)
 
     def _per_forward(self, tokens: Tensor) -> float:
@@ -185,7 +187,7 @@ def start_batch(
 ) -> Batch:
     """The batch of a call of `decode`, its prompts admitted.
 
-    schedule: maps the cache mode's schedule to the one that is followed. Raises ValueError naming the
+    schedule: maps the cache mode's schedule to the schedule that is followed. Raises ValueError naming the
     argument that does not fit.
     """
     model = for_decoding(model)

@@ -33,11 +33,11 @@ class Recorder(Protocol):
     """How launches are recorded: `CudaRecorder`, or an emulation where there is no GPU."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """Order the launches inside after all those before it, and before all those after it."""
+        """Order the launches inside behind all earlier launches, and before all later launches."""
 
     def record(self, compute: Compute, inputs: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Record compute(inputs), without running it; return what replays it, and the tensor of its
-        result."""
+        """Record compute(inputs), without running it; return a function that replays it, and the tensor of
+        its result."""
 
 
 _recording = threading.Lock()
@@ -123,7 +123,8 @@ class Graphs:
     def drop_stale(self, *addresses: Sequence[int] | None) -> None:
         """Drop the recordings if the tensors that they read have moved.
 
-        addresses: of the tensors of each model and drafter; None for one that cannot be recorded.
+        addresses: of the tensors of each model and drafter; None where the model or drafter cannot be
+        recorded.
         """
         known = None if None in addresses else addresses
         if known != self.addresses:

@@ -205,8 +205,8 @@ class InputPacker:
     def _endings(
         self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork], eos: int
     ) -> list[tuple[int, int]]:
-        """For each lane, the columns [start, end) in which this EOS ends the sequence; none, at the same end,
-        where another one does."""
+        """For each lane, the columns [start, end) in which this EOS ends the sequence; for a lane that it
+        does not end, no columns, at the same end."""
         edges = [work[b].ending if b in work else (0, 0) for b in range(len(sequences))]
         ends_it = [eos in sequence.settings.eos_ids for sequence in sequences]
         return [(start if ends else end, end) for (start, end), ends in zip(edges, ends_it, strict=True)]
@@ -238,8 +238,8 @@ class InputPacker:
     def _columns(
         self, b: int, reads: list[tuple[int, int]], reach: int, everything: bool
     ) -> range | list[int]:
-        """Columns of a lane whose logits are computed: on the CPU the masks among those read, unless a rule
-        reads everything; on a GPU always `reach` of them.
+        """Columns of a lane whose logits are computed: on the CPU the masks among the columns read, unless a
+        rule reads everything; on a GPU always `reach` of them.
         """
         start, end = reads[0][0], reads[-1][1]  # there is no mask between two windows
         if not self.static_shapes and not everything:

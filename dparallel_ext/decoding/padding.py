@@ -1,4 +1,5 @@
-"""The numbers of rows that passes have: what they are padded to, and up to which passes are recorded."""
+"""The numbers of rows that passes have: the numbers that these are padded to, and the most rows of a recorded
+pass."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 
 
 REMEMBERED = 16
-"""Rules with state beyond which the state of those that no sequence uses is dropped."""
+"""The number of rules with state beyond which the state of rules that no sequence uses is dropped."""
 
 
 class Runner:

@@ -66,7 +66,7 @@ def decide(
     mask_id: int,
     given: Tensor,
 ) -> Decided:
-    """Decide, by policy rows or the rule of `group`, what its sequences' windows commit.
+    """Decide, by policy rows or the rule of `group`, which tokens its sequences' windows commit.
 
     tokens: (B, L) int64; policy rows commit in place, a rule leaves that to the caller.
     windows: (4, W) int64: columns [start, end) that may be filled, and columns [first, last) that a rule

@@ -248,8 +248,8 @@ class BlockCausal(Schedule):
         return s.num_cached, s.block[0] if self.prefill_only(s) else s.open[-1].end
 
     def published_prefills(self, layout: Layout) -> int:
-        # Where blocks count from the prompt's end (BD3LM in dLLM), the pass over what is in front of a block
-        # is run anew for each block, and none after the last: as many in all as blocks.
+        # Where blocks count from the prompt's end (BD3LM in dLLM), the pass over the positions in front of a
+        # block is run anew for each block, and none after the last: as many passes in all as blocks.
         return int(self.aligned and bool(layout.blocks) and layout.columns[0] >= self.block_length)
 
     def published_passes(self, s: SequenceState) -> int:
@@ -263,7 +263,8 @@ class SubBlock(BlockCausal):
     """
 
     refresh: int | None = None
-    """Passes from one over the whole front block to the next; None: the first alone is over all of it."""
+    """Passes from a pass over the whole front block to the next such pass; None: the first alone is over all
+    of it."""
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
         columns = super().computed(s)
@@ -313,7 +314,8 @@ class Sliding(Schedule):
         return len(s.open) < self.most_open and s.block_index + len(s.open) < len(s.blocks)
 
     def published_prefills(self, layout: Layout) -> int:
-        # Not shifted, one over the prompt, and, though not in front, one in which the last tokens are stored.
+        # Not shifted, a pass over the prompt, and, though not in front, a pass in which the last tokens are
+        # stored.
         return 1 + (layout.columns[0] > 0) if layout.columns and not self.shift else 0
 
 

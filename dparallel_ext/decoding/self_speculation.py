@@ -18,8 +18,8 @@ its pass computes, which have pages of its own. Positions that it does not compu
 left them: so a state is guessed only if its pass computes all positions that the guessed passes before it
 would have written.
 
-A window (WeDLM, SDLM) slides over the ends of blocks, and so do its states. SDLM's, which are filled from
-left to right, are those of its published `self_speculative` decoding (arXiv 2509.24007).
+A window (WeDLM, SDLM) slides over the ends of blocks, and so do its states. SDLM's states, which are filled
+from left to right, are the states of its published `self_speculative` decoding (arXiv 2509.24007).
 """
 
 from __future__ import annotations
@@ -220,8 +220,8 @@ class SelfSpeculation(Batch):
         return {b: self._draft(b, tokens[b], *states[self.sequences[b].settings.rule]) for b in live}  # type: ignore[index]
 
     def _draft(self, b: int, held: list[int], token: Tensor, rank: Tensor) -> list[Guess]:
-        """The guesses of sequence b. held: its tokens, and then those of the last guess. token, rank: (lanes,
-        columns), see `RankMemory`."""
+        """The guesses of sequence b. held: its tokens, and then the tokens of the last guess. token, rank:
+        (lanes, columns), see `RankMemory`."""
         sequence, last = self.sequences[b], self._last[b]
         window = self.schedule.front_window(sequence)
         start, end = max(window.start, last.start), min(window.end, last.end)
@@ -375,7 +375,7 @@ class SelfSpeculation(Batch):
     ) -> dict[int, list[int]]:
         """By sequence, the lanes of the states to which decoding comes, one after the other.
 
-        before: the tokens before the pass. begun: what the lanes held then.
+        before: the tokens before the pass. begun: the sequences that the lanes held then.
         """
         each = list(lanes.values())
         became = [(self.tokens[states][:, None] == before[states]).all(2).flatten() for states in each]

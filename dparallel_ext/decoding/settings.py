@@ -163,7 +163,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
 
 
 def _constrained(config: DecodeConfig, rule: Rule | None, automaton: Automaton) -> Rule:
-    """The rule of an automaton. Raises ValueError for what does not go with it."""
+    """The rule of an automaton. Raises ValueError for a rule or a temperature that does not go with it."""
     if rule is not None:
         raise ValueError(f"rule: expected a policy row or none beside a form (automaton), got {shown(rule)}")
     if temperature_in_force(config.temperature) > 0:
@@ -236,8 +236,8 @@ def check_ends(
 
 
 def check_decodable(name: str, ids: Sequence[int], known: int | None, mask_id: int | None) -> None:
-    """Raise ValueError naming the argument for an id that the model never decodes: one that it does not
-    have, or the mask token."""
+    """Raise ValueError naming the argument for an id that the model never decodes: the model does not have
+    it, or it is the mask token."""
     for token in ids:
         if known is not None and token >= known:
             raise ValueError(f"{name}: expected one of the model's {known} token ids, got {token}")

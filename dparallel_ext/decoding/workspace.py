@@ -27,7 +27,8 @@ class Trajectory:
     token, from 1; 0 where no pass did."""
     confidence: Tensor
     """(B, R) float32: the token's probability in that pass, by softmax(logits); in `speculate` and
-    `adaptive_decode` the one that it was drawn with, exp(`logprob`). NaN where no pass committed it."""
+    `adaptive_decode` the probability that it was drawn with, exp(`logprob`). NaN where no pass committed
+    it."""
     logprob: Tensor
     """(B, R) float32: the log-probability (nats) that the token was drawn with in that pass, see
     `RowStats.sample_logprob`; NaN where no pass committed it."""
@@ -110,7 +111,7 @@ class Workspace:
         cached: bool,
         drafter: Any = None,
     ) -> Workspace | None:
-        """A workspace of at least `width` positions: one that an earlier batch has left with the model, or a
+        """A workspace of at least `width` positions, which an earlier batch has left with the model, or a
         fresh one; None where the model could not keep it.
 
         cached: whether keys and values outlive a pass. drafter: the drafter whose session the passes read.

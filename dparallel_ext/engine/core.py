@@ -92,7 +92,7 @@ class EngineCore:
             raise RuntimeError(self._refusal) from self._fault
 
     def close(self, cancel: bool) -> None:
-        """Take no more requests; cancel: end those that it has before the next pass."""
+        """Take no more requests; cancel: end the requests that it has before the next pass."""
         with self.lock:
             self._refusal = self._refusal or "the engine is closed"
             if cancel:
@@ -206,7 +206,8 @@ class EngineCore:
                     self.end(request, "length")
 
     def advance(self) -> None:
-        """Run one pass over all lanes; if it fails, run each request by itself, and end those that fail."""
+        """Run one pass over all lanes; if it fails, run each request by itself, and end the requests that
+        fail."""
         opened = {lane: self.batch.sequences[lane].open for lane in self.running}
         try:
             finished = self._step(list(opened))

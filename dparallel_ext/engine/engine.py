@@ -52,7 +52,7 @@ PATIENCE = 5.0
 
 
 class EngineFull(RuntimeError):
-    """Raised by `Engine.submit` if `max_waiting` requests wait already, beside those with a free lane."""
+    """Raised by `Engine.submit` if `max_waiting` requests wait already, beside requests with a free lane."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Engine:
     Args:
         model: one of ours (`dparallel_ext.models`), in evaluation mode, a diffusion model or an
             autoregressive one; wrapped or adapted as in `decode`. If its weights change, make another engine:
-            the keys and values that this one keeps are of the weights before.
+            this engine keeps keys and values of the weights before.
         config: how to decode requests that come without a config; default: `DecodeConfig()`. Where it names
-            no cache, a diffusion model has "dual", a block-causal one "block" (`decode`: "none"), and WeDLM
+            no cache, a diffusion model has "dual", a block-causal model "block" (`decode`: "none"), and WeDLM
             and SDLM "window". Its cache, block_length, sub_block_length, refresh, active_blocks, open_at,
             activate_at, batch_invariant, graphs and mask_id hold for every request. With an autoregressive
             model, or a verifier, fields about masks stay at their defaults, and `eos_id` None stands for the
@@ -257,8 +257,8 @@ class Engine:
         tokenizer's output for one text. Returns at once.
 
         Samples are keyed by `seed` alone, as with one seed for each sequence in `decode`. With `infill`, the
-        streamed tokens and those of the Completion are the tokens at the places that held masks, in order;
-        pages are shared up to the first mask, and behind it once they are final. With `logprobs`, see
+        streamed tokens and the Completion's are the tokens at the places that held masks, in order; pages are
+        shared up to the first mask, and behind it once they are final. With `logprobs`, see
         `Completion.logprobs`, and `Handle.logprobs` while tokens are streamed.
 
         config: how the prompt is decoded; default: the engine's. The engine's own fields (cache, block_length
@@ -423,7 +423,7 @@ def _serve(
 
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
 _threads: set[threading.Lock] = set()
-"""`Engine._ended` of each running thread, also of one that is freeing an engine nobody refers to."""
+"""`Engine._ended` of each running thread, also of a thread that is freeing an engine nobody refers to."""
 _exiting = False
 
 

@@ -19,8 +19,8 @@ class Completion:
     """The result of a request."""
 
     tokens: list[int]
-    """Response tokens in front of EOS or a stop sequence: with `infill` those at the prompt's masks, then at
-    most gen_length tokens."""
+    """Response tokens in front of EOS or a stop sequence: with `infill` the tokens at the prompt's masks,
+    then at most gen_length tokens."""
     finish_reason: str
     """"length", "stop" (EOS, a stop sequence, or a form behind which only EOS could come) or "cancelled"."""
     nfe: int
@@ -52,7 +52,7 @@ class DraftEvent:
     nfe: int
     """Passes over the request so far, this one included."""
     start: int
-    """Index in the response where the block begins. Tokens before it are final, those behind it masks."""
+    """Index in the response where the block begins. Tokens before it are final; behind it are masks."""
     tokens: list[int | None]
     """The response's tokens in the block, None for a mask. Rules that edit may change them."""
     drafted: int = 0
@@ -61,7 +61,7 @@ class DraftEvent:
     """How many of these tokens were kept. From left to right they are the first of `tokens`, whose last one
     counts as the pass's own."""
     refused: list[int] = field(default_factory=list)
-    """The others, not chosen or behind an end of the text, in their order."""
+    """The tokens that were not kept: not chosen, or behind an end of the text, in their order."""
     passes: list[int | None] | None = None
     """With `logprobs`, the pass that committed each of `tokens`, None for a mask."""
     logprobs: list[float | None] | None = None

@@ -1,5 +1,5 @@
 """The parts of an engine that depend on how it decodes: a masked diffusion model by blocks, an autoregressive
-one, or a masked diffusion model with a verifier."""
+model, or a masked diffusion model with a verifier."""
 
 from __future__ import annotations
 

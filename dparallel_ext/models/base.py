@@ -1,6 +1,6 @@
 """One transformer for every family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-A family is data: how its config.json reads (`ModelConfig`), and what its checkpoint calls a module (`NAMES`).
+A family is data: how its config.json reads (`ModelConfig`), and its checkpoint's names of modules (`NAMES`).
 Torch, and all that works on the names of modules and parameters (adapters, sharders, optimizers), knows the
 modules by the checkpoint's names; the code here calls them by short names, the same in every family.
 """
@@ -29,11 +29,11 @@ class Model(HuggingFaceInterface):
     """A language model: of masked diffusion, or autoregressive if the family is `causal`.
 
     A position sees all others; in a block-causal family, the positions up to its block's end; in a causal
-    one, the positions up to itself; in one with a `window`, as `Traits` says. A call with input_ids (B, L)
-    int64 returns an object with `.logits` (B, L, V), raw, as the Hugging Face model of the same checkpoint
-    does (V: rows of the embedding). `hidden` and `head` are its two halves; `step` is `hidden` for decoding:
-    it computes chosen positions against a cache. A model made from a config.json's content has fresh weights,
-    initialised as torch does; `load` and `wrap` read weights.
+    family, the positions up to itself; in a family with a `window`, as `Traits` says. A call with input_ids
+    (B, L) int64 returns an object with `.logits` (B, L, V), raw, as the Hugging Face model of the same
+    checkpoint does (V: rows of the embedding). `hidden` and `head` are its two halves; `step` is `hidden` for
+    decoding: it computes chosen positions against a cache. A model made from a config.json's content has
+    fresh weights, initialised as torch does; `load` and `wrap` read weights.
 
     Raises ValueError naming the config key that is missing or not supported.
     """

@@ -14,12 +14,12 @@ from .sdar import block_causal_shape
 class FastDLLM(Model):
     """A block (`bd_size` in config.json, 32) sees itself and the blocks before it.
 
-    The logits for a position come from the one before it, those for a block's first position from the last
-    one of the block before. `decode` follows the published `generate`: the pass that stores a finished block
-    gives the next block's first token, whatever its confidence; then its sub-blocks of 8 are filled from left
-    to right, each by passes over the block that commit p > threshold (0.9 in the published examples) and the
-    best one. `cache="block"` and `"none"` follow it exactly, `cache="dual"` with the published sub-block
-    cache (`use_block_cache`).
+    The logits for a position come from the position before it, the logits for a block's first position from
+    the last position of the block before. `decode` follows the published `generate`: the pass that stores a
+    finished block gives the next block's first token, whatever its confidence; then its sub-blocks of 8 are
+    filled from left to right, each by passes over the block that commit p > threshold (0.9 in the published
+    examples) and the best one. `cache="block"` and `"none"` follow it exactly, `cache="dual"` with the
+    published sub-block cache (`use_block_cache`).
 
     Where `decode` differs:
     - A prompt of exactly one block is seen; the published functions drop it, since they store a prompt only

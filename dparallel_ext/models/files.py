@@ -44,7 +44,8 @@ def locate(path: str | Path) -> Path:
     A directory always comes first. `huggingface_hub`, if installed, takes a snapshot from its cache or
     fetches it, and follows HF_HUB_OFFLINE, HF_HOME and HF_TOKEN.
 
-    Raises FileNotFoundError, which says how to get a model of the Hub; ValueError for what is no path.
+    Raises FileNotFoundError, which says how to get a model of the Hub; ValueError for a value that is no
+    path.
     """
     directory, name = as_path("path", path, "a directory or ORG/NAME"), str(path)
     if os.path.isdir(directory):  # Path.is_dir raises for a name that is too long

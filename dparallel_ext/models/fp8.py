@@ -12,7 +12,7 @@ from ..ops import fp8_linear, quantize_fp8
 
 
 class Fp8Linear(nn.Module):
-    """Replaces an nn.Linear by one whose weight is quantised, for inference alone."""
+    """Stands in for an nn.Linear, with a quantised weight, for inference alone."""
 
     weight: Tensor
     """(out, in) float8_e4m3fn"""

@@ -2,8 +2,8 @@
 them.
 
 Each weight stays a parameter of its own, a slice of a shared storage. Their addresses tell whether they still
-are side by side; if something moves or replaces one (an adapter, a sharder, `.data = `), each gets a product
-of its own again.
+are side by side; if something moves or replaces a weight (an adapter, a sharder, `.data = `), each gets a
+product of its own again.
 """
 
 from __future__ import annotations

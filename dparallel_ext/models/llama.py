@@ -46,7 +46,7 @@ _WINDOW = {
 
 
 class Llama(Model):
-    """Llama 1, 2, 3, 3.1, 3.2, and what others have published in their layout."""
+    """Llama 1, 2, 3, 3.1, 3.2, and models that others have published in their layout."""
 
     causal = True
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
@@ -68,8 +68,8 @@ def llama_shape(
 ) -> ModelConfig:
     """The `ModelConfig` of a config.json in Llama's keys, which Qwen uses too.
 
-    head_dim: for a config that has none; None: the width divided by the number of heads. scalings: those of
-    `rope.SCALINGS` that the family supports.
+    head_dim: for a config that has none; None: the width divided by the number of heads. scalings: the keys
+    of `rope.SCALINGS` that the family supports.
     """
     fields.check_supported(config, _SUPPORTED)
     c = fields.read(config, _FIELDS)

@@ -142,7 +142,7 @@ def soft_embeddings(tokens: Tensor, mask: Tensor, share: Tensor) -> Tensor:
 def mixed_embeddings(tokens: Tensor, others: Iterable[Tensor], shares: Tensor) -> Tensor:
     """Mixtures (N, width) of the embeddings `tokens` (N, width) and K others (N, width).
 
-    shares: (N, K) float32, those of the others; what is left to 1 is the token's. Their lengths stay as the
+    shares: (N, K) float32, the shares of the others; the rest to 1 is the token's. Their lengths stay as the
     sum makes them (EvoToken-DLM, arXiv 2601.07351). A token without shares keeps its embedding.
     """
     mixed = (1 - shares.sum(1, keepdim=True)) * tokens.float()
@@ -191,8 +191,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *, causal: bool = False) -> Tensor:
     """Attention (B, N, heads, D) of q (B, N, heads, D) to k and v (B, M, kv_heads, D), after RoPE.
 
-    visible: bool, to broadcast to (B, heads, N, M); None: each row sees all of them, or if `causal` those up
-    to itself.
+    visible: bool, to broadcast to (B, heads, N, M); None: each row sees all rows of k, or if `causal` the
+    rows up to itself.
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -208,10 +208,10 @@ class HeadNorms(NamedTuple):
 
 
 class CachedAttend:  # no ABC: each layer of each pass asks `isinstance`, which is slow for these
-    """An `Attend` over a cache, which can do some of what comes before it."""
+    """An `Attend` over a cache, which can do some of the work before it."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None = None) -> Tensor:
-        """norms: those of q and k, for this call to compute."""
+        """norms: the norms of q and k, for this call to compute."""
         raise NotImplementedError
 
     def of_product(

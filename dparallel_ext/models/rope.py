@@ -20,7 +20,8 @@ from .fields import Field
 
 
 class RopeScaling(Protocol):
-    """A way to make the frequencies for a longer context from those that a model was first trained with."""
+    """A way to make the frequencies for a longer context from the frequencies that a model was first trained
+    with."""
 
     @property
     def attention_factor(self) -> float:

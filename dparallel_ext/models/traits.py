@@ -1,4 +1,4 @@
-"""The traits of a model, also of one inside wrappers."""
+"""The traits of a model, also of a model inside wrappers."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
 
 
 def check_diffusion(model: Any, *, decoding: bool = False) -> None:
-    """Raise ValueError for an autoregressive model, and for one that has masks behind all known tokens.
+    """Raise ValueError for an autoregressive model, and for a model that has masks behind all known tokens.
 
-    decoding: accept those of them that `decode` decodes.
+    decoding: accept such models if `decode` decodes them.
     """
     model_traits, inner = traits(model), unwrap(model)
     if model_traits.window is not None and not decoding:

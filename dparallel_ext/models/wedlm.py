@@ -27,8 +27,8 @@ class WeDLM(Model):
 
     Where `decode` differs:
     - The window ends where the response does. The published engine has masks behind gen_length too, as far as
-      its pages reach, and drops what it fills there: close to the end of a response without an end token, its
-      tokens and passes may be others.
+      its pages reach, and drops the tokens that it fills there: close to the end of a response without an end
+      token, its tokens and passes may be others.
     - The prompt is computed by the first pass over masks, and no pass follows in which the last tokens are
       stored; `nfe_published` counts both.
     - An id may be sampled by the probability at the temperature in force (`top_p`); the published code looks

@@ -144,8 +144,8 @@ def own_precision(model: Any, device: torch.device) -> AbstractContextManager[An
 
 
 def logits_of(model: Any, x: Tensor) -> Tensor:
-    """The logits (B, L, V) of the model's call with x (B, L). Raises ValueError or TypeError naming what is
-    no such output."""
+    """The logits (B, L, V) of the model's call with x (B, L). Raises ValueError or TypeError naming an output
+    that has no such logits."""
     with own_precision(model, x.device):
         output = model(x)
     if not hasattr(output, "logits"):
@@ -160,9 +160,9 @@ def logits_of(model: Any, x: Tensor) -> Tensor:
 
 
 def check_call(model: Any, name: str = "model") -> None:
-    """Raise ValueError for a native model in a dtype without kernels, and for one whose call is changed, by
-    its class or in the object, since decoding does not use it; warn of hooks on the whole model, which do not
-    run, and of dropout. Models that are not native are called. name: the argument."""
+    """Raise ValueError for a native model in a dtype without kernels, and for a native model whose call is
+    changed, by its class or in the object, since decoding does not use it; warn of hooks on the whole model,
+    which do not run, and of dropout. Models that are not native are called. name: the argument."""
     warn_of_dropout(model, name)
     if not isinstance(model, Model):
         return

@@ -1,4 +1,5 @@
-"""Rules decide which tokens a pass commits. `Rule` says how to write one; `policies` has those of numbers."""
+"""Rules decide which tokens a pass commits. `Rule` says how to write a rule; `policies` has rules that are
+rows of numbers."""
 
 from .credit import Credit
 from .distance import Distance

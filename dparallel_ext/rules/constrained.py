@@ -29,8 +29,8 @@ from .protocol import Decision, Rule, Where
 
 @dataclass(frozen=True)
 class Constrained(Rule):
-    """The response is one of the automaton's sequences; where none fits into its columns, the beginning of
-    one."""
+    """The response is one of the automaton's sequences; where no sequence fits into its columns, it is the
+    beginning of one."""
 
     automaton: Automaton
 
@@ -51,7 +51,7 @@ class Constrained(Rule):
         last = where.last[:, None]
         end = torch.where(where.read, where.column + 1, where.first[:, None]).amax(1, keepdim=True)
         end = end.clamp(max=last)  # (W, 1)
-        # The cells that the path fills: those of the response that the pass reads, which adjoin.
+        # The cells that the path fills: the response's cells that the pass reads, which adjoin.
         moves = where.read & (where.column >= where.first[:, None]) & (where.column < end)
         begin = moves.int().argmax(1)
         before = where.start + begin - 1
@@ -76,7 +76,7 @@ class Constrained(Rule):
         token, logit = (t.gather(1, chosen)[:, 0] for t in (of_classes.token, of_classes.top1))
         assert among.max_logit is not None
         assert among.log_sum is not None
-        # Less the largest logit first, so that those of +inf share the probability.
+        # Less the largest logit first, so that logits of +inf share the probability.
         below = logit.clamp(max=LARGEST) - among.max_logit.clamp(max=LARGEST)
         best, share = below == 0, (below - among.log_sum).exp()
         # Where another token that is allowed is more probable, the path's is not certain at all.

@@ -1,7 +1,7 @@
 """End-of-text prediction (Learn2PD, arXiv 2509.25188): end where the model is sure that nothing follows.
 
-As published, any predicted end of text ends the response, the most confident one if there are several. Here
-the first one whose probability reaches a floor ends it.
+As published, any predicted end of text ends the response, of several ends the most confident. Here the first
+end whose probability reaches a floor ends it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class EndOfText(Rule):
     """Fills all masks with `eos`, from the first mask on that has `eos` predicted with a probability >=
     `floor`. Of several ends that mask gets its own, and the masks behind it the first of `eos`.
 
-    It sees the masks that the pass has logits for; with the caches "none" and "prefix" also those of later
-    blocks. It saves passes over blocks without text; with `eos_id` the sequence then ends.
+    It sees the masks that the pass has logits for; with the caches "none" and "prefix" also the masks of
+    later blocks. It saves passes over blocks without text; with `eos_id` the sequence then ends.
     """
 
     eos: int | tuple[int, ...]

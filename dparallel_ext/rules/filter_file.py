@@ -1,4 +1,5 @@
-"""The files of filters for the rule `learned`: two layers' weights, and what they were trained for."""
+"""The files of filters for the rule `learned`: two layers' weights, and the model that they were trained
+for."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from ..arguments import shown
 
 TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")
-"""W1 (H, N), b1, W2 (N, H), b2 by their names in a file: those of Sequential(Linear, ReLU, Linear)."""
+"""W1 (H, N), b1, W2 (N, H), b2 by their names in a file, which are the names in Sequential(Linear, ReLU,
+Linear)."""
 
 NAMED: dict[str, Path] = {}
 """Name -> file, such as "builtin:teacher"; `dparallel.registry` adds the filters that ship."""

@@ -43,8 +43,8 @@ class Cells(NamedTuple):
         return cells.view(shape)[:, : self.columns]
 
     def gather(self, values: Tensor, blank: float) -> Tensor:
-        """(N, ...): for each row the value of its cell, of values (W, C, ...); `blank` for rows without
-        one."""
+        """(N, ...): for each row the value of its cell, of values (W, C, ...); `blank` for rows without a
+        cell."""
         without = values.new_full((self.windows, 1, *values.shape[2:]), blank)
         return torch.cat((values, without), 1).flatten(0, 1)[self.at]
 
@@ -68,13 +68,13 @@ class Where:
     token: Tensor
     """(W, C) int64: the token in each cell; -1 without statistics."""
     decoded: Tensor
-    """(W, C) bool: cells with decoded tokens, not given ones. A rule that `edits` may change them."""
+    """(W, C) bool: cells with decoded tokens; given tokens are none. A rule that `edits` may change them."""
     step: Tensor
     """(W,) int64: the number of the sequence's pass, from 1."""
     turn: Tensor
     """(W,) int64: earlier passes over the window's block."""
     steps: Tensor
-    """(W,) int64: passes of the fixed schedule; without one, the tokens of the response."""
+    """(W,) int64: passes of the fixed schedule; without a schedule, the tokens of the response."""
     first: Tensor
     """(W,) int64: the column of the response's first token."""
     last: Tensor
@@ -103,7 +103,7 @@ class Where:
 
     @property
     def must_move(self) -> Tensor:
-        """(W, 1) bool: whether the window is one of which at least one masked cell commits."""
+        """(W, 1) bool: whether at least one masked cell of the window commits."""
         return self.policy[:, 2:3] >= 1  # min_commit
 
     def by_policy(self, stats: RowStats) -> Tensor:
@@ -185,7 +185,7 @@ class Decision(NamedTuple):
     tokens. A pass over a block without a mask may remask any of its cells."""
     complete: Tensor | None = None
     """(W,) bool, for a rule that `edits`: windows whose block needs no further pass if this one leaves no
-    mask in it. None: a block needs further passes until one changes nothing."""
+    mask in it. None: a block needs further passes until a pass changes nothing."""
     impossible: Tensor | None = None
     """(W,) bool: windows without a possible decision: the error of a row that leaves no token to choose."""
 

@@ -19,7 +19,8 @@ from .protocol import Decision, Rule, Where
 @dataclass(frozen=True)
 class Soft(Rule):
     """Commits the masks in front of the first whose confidence is below `threshold`, or else the first mask,
-    and replaces every decoded token of the block by what is predicted now. Given tokens never change.
+    and replaces every decoded token of the block by the token that is predicted now. Given tokens never
+    change.
 
     A block is complete once it has no mask and all its predictions have a confidence of at least `accept`, or
     a pass changes nothing, or after `edits` passes.

@@ -84,8 +84,8 @@ class Adapter:
             raise ValueError(f"{self.source}: expected tensors LAYER.lora_A.weight and lora_B, {names}")
 
     def check(self, model: Model) -> None:
-        """Raise ValueError for a layer that the model does not have, or that has another shape, and for
-        another model than that of the training, if the file names one."""
+        """Raise ValueError for a layer that the model does not have, or that has another shape, and for a
+        model other than the one that the file says it was trained for."""
         check_target(self.source, self.origin, model)
         layers = dict(model.named_modules())
         for name, (down, up) in self.pairs.items():
@@ -108,7 +108,7 @@ class Adapter:
         return {name: LowRank(layers[name], *map(there, pair)) for name, pair in self.pairs.items()}
 
     def save(self, path: str | Path, ours: Mapping[str, Any], dtype: torch.dtype) -> None:
-        """Write the adapter, see `write_checkpoint`. ours: what only this library knows of it."""
+        """Write the adapter, see `write_checkpoint`. ours: the fields that only this library reads."""
         tensors = {
             f"{_PREFIX}{name}.{leaf}.weight": t
             for name, pair in self.pairs.items()

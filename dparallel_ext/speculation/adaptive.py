@@ -91,7 +91,7 @@ def adaptive_decode(
             ids; or the path or name of one, as "builtin:verifier" (`dparallel.registry`). Its vocabulary may
             have another size: only ids that both models have are decoded.
         mixture: R, the diffusion model's share of the logits that judge a draft, from 0 to 1; None: 0.5. At 1
-            every drafted token is committed; at 0 those that the verifier would have chosen.
+            every drafted token is committed; at 0 the tokens that the verifier would have chosen.
         window: W, at least 1, see `adaptive`. None: every pass computes everything, so no key is stale.
         lookahead: M, at least 1: masks that a pass sees, and the most tokens that it commits. None: all.
         attention_mask: see `decode`.
@@ -101,8 +101,8 @@ def adaptive_decode(
             tokens; one or several replace them; -1: none.
 
     Returns:
-        AdaptiveOutput. Each sequence goes on at its own pace; one that has ended is in no pass, and is filled
-        with the end token.
+        AdaptiveOutput. Each sequence goes on at its own pace; a sequence that has ended is in no pass, and is
+        filled with the end token.
 
     Raises:
         ValueError: naming the argument that does not fit; or, if the logits hold NaN or leave no token to
@@ -162,7 +162,7 @@ def check_adaptive(fields: Mapping[str, Any]) -> None:
 def checked_options(
     mixture: float | None = None, window: int | None = None, lookahead: int | None = None
 ) -> dict[str, Any]:
-    """The options of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the one that
+    """The options of an `AdaptiveBatch`, by name; mixture None: 0.5. Raises ValueError naming the option that
     does not fit."""
     share = 0.5 if mixture is None else arguments.number("mixture", mixture, 0, 1)
     sizes = {
@@ -228,7 +228,7 @@ class AdaptiveBatch(CausalBatch):
     """A batch of sequences that are decoded with a verifier; for the arguments see `adaptive_decode`.
 
     A sequence's `num_cached` counts the verifier's keys and values, and its `draft_nfe` the verifier's passes
-    over it; `draft_forwards` counts those that were run.
+    over it; `draft_forwards` counts the verifier's passes that were run.
     """
 
     def __init__(

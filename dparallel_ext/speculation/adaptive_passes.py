@@ -50,7 +50,7 @@ class AdaptiveWork(NamedTuple):
 @dataclass(frozen=True)
 class VerifierDrafter:
     """The `Drafter` of an `AdaptiveBatch`: all that its recorded passes depend on beside the model,
-    so that a batch can go on with the session of an earlier one whose `VerifierDrafter` is equal."""
+    so that a batch can go on with the session of an earlier batch whose `VerifierDrafter` is equal."""
 
     verifier: weakref.ref[Model]
     """The batch keeps it alive; a workspace for the next batch does not."""
@@ -196,8 +196,8 @@ class AdaptiveSession(RecordedSession):
     ) -> tuple[Tensor, Tensor]:
         """Choices by the logits (count, shared) of places.
 
-        keys: (count, 3) seed, sequence number and column, which key the samples' noise. places: those of each
-        group, the first of them perhaps several times.
+        keys: (count, 3) seed, sequence number and column, which key the samples' noise. places: the places of
+        each group, the first of them perhaps several times.
 
         Returns (2, count) int64, tokens and error codes, and log-probabilities (count,) float32.
         """

@@ -73,7 +73,7 @@ class CausalBatch:
         batch_invariant: give each sequence passes of its own.
         graphs: on a GPU, record the passes of one `PassKey` once and replay them.
         ahead: on a GPU and without a drafter, passes that the host issues before it reads the result of the
-            one before them. A sequence's end is noticed `ahead` passes late; those passes are wasted, and do
+            pass before them. A sequence's end is noticed `ahead` passes late; those passes are wasted, and do
             not count.
         kv_cache: a cache for so many sequences and positions; default: a fresh one.
     """
@@ -317,8 +317,8 @@ class CausalBatch:
         return groups
 
     def _verify(self, drafts: dict[int, Draft], tree: bool) -> dict[int, Emitted]:
-        """Run one pass over some sequences, which changes nothing but keys and values after the cached
-        ones."""
+        """Run one pass over some sequences, which changes only keys and values behind the cached
+        positions."""
         # A pass that computes a prompt does not measure the cost of a draft's size.
         prefills = any(self.sequences[b].prefills for b in drafts)
         with nullcontext() if prefills else self._sizer.verifying():

@@ -1,8 +1,8 @@
 """Files of drafters with weights: config.json and model.safetensors in a directory, or one .safetensors file.
 
-config.json has a key `OURS` for what the published layouts have no place for: the kind of drafter, the model
-that it was trained for, and the chat template of its training. A LoRA adapter's directory has PEFT's files
-instead. PEFT warns of keys that it does not know, so there `OURS` is in the metadata of the weights.
+config.json has a key `OURS` for facts that the published layouts have no place for: the kind of drafter, the
+model that it was trained for, and the chat template of its training. A LoRA adapter's directory has PEFT's
+files instead. PEFT warns of keys that it does not know, so there `OURS` is in the metadata of the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..models.fields import Field, read
 from ..ops.inputs import DTYPES
 
 OURS = "dparallel"
-"""The key of config.json for what the published layout has no place for."""
+"""The key of config.json for facts that the published layout has no place for."""
 FILES = ("config.json", "model.safetensors")
 """The files of a drafter's directory."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

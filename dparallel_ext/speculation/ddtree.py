@@ -39,7 +39,7 @@ class TreeDrafter(Chains):
         width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
 
     Raises ValueError for another width, for more guesses than the drafter's vocabulary has tokens, and for
-    EAGLE-3, of which each guess depends on the one before.
+    EAGLE-3, of which each guess depends on the guess before.
     """
 
     most = NODES

@@ -69,8 +69,8 @@ class Riders(Protocol):
 
     A rider is in a chain behind a node of the draft (or the root); it sees what the node sees, the node, and
     the riders before it in the chain. It joins the pass before layer `layer`, with the stream that `embed`
-    makes from the node's; it has no keys and values of earlier layers, and those of later layers are not
-    kept. A rider emits no token, and the text does not depend on it.
+    makes from the node's; it has no keys and values of earlier layers, and its keys and values of later
+    layers are not kept. A rider emits no token, and the text does not depend on it.
     """
 
     most: int
@@ -153,7 +153,7 @@ class DraftSession:
         """Take what it needs of a pass, before the pass accepts any of its draft.
 
         Part of the pass, which may be recorded, so nothing may wait for the device. Some of the tokens are
-        drafted ones that the pass then refuses; the next pass computes their positions again.
+        guesses that the pass then refuses; the next pass computes their positions again.
         """
 
     def moved(self, source: Tensor, target: Tensor) -> None:
@@ -312,7 +312,7 @@ def check_layers(name: str, layers: Any, least: int, target_layers: int) -> None
 @runtime_checkable
 class Apart(Protocol):
     """A drafter whose sessions have no part in the model's passes: no taps, streams or riders, and nothing to
-    do in `observe` and `moved`. So passes recorded with one such drafter can be replayed with another."""
+    do in `observe` and `moved`. Passes recorded with one such drafter can be replayed with another."""
 
     apart: Literal[True]
 

@@ -31,7 +31,8 @@ class HiddenTransfer(RiderModel):
         self.maps = nn.Parameter(torch.zeros(self.most, self.width, self.width))
 
     def embed(self, nodes: Tensor, numbers: Tensor) -> Tensor:
-        # All maps of all rows, of which one each is kept: for few rows, reading the maps takes the time.
+        # All maps of all rows, though each row keeps one alone: for few rows, reading the maps takes the
+        # time.
         every = torch.einsum("...w,kvw->...kv", nodes, self.maps)
         number = numbers[..., None, None].expand(*numbers.shape, 1, self.width)
         return every.gather(-2, number).squeeze(-2)

@@ -73,7 +73,7 @@ def _nearest(automaton: Automaton, state: int, choices: int) -> int | None:
     """The token behind which the fewest tokens lead to an accepting state; None where more tokens than
     `choices` may follow, or none.
 
-    Of several the last: vocabularies have the longer pieces of a text behind the shorter ones.
+    Of several tokens the last: vocabularies have the longer pieces of a text behind its shorter pieces.
     """
     target = automaton.transitions[state][automaton.token_class]  # (V,)
     tokens = (target >= 0).nonzero()[:, 0]

@@ -45,8 +45,8 @@ NAMED: dict[str, Path | Drafter] = {
     "self": SelfDrafter(),
     "strided": StridedDrafter(),
 }
-"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names those that ship with weights,
-models too; a drafter of your own has the name that you give it here."""
+"""Drafters that have a name, as "builtin:dflash": `dparallel.registry` names the drafters and models that
+ship; a drafter of your own has the name that you give it here."""
 
 
 def load(path: str | Path) -> Drafter:
@@ -55,7 +55,8 @@ def load(path: str | Path) -> Drafter:
 
     A directory may be one of the published DFlash checkpoints (z-lab), or a published EAGLE-3 or P-EAGLE head
     in safetensors (SafeAILab, SpecForge, ModelOpt, NeMo, speculators), by ORG/NAME too, see `models.locate`.
-    Layers that see a window of the text alone, and what DFlash2 and EAGLE-3.1 add, are not supported.
+    Layers that see a window of the text alone, and the options that DFlash2 and EAGLE-3.1 add, are not
+    supported.
 
     Raises:
         FileNotFoundError: naming the missing file or directory.

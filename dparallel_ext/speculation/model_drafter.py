@@ -1,4 +1,4 @@
-"""Whole models as drafters: a smaller autoregressive one, or a masked diffusion model."""
+"""Whole models as drafters: a smaller autoregressive model, or a masked diffusion model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .drafter import DraftSession, Lane
 
 
 class ModelDrafter:
-    """Drafts with a model. An autoregressive one drafts token by token, each in a pass over one token a lane
-    (arXiv 2211.17192). A masked diffusion model drafts in one pass over the text and a canvas of masks behind
-    it, the most probable token at each mask (DiffuSpec, arXiv 2510.02358, without its search).
+    """Drafts with a model. An autoregressive model drafts token by token, each in a pass over one token a
+    lane (arXiv 2211.17192). A masked diffusion model drafts in one pass over the text and a canvas of masks
+    behind it, the most probable token at each mask (DiffuSpec, arXiv 2510.02358, without its search).
 
     Args:
         model: a native model with the target's vocabulary, on the target's device.
         most: the most tokens of a draft. None: 8 for an autoregressive model, 16 for a diffusion model.
-        canvas: for a diffusion model, the masks behind the text, those of the draft included, as far as there
-            is room. Such models end their text where the canvas ends. None: as many as there is room for.
+        canvas: for a diffusion model, the masks behind the text, the draft's included, as far as there is
+            room. Such models end their text where the canvas ends. None: as many as there is room for.
     """
 
     apart: Literal[True] = True

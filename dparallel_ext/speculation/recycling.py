@@ -2,7 +2,7 @@
 
     matrix    (V, k): behind each token the k tokens that the model held most probable when a pass last had
               logits behind it; nothing behind a token that no such row has had
-    update    in every pass of the model, by every row with logits: the root's and those of all nodes, also
+    update    in every pass of the model, by every row with logits: the root's and the rows of all nodes, also
               of nodes that are then refused. Of rows with one token the last counts
     draft     a static tree, filled from the root on: the node of rank r behind a token has its r-th best
               token. Nodes without a token are left out, with all behind them
@@ -38,7 +38,7 @@ DEPTH = 8
 class Recycling:
     """Token Recycling, see above: it needs no training, and goes with every model.
 
-    A session has one matrix for all of its lanes. So what else is in the batch, or was before, changes a
+    A session has one matrix for all of its lanes. Other sequences, in the batch now or earlier, change a
     sequence's drafts and thus its number of passes, but never its text. `speculate` begins with an empty
     matrix; an Engine keeps its matrix from request to request.
     """

@@ -5,8 +5,8 @@ an embedding of its own (`ppd`), by a map of its node's stream at a middle layer
 the embedding of the mask token (`strided`). The next draft is a tree of the tokens that the riders of the
 last accepted node rank first; its shape is the best for the measured ranks (`trees`).
 
-All three papers verify greedy texts exactly. At a temperature PPD accepts what is typical, which is lossy and
-not used, and I-DLM by the ratio of two distributions: here samples are matched instead, so that texts are the
+All three papers verify greedy texts exactly. At a temperature PPD accepts typical tokens, which is lossy, and
+I-DLM accepts by the ratio of two distributions. Here samples are matched instead, so that texts are the
 model's own at every temperature.
 """
 
@@ -191,6 +191,6 @@ class RiderSession(DraftSession):
 
     def _draft(self, guesses: list[list[int]], size: int) -> Draft:
         nodes, riders = self._drafter.plan(size).trees[len(guesses)]
-        # A bad row, or one with too few tokens to choose from, has -1; any guess will do.
+        # A bad row, and a row with too few tokens to choose from, has -1; any guess will do.
         tokens = tuple(max(0, guesses[node.depth][node.rank]) for node in nodes)
         return Draft(tokens, tuple(node.parent for node in nodes), riders=riders)

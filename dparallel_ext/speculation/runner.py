@@ -1,7 +1,8 @@
 """One verify pass over the drafts of a batch's sequences.
 
 `batch` decides on the drafts. From there on everything runs on the device and asks the host for nothing, so
-that on a GPU a pass can be recorded and replayed, and issued before the result of the one before is known.
+that on a GPU a pass can be recorded and replayed, and issued before the result of the pass before it is
+known.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class CausalRunner:
         space: the cache and the graphs of the passes.
         session: the drafter's, if there is one.
         owned: the same, if recorded passes read its tensors.
-        follows: whether passes are issued before the host knows the tokens of the one before.
+        follows: whether passes are issued before the host knows the tokens of the pass before.
     """
 
     def __init__(
@@ -431,10 +432,10 @@ class CausalRunner:
 
 
 def _constrained(logits: Tensor, automata: Sequence[Automaton], states: Tensor, left: Tensor) -> Tensor:
-    """Logits (M, V), those of tokens that an automaton does not allow replaced by -inf.
+    """Logits (M, V); -inf replaces the logits of tokens that an automaton does not allow.
 
-    states: (automata, M) int64, `NOWHERE` for rows of other lanes and those behind a node that is not of the
-    form, which are not constrained. left: (M,) int64, see `Tables.allowed`.
+    states: (automata, M) int64, `NOWHERE` for rows that are not constrained: rows of other lanes, and rows
+    behind a node that is not of the form. left: (M,) int64, see `Tables.allowed`.
     """
     for automaton, state in zip(automata, states, strict=True):
         tables = automaton.tables(logits.device)

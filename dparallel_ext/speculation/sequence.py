@@ -27,8 +27,8 @@ class Verified(NamedTuple):
     accepted: int
     """Nodes that were the model's own choice: the first of the tokens that the pass adds to the text."""
     refused: tuple[int, ...]
-    """The tokens of the nodes that are not in the text, in the draft's order: those that the model did not
-    choose, and those behind an end of the text."""
+    """The tokens of the nodes that are not in the text, in the draft's order: the model did not choose them,
+    or they are behind an end of the text."""
 
 
 @dataclass

@@ -70,8 +70,9 @@ class Measurements:
 class Measured:
     """The best size by running means of seconds and acceptance, with weight `PART` for a new value.
 
-    Sizes are 0, the powers of two up to `most`, and `most`. Each is tried `TRIALS` times at first, and one
-    every `EVERY` passes, since the best size changes with the text, the length and the batch.
+    Sizes are 0, the powers of two up to `most`, and `most`. Each size is tried `TRIALS` times at first, and
+    every `EVERY` passes one size is tried again, since the best size changes with the text, the length and
+    the batch.
     """
 
     EVERY, TRIALS, PART = 64, 3, 0.1

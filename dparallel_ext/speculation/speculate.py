@@ -79,9 +79,9 @@ def speculate(
     """Decode up to `gen_length` tokens after each prompt with an autoregressive model.
 
     The text is the model's own: at temperature 0 the argmax after every token, above it a sample whose noise
-    is keyed by seed, sequence and position. A drafter changes the number of passes, not the text: only those
-    of its guesses stay that are the model's choice. (The matrix library may round a row differently beside
-    other rows, so of two logits that are equal but for rounding, either may win.)
+    is keyed by seed, sequence and position. A drafter changes the number of passes, not the text: only
+    guesses that are the model's choice stay. (The matrix library may round a row differently beside other
+    rows, so of two logits that are equal but for rounding, either may win.)
 
     Args:
         model: an autoregressive model of `dparallel_ext.models`: Llama, Qwen2, Qwen3; `models.wrap` makes one
@@ -189,8 +189,8 @@ def check_prompts(model: Model, prompts: Sequence[Tensor]) -> None:
 
 
 def with_checked_ends(model: Model, config: DecodeConfig, mask_id: int | None = None) -> DecodeConfig:
-    """The config with the end tokens in force. Raises ValueError for one that the model never decodes, and
-    for such a stop sequence."""
+    """The config with the end tokens in force. Raises ValueError for an end token or a stop sequence that the
+    model never decodes."""
     check_ends(config.eos_ids, config.stop, model.shape.embedding_size, mask_id)
     return with_ends(config, model.eos_ids)
 

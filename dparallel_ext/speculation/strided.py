@@ -74,10 +74,10 @@ class StridedDrafter(RiderPlanner):
         adapter: takes part in the masks' rows alone; `drafter_of("strided:PATH")` reads one.
         mask_id: default: the model's, or that of the released checkpoints, which I-DLM's adapter for Qwen3
             has too.
-        chance: from 0 to 1, of a guess to be right where those before it are; drafts have the best shape for
-            it. 0.9 is the paper's for N = 4, and with it a `draft_size` of 2 (N - 1) has the published rows.
-            Or the measured ranks of each mask, see `RiderPlanner`, as `dparallel drafter` writes them: drafts
-            are then trees of guesses.
+        chance: from 0 to 1, of a guess to be right where the guesses before it are; drafts have the best
+            shape for it. 0.9 is the paper's for N = 4, and with it a `draft_size` of 2 (N - 1) has the
+            published rows. Or the measured ranks of each mask, see `RiderPlanner`, as `dparallel drafter`
+            writes them: drafts are then trees of guesses.
 
     Raises ValueError for other values.
     """

@@ -101,9 +101,9 @@ class _Candidates:
         """(M + 1, M + 1) int64: the number of riders behind the root and each node of each tree, as its rows
         allow.
 
-        worth: (n,) what the s-th rider behind a node brings if the node is the last.
+        worth: (n,) the gain of the s-th rider behind a node if the node is the last.
         """
-        worth = worth.cummin(0).values.clamp(min=0.0)  # a rider is worth nothing without those in front of it
+        worth = worth.cummin(0).values.clamp(min=0.0)  # a rider needs the riders in front of it
         gain = self.stop[:, :, None] * worth  # (M + 1, M + 1, n)
         gain = gain.flatten(1)
         best = gain.argsort(dim=1, descending=True, stable=True)
