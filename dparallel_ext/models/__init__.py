@@ -10,6 +10,7 @@ from .dream import Dream
 from .families import FAMILIES, family_of
 from .fast_dllm import FastDLLM
 from .files import locate
+from .fingerprints import fingerprint
 from .idlm import IDLM
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
@@ -21,7 +22,7 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
-from .traits import check_diffusion, fingerprint, max_positions, stored_traits, traits, warn_beyond
+from .traits import check_diffusion, max_positions, stored_traits, traits, warn_beyond
 from .wedlm import WeDLM
 from .wrappers import (
     check_call,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import backends, whole_files
 from ..arguments import instance, warn
-from . import files, fused_weights
+from . import files, fingerprints, fused_weights
 from .base import Model
 from .config import ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
@@ -341,6 +341,10 @@ def _assemble(
         raise ValueError(f"{source} does not fit {family.__name__}: {'; '.join(faults[:5])}{others}")
     places = fused_weights.FusedLoader(model.groups() if fuse else ())
     stacked: dict[str, dict[str, Tensor]] = {}
+    of_hash = [
+        model.checkpoint_name(o) + ".weight" for o in ("norm", "embed" if model.shape.tied else "lm_head")
+    ]
+    hashed: dict[str, Tensor] = {}
 
     def put(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
@@ -355,6 +359,8 @@ def _assemble(
         if name in buffers:
             tensor = tensor.to(buffers[name].dtype)
         elif dtype is not None:
+            if name in of_hash:
+                hashed[name] = tensor
             tensor = tensor.to(dtype)
         if name == stored:
             put(name, places.put(parameters[name], tensor))
@@ -367,6 +373,8 @@ def _assemble(
     if head in available and head not in wanted:
         _refuse_another_head(available[head], model.embed.weight, config, source)
     model.tie()
+    if dtype == torch.float16:  # its bits are not those from which bfloat16 is rounded
+        fingerprints.remember(model, *map(hashed.__getitem__, of_hash))
     return model.eval()
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..arguments import warn
@@ -119,28 +116,6 @@ def max_positions(model: Any) -> int | None:
     most = min((content[key] for key in keys if isinstance(content.get(key), int)), default=None)
     scaling = inner.shape.rope_scaling if isinstance(inner, Model) else None
     return most if most is None or scaling is None else max(most, int(scaling.positions))
-
-
-_FINGERPRINTS: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()
-
-
-def fingerprint(model: Any) -> str | None:
-    """A hash that tells models apart, of the final norm and 64 rows of the head; None if not a native model.
-
-    It is the same in every dtype, on every device and in 8 bits. It is computed once for each object, so that
-    later training does not change it.
-    """
-    inner = unwrap(model)
-    if not isinstance(inner, Model):
-        return None
-    if inner not in _FINGERPRINTS:
-        norm, head = inner.norm.weight.detach(), inner.lm_head.weight.detach()
-        rows = head[:: -(-len(head) // 64)]
-        digest = hashlib.sha256()
-        for some in (norm, rows):
-            digest.update(some.flatten().to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
-        _FINGERPRINTS[inner] = digest.hexdigest()[:16]
-    return _FINGERPRINTS[inner]
 
 
 def warn_beyond(model: Any, positions: int, name: str = "gen_length") -> None:

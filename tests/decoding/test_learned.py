@@ -311,6 +311,7 @@ def test_fingerprints_do_not_hang_on_dtype_or_layout() -> None:
     plain_one = golden.model("llada_tiny_a")
     found = models.fingerprint(plain_one)
     assert found == models.fingerprint(golden.model("llada_tiny_a", dtype=torch.bfloat16, fuse=True))
+    assert found == models.fingerprint(golden.model("llada_tiny_a", dtype=torch.float16))
     assert found == models.fingerprint(golden.model("llada_tiny_a").quantize())
     assert found != models.fingerprint(golden.model("dream_tiny_a"))
     assert models.fingerprint(Sharp(plain_one, 1.0)) is None
