@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..arguments import check_ids, shown, temperature_in_force, whole
 from ..automaton import Automaton
@@ -104,6 +105,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     """
     rule, steps, rows, selectors = decider(config, size, cache)
     model_traits, automaton = traits(model), config.automaton
+    _make_strict(rows, selectors, model_traits.strict)
     if model_traits.window is not None and (config.infill or automaton is not None):
         raise ValueError(
             f"{'infill' if config.infill else 'automaton'}: does not go with {type(model).__name__}, whose "
@@ -125,23 +127,13 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     if rule is not None and rule.in_order and config.infill:
         name = "a form (automaton)" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
-    for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
-        if name in model_traits.strict and name in selectors:
-            here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")
-            beyond = torch.nextafter(rows[:, 1], torch.tensor(towards, device="cpu"))
-            rows[:, 1] = torch.where(here, beyond, rows[:, 1])
     temperature, top_p, top_k = check_sampling(config.temperature, config.top_p, config.top_k)
     seed = drawn_seed(temperature) if config.seed is None else config.seed
     if isinstance(seed, tuple) and len(seed) != size:
         raise ValueError(f"seed: expected an integer or int64 ({size},), got torch.int64 ({len(seed)},)")
     # A sequence's own seed is its whole key; a seed for all is combined with the place in the batch.
     keys = [(s, 0) for s in seed] if isinstance(seed, tuple) else [(seed, b) for b in range(size)]
-    suppress = None
-    if config.suppress is not None:
-        suppress = torch.tensor(config.suppress, dtype=torch.int64, device="cpu")
-        # The ops check the ids of other models, whose rows of logits may be longer than `vocabulary` says.
-        if isinstance(model, Model):
-            check_ids("suppress", [suppress], model.shape.embedding_size)
+    suppress = _suppressed(config, model)
     return [
         SequenceSettings(
             policy=tuple(numbers),
@@ -160,6 +152,27 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
         )
         for numbers, key in zip(rows.tolist(), keys, strict=True)
     ]
+
+
+def _make_strict(rows: Tensor, selectors: Sequence[str], strict: Collection[str]) -> None:
+    """Move the thresholds of policy rows (B, 5) to the next float32, in place, where the selector is one of
+    `strict`, whose published decoder compares strictly."""
+    for name, towards in (("entropy", -math.inf), ("confidence", math.inf)):
+        if name in strict and name in selectors:
+            here = torch.tensor([each == name for each in selectors], dtype=torch.bool, device="cpu")
+            beyond = torch.nextafter(rows[:, 1], torch.tensor(towards, device="cpu"))
+            rows[:, 1] = torch.where(here, beyond, rows[:, 1])
+
+
+def _suppressed(config: DecodeConfig, model: Any) -> Tensor | None:
+    """The ids (n,) int64 that are never decoded. Raises ValueError for an id that the model does not have."""
+    if config.suppress is None:
+        return None
+    ids = torch.tensor(config.suppress, dtype=torch.int64, device="cpu")
+    # The ops check the ids of other models, whose rows of logits may be longer than `vocabulary` says.
+    if isinstance(model, Model):
+        check_ids("suppress", [ids], model.shape.embedding_size)
+    return ids
 
 
 def _constrained(config: DecodeConfig, rule: Rule | None, automaton: Automaton) -> Rule:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import dparallel_ext as dx
 from dparallel_ext.arguments import whole
@@ -15,6 +15,8 @@ from dparallel_ext.models import Model, check_diffusion
 from . import registry, text
 from .live import LiveText
 from .recording import Recording, answer_of, how_of
+
+Decoded = TypeVar("Decoded", bound=dx.DecodeOutput)
 
 
 def complete(
@@ -51,20 +53,18 @@ def complete(
         token = tokenizer.id_to_token(mask)
         raise ValueError(f"prompt: expected a mask token, {token}, where --infill is to fill it")
     registry.check_positions(name, model, max(map(len, ids), default=0) + count)
-    asked = "infill" if infill else "suffix"
-    with live or contextlib.nullcontext(), registry.naming(asked, "infill"):
-        config = config.replace(gen_length=count, infill=infill or bool(suffix), record=recording is not None)
-        began = time.perf_counter()
-        out = dx.decode(model, ids, config, draft_size=draft_size, streamer=live)
-        seconds = time.perf_counter() - began
+    config = config.replace(gen_length=count, infill=infill or bool(suffix), record=recording is not None)
+    decode = functools.partial(dx.decode, model, draft_size=draft_size)
+    with registry.naming("infill" if infill else "suffix", "infill"):
+        out, seconds = timed(decode, ids, config, live)
     texts = text.TokenTexts(tokenizer)
     for i, (prompt, tokens, passes) in enumerate(zip(prompts, out.responses, out.nfe.tolist(), strict=True)):
         # A block-causal model fills its last block beyond gen_length.
         kept = min(int(out.kept[i]), gaps[i] + count)
         response = tokenizer.decode(tokens[:kept].tolist())
         if recording is not None:
-            how, took = how_of(config, guesses=draft_size), seconds_alone(seconds, prompts, live)
-            shown: dict[str, Any] = {"model": name, "how": how, "seconds": took, "infill": infill}
+            how = how_of(config, guesses=draft_size)
+            shown: dict[str, Any] = {"model": name, "how": how, "seconds": seconds, "infill": infill}
             answer = answer_of(out, i, texts, kept=kept, length=gaps[i] + count, **shown)
             recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": response, "tokens": kept, "forwards": passes}
@@ -121,25 +121,28 @@ def complete_left_to_right(
     ids = [encode(prompt) for prompt in prompts]
     count = whole("gen_length", config.gen_length, 0)
     registry.check_positions(name, model, max(map(len, ids), default=0) + count)
-    with live or contextlib.nullcontext():
-        config = config.replace(record=recording is not None)
-        began = time.perf_counter()
-        out = decoder.decode(ids, config, streamer=live)
-        seconds = time.perf_counter() - began
+    out, seconds = timed(decoder.decode, ids, config.replace(record=recording is not None), live)
     texts, (key, field) = text.TokenTexts(tokenizer), decoder.counted
     for i, (prompt, tokens) in enumerate(zip(prompts, out.responses, strict=True)):
         kept = int(out.kept[i])
         if recording is not None:
-            shared: dict[str, Any] = {"seconds": seconds_alone(seconds, prompts, live), "length": len(tokens)}
+            shared: dict[str, Any] = {"seconds": seconds, "length": len(tokens)}
             answer = answer_of(out, i, texts, model=name, how=decoder.how, kept=kept, **shared)
             recording.add(text.shown(prompt), answer)
         row = {"prompt": prompt, "response": tokenizer.decode(tokens[:kept].tolist()), "tokens": kept}
         yield {**row, "forwards": int(out.nfe[i]), key: int(getattr(out, field)[i])}
 
 
-def seconds_alone(seconds: float, prompts: Sequence[object], live: LiveText | None) -> float | None:
-    """The seconds of a call if it had one prompt and did not show its passes meanwhile; else None."""
-    return seconds if len(prompts) == 1 and live is None else None
+def timed(
+    decode: Callable[..., Decoded], prompts: Sequence[Any], config: dx.DecodeConfig, live: LiveText | None
+) -> tuple[Decoded, float | None]:
+    """The output of `decode`, see `LeftToRight`, and its seconds if it had one prompt and showed no passes
+    meanwhile; else None."""
+    with live or contextlib.nullcontext():
+        began = time.perf_counter()
+        out = decode(prompts, config, streamer=live)
+        seconds = time.perf_counter() - began
+    return out, seconds if len(prompts) == 1 and live is None else None
 
 
 def in_place(out: dx.DecodeOutput, i: int, kept: int) -> list[int]:
