@@ -244,16 +244,11 @@ class SelfSpeculation(Batch):
 
     def _after_pass(self, sequence: SequenceState, held: list[int]) -> SequenceState:
         """The sequence after another pass, which leaves these tokens."""
-        after, blocks = copy.copy(sequence), []
-        for block in sequence.open:
+        after, blocks = earlier(sequence, -1), []  # samples are keyed by the number of their pass
+        for block in after.open:
             left = [column for column in range(block.start, block.end) if held[column] == self.mask_id]
-            first = left[0] if left else block.start
-            blocks.append(block._replace(masks_left=len(left), first_mask=first, step=block.step + 1))
+            blocks.append(block._replace(masks_left=len(left), first_mask=left[0] if left else block.start))
         after.open = tuple(blocks)
-        # Samples are keyed by the number of their pass.
-        after.nfe, after.published, after.step_in_block = (
-            number + 1 for number in (sequence.nfe, sequence.published, sequence.step_in_block)
-        )
         while after.open and not after.masks_left:
             after.leave_front()
         if after.block_index > sequence.block_index:
@@ -416,7 +411,7 @@ class SelfSpeculation(Batch):
 
 
 def earlier(sequence: SequenceState, passes: int) -> SequenceState:
-    """The sequence, had it come to its tokens in so many passes fewer."""
+    """The sequence, had it come to its tokens in so many passes fewer; -1: in one pass more."""
     sooner = copy.copy(sequence)
     sooner.nfe, sooner.published, sooner.step_in_block = (
         number - passes for number in (sequence.nfe, sequence.published, sequence.step_in_block)

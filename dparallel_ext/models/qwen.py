@@ -44,9 +44,11 @@ class Qwen2(Model):
         return llama_shape(config, qkv_bias=True)
 
 
-def _qwen3_shape(config: Mapping[str, Any], **keywords: Any) -> ModelConfig:
+def qwen3_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of Qwen3's layers in a `ModelConfig`: queries and keys are normalised, and there are biases
+    where the config says it."""
     bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
-    return llama_shape(config, qk_norm=True, qkv_bias=bias, o_bias=bias, **keywords)
+    return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
 
 
 class Qwen3(Model):
@@ -57,7 +59,7 @@ class Qwen3(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        return _qwen3_shape(config, head_dim=128)
+        return llama_shape(config, head_dim=128, **qwen3_options(config))
 
 
 class Qwen3MoE(Qwen3):
@@ -70,7 +72,7 @@ class Qwen3MoE(Qwen3):
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         if config.get("use_sliding_window"):  # which transformers' class gives to every layer
             config = {**config, "max_window_layers": 0, "layer_types": None}
-        return replace(_qwen3_shape(config), experts=experts_of(config))
+        return replace(llama_shape(config, **qwen3_options(config)), experts=experts_of(config))
 
 
 def experts_of(config: Mapping[str, Any]) -> ExpertsConfig:

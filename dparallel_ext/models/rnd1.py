@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from . import fields
 from .base import Model
 from .config import ModelConfig
 from .dream import diffusion_shape
-from .qwen import EXPERTS_NAMES, experts_of
+from .qwen import EXPERTS_NAMES, experts_of, qwen3_options
 
 _FALSE_FOR_NULL = ("rope_scaling", "sliding_window")
 """Keys that the published config.json has as false."""
@@ -41,6 +40,5 @@ class RND1(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         config = {**config, **{key: None for key in _FALSE_FOR_NULL if config.get(key) is False}}
-        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
-        shape = diffusion_shape(config, head_dim=128, qk_norm=True, qkv_bias=bias, o_bias=bias)
+        shape = diffusion_shape(config, head_dim=128, **qwen3_options(config))
         return replace(shape, experts=experts_of(config))

@@ -10,7 +10,7 @@ from . import fields
 from .base import Model
 from .config import ModelConfig
 from .dream import diffusion_shape
-from .qwen import EXPERTS_NAMES, QWEN3_NAMES, experts_of
+from .qwen import EXPERTS_NAMES, QWEN3_NAMES, experts_of, qwen3_options
 
 
 class SDAR(Model):
@@ -23,8 +23,7 @@ class SDAR(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        bias = fields.read(config, {"attention_bias": fields.NO})["attention_bias"]
-        return block_causal_shape(config, "block_size", 4, qk_norm=True, qkv_bias=bias, o_bias=bias)
+        return block_causal_shape(config, "block_size", 4, **qwen3_options(config))
 
 
 class SDARMoE(SDAR):

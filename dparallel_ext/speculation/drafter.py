@@ -275,7 +275,9 @@ class Drafter(Protocol):
     """The most nodes of a draft that it can make use of."""
 
     def check(self, model: Model) -> None:
-        """Raise ValueError if it cannot draft for the model: another vocabulary, another target."""
+        """Raise ValueError if it cannot draft for the model: another vocabulary, another target. By default
+        it goes with every model."""
+        return
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         """A session for a batch of `lanes` lanes; graphs: passes may be recorded. It keeps data about

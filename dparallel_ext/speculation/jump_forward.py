@@ -15,10 +15,10 @@ from ..automaton import Automaton
 from ..cache import KVCache
 from ..models import Model
 from .draft import Draft
-from .drafter import DraftSession, Lane
+from .drafter import Drafter, DraftSession, Lane
 
 
-class JumpForward:
+class JumpForward(Drafter):
     """Drafts along the automaton of a response that has one, as long as few tokens may follow: the token that
     leads nearest to the end of the form.
 
@@ -34,9 +34,6 @@ class JumpForward:
 
     def __repr__(self) -> str:
         return f"JumpForward({self.choices}, most={self.most})"
-
-    def check(self, model: Model) -> None:
-        """Do nothing: it goes with every model."""
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self.choices)

@@ -12,10 +12,10 @@ from ..arguments import whole
 from ..cache import KVCache
 from ..models import Model
 from .draft import Draft
-from .drafter import DraftSession, Lane
+from .drafter import Drafter, DraftSession, Lane
 
 
-class NGram:
+class NGram(Drafter):
     """Prompt lookup decoding: drafts the tokens that followed the latest earlier occurrence of the last
     `longest` tokens; if there is none, of the last `longest` - 1 tokens, and so on.
 
@@ -30,9 +30,6 @@ class NGram:
 
     def __repr__(self) -> str:
         return f"NGram({self.longest}, most={self.most})"
-
-    def check(self, model: Model) -> None:
-        """Do nothing: it goes with every model."""
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> DraftSession:
         return _Session(self.longest, lanes)

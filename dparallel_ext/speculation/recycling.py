@@ -26,7 +26,7 @@ from ..ops import row_topk
 from ..packed import Packing, unpack
 from .ddtree import NODES
 from .draft import Draft
-from .drafter import DraftKey, DraftSession, Lane, Observation, RecordedSession
+from .drafter import Drafter, DraftKey, DraftSession, Lane, Observation, RecordedSession
 from .trees import Node, best_nodes
 
 RANKS = (0.5, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)
@@ -35,7 +35,7 @@ DEPTH = 8
 """The most tokens that a pass can accept."""
 
 
-class Recycling:
+class Recycling(Drafter):
     """Token Recycling, see above: it needs no training, and goes with every model.
 
     A session has one matrix for all of its lanes. Other sequences, in the batch now or earlier, change a
@@ -50,9 +50,6 @@ class Recycling:
 
     def __repr__(self) -> str:
         return "Recycling()"
-
-    def check(self, model: Model) -> None:
-        """Do nothing: it goes with every model."""
 
     def expected(self, size: int) -> float:
         """The tokens that a pass emits on average if its draft has `size` nodes, by `RANKS`."""

@@ -245,6 +245,17 @@ class Options(Strict):
         """The parameter by which the response's length is given."""
         return "max_tokens"
 
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are requested."""
+        logprobs = getattr(self, "logprobs", None)  # a completion's 0 asks for them
+        return logprobs is not None and logprobs is not False
+
+    @property
+    def top(self) -> int:
+        """How many of the most probable tokens are requested, by the parameter `top_name`."""
+        return getattr(self, self.top_name) or 0
+
 
 class CompletionRequest(Options):
     """POST /v1/completions. `prompt`: a text or its token ids, or a list of either. `suffix`: the text that
@@ -255,16 +266,6 @@ class CompletionRequest(Options):
     suffix: Text | None = None
     logprobs: int | None = Field(None, ge=0, le=1)
     """0: the log-probability of each token. 1: also the most probable token, which greedy decoding takes."""
-
-    @property
-    def scored(self) -> bool:
-        """Whether log-probabilities are requested."""
-        return self.logprobs is not None
-
-    @property
-    def top(self) -> int:
-        """How many of the most probable tokens are requested, by the parameter `top_name`."""
-        return self.logprobs or 0
 
     @field_validator("logprobs", mode="before")
     @classmethod
@@ -450,16 +451,6 @@ class ChatRequest(Options):
     def form_name(self) -> str:
         """The parameter by which the form is given."""
         return "tools" if self.calls else super().form_name
-
-    @property
-    def scored(self) -> bool:
-        """Whether log-probabilities are requested."""
-        return bool(self.logprobs)
-
-    @property
-    def top(self) -> int:
-        """How many of the most probable tokens are requested, by the parameter `top_name`."""
-        return self.top_logprobs or 0
 
     @model_validator(mode="after")
     def _scored(self) -> Self:

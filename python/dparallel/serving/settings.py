@@ -73,12 +73,11 @@ def find_keys(key: str | None, file: Path | None) -> tuple[str, ...]:
         raise ValueError("api_key: not beside --api-key-file")
     if file is not None:
         return read_keys(file)
-    name = "api_key" if key is not None else KEY_VARIABLE
-    content = os.environ.get(KEY_VARIABLE) if key is None else key
-    if content is None:
-        return ()
     if key is not None and key.startswith("--"):
         raise ValueError(f"api_key: expected a key, got the option {key}; is a variable empty?")
+    name, content = (KEY_VARIABLE, os.environ.get(KEY_VARIABLE)) if key is None else ("api_key", key)
+    if content is None:
+        return ()
     keys = keys_in(name, content)
     if not keys:
         raise ValueError(f"{name}: expected a key, got an empty one")
