@@ -356,22 +356,24 @@ class EngineCore:
         self._notify(request)
 
     def _completion(self, request: Request, reason: str) -> Completion:
-        now, sequence = time.monotonic(), None if request.lane < 0 else self.batch.sequences[request.lane]
-        admitted = now if request.admitted is None else request.admitted
-        tokens = [] if sequence is None else self._response(request)
-        logprobs: list[float] | None = None
-        if request.plan.settings.record:
-            logprobs = [] if sequence is None else self._logprobs(request, 0, len(tokens))
+        now, record = time.monotonic(), request.plan.settings.record
+        tokens, logprobs = list[int](), list[float]()
+        nfe = published = draft_nfe = 0
+        if request.lane >= 0:
+            sequence, tokens = self.batch.sequences[request.lane], self._response(request)
+            logprobs = self._logprobs(request, 0, len(tokens)) if record else []
+            nfe, published = self.batch.nfe[request.lane], sequence.published
+            draft_nfe = sequence.draft_nfe
         return Completion(
             tokens=tokens,
-            logprobs=logprobs,
+            logprobs=logprobs if record else None,
             finish_reason=reason,
-            nfe=0 if sequence is None else self.batch.nfe[request.lane],
-            nfe_published=0 if sequence is None else sequence.published,
-            draft_nfe=0 if sequence is None else sequence.draft_nfe,
+            nfe=nfe,
+            nfe_published=published,
+            draft_nfe=draft_nfe,
             prompt_length=len(request.plan.prompt),
             reused=request.reused,
-            seconds_waiting=admitted - request.submitted,
+            seconds_waiting=(now if request.admitted is None else request.admitted) - request.submitted,
             seconds=now - request.submitted,
         )
 

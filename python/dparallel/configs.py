@@ -12,13 +12,14 @@ from typing import Any
 
 from dparallel_ext import DecodeConfig, models, rules, speculation
 from dparallel_ext.arguments import shown, whole
+from dparallel_ext.decoding.config import POLICY_FIELDS
 from dparallel_ext.rules import ONE, filter_file
 
 from . import files, registry
 
 POLICY = "entropy:0.5"
 """The rule if neither an option nor the file names one."""
-DECIDES = {"rule", "policy", "threshold", "selector", "steps", "min_commit", "max_commit", "score"}
+DECIDES = {*POLICY_FIELDS, "min_commit", "policy", "rule"}
 """Fields that decide what a pass commits."""
 TUNED = "tuned"
 """The key, in a file of `dparallel tune`, for the model and device that its settings were chosen for."""

@@ -57,8 +57,7 @@ def read_prompts(
                 raise ValueError("no number of problems")
         except ValueError as error:
             raise ValueError(f"{argument}: expected builtin:N or builtin:N:SEED, got {source!r}") from error
-        stream = itertools.islice(tasks.problems("train", seed=seed), count)
-        return [Prompt(p.prompt, str(p.answer)) for p in stream]
+        return of_task("train", seed, count)
     prompts = []
     for number, row in files.rows(argument, source, text_field=None if answer_field else prompt_field):
         place = f"{argument}: {source}:{number}"
@@ -72,6 +71,12 @@ def read_prompts(
     if not prompts:
         raise ValueError(f"{argument}: {source} holds no prompts")
     return prompts
+
+
+def of_task(split: str, seed: int, count: int) -> list[Prompt]:
+    """The first `count` problems of the built-in task, see `tasks.problems`."""
+    stream = itertools.islice(tasks.problems(split, seed), count)
+    return [Prompt(problem.prompt, str(problem.answer)) for problem in stream]
 
 
 def _prompt(place: str, field: str, value: Any) -> str | list[Message]:
@@ -136,8 +141,7 @@ class Problems:
 def held_out(count: int = 500, seed: int = 0) -> Problems:
     """The first `count` held-out problems of the built-in task, the same for every call with one `seed`."""
     count, seed = whole("problems", count, 0), whole("seed", seed, -(2**63))
-    stream = itertools.islice(tasks.problems("held_out", seed), count)
-    prompts = tuple(Prompt(problem.prompt, str(problem.answer)) for problem in stream)
+    prompts = tuple(of_task("held_out", seed, count))
     description = {"problems": len(prompts), "seed": seed}
     return Problems(prompts, _is_right, tasks.GEN_LENGTH, description, beyond_end=True)
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dparallel_ext as dx
-from dparallel_ext.arguments import check_fields, number, whole
+from dparallel_ext.arguments import check_fields, whole
 from dparallel_ext.rules import Decision, Rule, Where
 from dparallel_ext.rules.learned import by_place
 
 from .. import files, registry
+from .loop import check_between
 from .trajectories import SETTINGS, Trajectories
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
@@ -52,11 +53,7 @@ class FilterSettings:
     def __post_init__(self) -> None:
         check_fields(self, ("steps", "hidden"), whole, 1)
         check_fields(self, ("seed",), whole, 0)
-        shares = ("tau", "held_out", "lr")
-        check_fields(self, shares, number)
-        for name in shares:
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+        check_between(self, ("tau", "held_out", "lr"))
 
 
 class Records(NamedTuple):

@@ -50,10 +50,15 @@ class TrainingSchedule:
         check_fields(self, ("steps", "warmup"), whole, 1)
         check_fields(self, ("seed",), whole, 0, MOST_SEEDS - 1)
         check_fields(self, ("weight_decay", "decay"), number, 0, 1)
-        check_fields(self, ("muon_lr", "adam_lr", "ema"), number)
-        for name in ("muon_lr", "adam_lr", "ema"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+        check_between(self, ("muon_lr", "adam_lr", "ema"))
+
+
+def check_between(settings: object, names: Iterable[str]) -> None:
+    """Raise ValueError naming a field of settings that is not above 0 and below 1."""
+    for name in names:
+        check_fields(settings, (name,), number)
+        if not 0 < (value := getattr(settings, name)) < 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
 STATE = ("settings", "step", "model", "optimizers", "average", "seconds", "curve", "recent")

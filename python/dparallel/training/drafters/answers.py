@@ -4,7 +4,6 @@ files."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,8 @@ from dparallel_ext import models
 from dparallel_ext.models import files as checkpoints
 
 from ... import files
-from ...problems import Prompt, read_prompts
+from ...problems import Prompt, of_task, read_prompts
 from ...text import Encoder
-from ...toy import tasks
 from ..filter import hold_out
 from .common import Answer, DrafterSettings
 
@@ -41,8 +39,7 @@ def prompts_of(data: str, prompt_field: str, encode: Encoder, held: int) -> tupl
 
     drawn = ids(read_prompts(data, prompt_field, None))
     if data.startswith("builtin:"):
-        stream = itertools.islice(tasks.problems("held_out"), held)
-        return drawn, ids([Prompt(p.prompt, str(p.answer)) for p in stream])
+        return drawn, ids(of_task("held_out", 0, held))
     if not held:
         return drawn, []
     try:
