@@ -150,7 +150,7 @@ def decode(
         elif verifier is not None:
             decoder = verifying(loaded, tokenizer, verifier, of_verifier)
         recording = None if html is None else Recording("dparallel decode")
-        unread = suffix or ""  # of which there is one warning, behind the first answer, as for prompts
+        unchecked = suffix or ""  # until the first answer; an error before that is one line alone
         for number, texts in enumerate(calls):
             console = Console(stderr=as_json)  # with --json the standard output is JSON alone
             live = None
@@ -165,8 +165,8 @@ def decode(
                 rows = complete_left_to_right(*request, decoder, **shared)
             for row in rows:
                 asked_text = row["prompt"] if isinstance(row["prompt"], str) else ""
-                warn_of_unknown_words(model, tokenizer, prompt=asked_text, suffix=unread)
-                unread = ""
+                warn_of_unknown_words(model, tokenizer, prompt=asked_text, suffix=unchecked)
+                unchecked = ""
                 show_response(row, as_json)
         if html is not None and recording is not None:
             files.write_text(html, recording.html())
