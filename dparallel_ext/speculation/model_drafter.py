@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from ..arguments import whole
 from ..cache import AttentionMetadata, KVCache, Span
@@ -15,6 +16,10 @@ from ..ops import row_stats
 from .draft import Draft
 from .drafter import DraftSession, Lane
 
+PADDING = 256
+"""How far the vocabularies of a drafter and its target may differ: models of one tokenizer are padded to
+different sizes, as Qwen2.5's to 151,936 and, from 7B on, to 152,064."""
+
 
 class ModelDrafter:
     """Drafts with a model. An autoregressive model drafts token by token, each in a pass over one token a
@@ -22,7 +27,8 @@ class ModelDrafter:
     behind it, the most probable token at each mask (DiffuSpec, arXiv 2510.02358, without its search).
 
     Args:
-        model: a native model with the target's vocabulary, on the target's device.
+        model: a native model with the target's tokenizer, on the target's device. Its vocabulary may have up
+            to `PADDING` ids more or less than the target's: only ids that both have are drafted.
         most: the most tokens of a draft. None: 8 for an autoregressive model, 16 for a diffusion model.
         canvas: for a diffusion model, the masks behind the text, the draft's included, as far as there is
             room. Such models end their text where the canvas ends. None: as many as there is room for.
@@ -48,10 +54,11 @@ class ModelDrafter:
 
     def check(self, model: Model) -> None:
         size, target_size = self.model.vocab_size, model.vocab_size
-        if size != target_size:
+        if abs(size - target_size) > PADDING:
             raise ValueError(
                 f"drafter: {type(self.model).__name__} has a vocabulary of {size} tokens, and the model "
-                f"one of {target_size}"
+                f"one of {target_size}; expected the model's tokenizer, of whose ids {PADDING} more or less "
+                "may be padding"
             )
         if self.model.device != model.device:
             raise ValueError(f"drafter: expected on {model.device} as the model, got {self.model.device}")
@@ -75,18 +82,22 @@ class _Session(DraftSession):
     ) -> list[int]:
         """The most probable token that the target can choose, at rows `source` of a pass over the packed
         tokens `ids`. lanes: the lane of each of these rows. -1 for a bad row."""
-        device = self.model.device
+        device, known = self.model.device, self.model.shape.embedding_size
         metadata = metadata.to(device)
         with own_precision(self.model, device):
-            x = self.model.step(torch.tensor(ids, device=device), kv_cache, metadata)
+            # An id that the target alone has is read as the drafter's last.
+            x = self.model.step(torch.tensor(ids, device=device).clamp_(max=known - 1), kv_cache, metadata)
             logits = self.model.head(x[torch.tensor(source, device=device)])
-        logits[:, self.target_size :] = -torch.inf  # padding of the drafter's embedding
+        # An id that one of the two models alone has is no guess.
+        logits = F.pad(logits[:, : self.target_size], (0, max(0, self.target_size - known)), value=-torch.inf)
         best = torch.full((len(source),), -1, device=device)
+        mask_id = self.model.mask_id
+        if mask_id is not None and mask_id >= self.target_size:
+            mask_id = None  # no row has its logit
         numbers, groups = grouped(lane.sampling.greedy for lane in lanes)
         for number, group in enumerate(groups):
             at = torch.tensor([row for row, of in enumerate(numbers) if of == number], device=device)
-            mask_id, suppress = self.model.mask_id, group.suppress
-            best[at] = row_stats(logits, rows=at, mask_id=mask_id, suppress=suppress, check=False).token
+            best[at] = row_stats(logits, rows=at, mask_id=mask_id, suppress=group.suppress, check=False).token
         return best.tolist()
 
 

@@ -94,7 +94,7 @@ def speculate(
             of a model that was trained for them too; the path of a drafter with weights (`dparallel drafter`
             trains one; `speculation.load` reads it, and what is published of DFlash, EAGLE-3 and P-EAGLE),
             with "tree:" before the path of a drafter of blocks for trees of its guesses; or a model of
-            `dparallel_ext.models` with the same vocabulary, autoregressive or of masked diffusion. None:
+            `dparallel_ext.models` with the same tokenizer, autoregressive or of masked diffusion. None:
             plain decoding. Recordings on a GPU are kept for the next call with the same model, if it is
             plain, its drafter has no part in the model's passes, or the drafter is the same object, by itself
             or by its name.

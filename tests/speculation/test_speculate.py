@@ -381,6 +381,30 @@ def test_diffusion_models_draft() -> None:
             plain(drafter=diffusion)
 
 
+@pytest.mark.parametrize("size", [400, 650])
+def test_a_drafter_of_another_padding_drafts_what_both_models_have(size: int) -> None:
+    """Qwen2.5's models have one tokenizer and vocabularies of two sizes. The text has ids of the model alone,
+    in the prompt, among the suppressed and in the response."""
+    target = model_of(vocab_size=512)
+    prompts = [torch.tensor([5, 499, 6, 511]), torch.tensor([7])]
+    settings: dict[str, Any] = {"gen_length": 12, "suppress": (3, 500), "eos_id": -1}
+    expected = dx.speculate(target, prompts, **settings)
+    assert max(int(response.max()) for response in expected.responses) >= 400
+    diffusion = model_of("sdar", vocab_size=size, mask_token_id=size - 1, block_size=4)
+    for drafter in (model_of("llama", vocab_size=size), diffusion):
+        with torch.no_grad():  # most rows prefer the last id
+            drafter.lm_head.weight[size - 2] = 40 * drafter.lm_head.weight[9]
+        out = dx.speculate(target, prompts, drafter=drafter, draft_size=4, record=True, **settings)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert out.passes is not None
+        assert int(out.drafted.sum()) > 0
+        assert max(token for passes in out.passes for one in passes for token in one.refused) < 512
+        with dx.Engine(target, drafter=drafter, draft_size=4, lanes=2, max_length=32) as engine:
+            handles = [engine.submit(ids.tolist(), **settings) for ids in prompts]
+            for handle, response in zip(handles, expected.responses, strict=True):
+                assert handle.result().tokens == response.tolist()
+
+
 def test_a_draft_that_failed_is_made_again_from_the_whole_text() -> None:
     """A drafter that is the model itself is right wherever it has seen the text."""
     itself = ModelDrafter(model_of(), most=4)
