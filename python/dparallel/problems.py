@@ -42,9 +42,10 @@ def read_prompts(
 ) -> list[Prompt]:
     """Prompts of a file (`files.ROWS`), or of "builtin:N[:SEED]", N training problems of `tasks`.
 
-    A prompt is a text, or a list of chat messages, {"role": ..., "content": ...}: the messages in front of
-    the assistant's last are the prompt. An answer is a text or a number, or a list of messages whose last is
-    the assistant's. `answer_field` None: there are no answers, and a line that is no JSON is a prompt, too.
+    A prompt is a text, or a list of chat messages, {"role": ..., "content": ...} or ShareGPT's {"from": ...,
+    "value": ...}: those in front of the assistant's last are the prompt. An answer is a text or a number, or
+    a list of messages whose last is the assistant's. `answer_field` None: there are no answers, and a line
+    that is no JSON is a prompt, too.
     Raises FileNotFoundError, or ValueError naming the argument, the line and the field that is missing or of
     another type, or a file without prompts.
     """
@@ -83,10 +84,9 @@ def _prompt(place: str, field: str, value: Any) -> str | list[Message]:
     """The prompt in a field: a text, or messages without the assistant's last."""
     if isinstance(value, str):
         return value
-    if not _are_messages(value):
+    messages = _messages(value)
+    if messages is None:
         raise ValueError(f"{place}: expected str or a list of messages in {field!r}, got {value!r:.60}")
-    # Parquet gives each message the fields of all.
-    messages = [{key: part for key, part in each.items() if part is not None} for each in value]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not asked:
         raise ValueError(f"{place}: expected a message of another than the assistant in {field!r}")
@@ -95,24 +95,36 @@ def _prompt(place: str, field: str, value: Any) -> str | list[Message]:
 
 def _answer(place: str, field: str, value: Any) -> str:
     """The right answer in a field: a text, a number, or the last of messages."""
-    if _are_messages(value):
-        last = value[-1]
+    if messages := _messages(value):
+        last = messages[-1]
         if last["role"] != "assistant" or not isinstance(last.get("content"), str):
             raise ValueError(
-                f"{place}: expected a text of the assistant at the end of {field!r}, got {last!r:.60}"
+                f"{place}: expected a text of the assistant at the end of {field!r}, got {value[-1]!r:.60}"
             )
         return str(last["content"])
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise ValueError(f"{place}: expected str or int or float in {field!r}, got {value!r:.60}")
+        raise ValueError(
+            f"{place}: expected str or int or float or a list of messages in {field!r}, got {value!r:.60}"
+        )
     return str(value)
 
 
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in value)
-    )
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+"""The names of ShareGPT's speakers -> those of roles; others bear the same name."""
+
+
+def _messages(value: Any) -> list[Message] | None:
+    """The messages of a chat, which name "role" and "content", or "from" and "value" as ShareGPT's; None for
+    anything else."""
+    if not (isinstance(value, list) and value and all(isinstance(each, dict) for each in value)):
+        return None
+    # Parquet gives each message the fields of all.
+    messages = [{key: part for key, part in each.items() if part is not None} for each in value]
+    for each in messages:
+        if "role" not in each and isinstance(speaker := each.get("from"), str):
+            each["role"], each["content"] = SHAREGPT.get(speaker, speaker), each.get("value")
+            each.pop("from"), each.pop("value", None)
+    return messages if all(isinstance(each.get("role"), str) for each in messages) else None
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:

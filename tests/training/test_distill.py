@@ -317,6 +317,21 @@ def test_two_processes_distil_under_torchrun(answers: Path, tmp_path: Path):
     assert any(not torch.equal(base[name], expected[name]) for name in base)
 
 
+def test_what_was_wrapped_is_freed_before_the_process_group_ends():
+    """An engine of DeepSpeed asks for its rank when it is freed."""
+    calls: list[str] = []
+    accelerator = make_dataclass("Accelerator", [])()
+    accelerator.free_memory, accelerator.end_training = (
+        lambda: calls.append("free"),
+        lambda: calls.append("end"),
+    )
+    of_two = make_dataclass("Arguments", [("world_size", int)])(2)
+    names = ("args", "accelerator", "model", "model_wrapped")
+    trainer = make_dataclass("Trainer", names)(of_two, accelerator, "model", "wrapped")
+    distill.finish(trainer)
+    assert (calls, trainer.model_wrapped) == (["free", "end"], "model")
+
+
 def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):
     """Of another model, by a warning; in tokens that are another text for this model, by an error."""
     recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 0, "save_strategy": "no"})

@@ -173,15 +173,19 @@ def test_prompts_of_odd_files(tmp_path: Path):
         read_prompts("builtin:1:2:3")
 
 
+@pytest.mark.parametrize("sharegpt", [False, True])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_prompts_that_are_chats(form: str, tmp_path: Path):
+def test_prompts_that_are_chats(form: str, sharegpt: bool, tmp_path: Path):
     """What stands in front of the assistant's last message is asked, and that message is the answer."""
     system, user = {"role": "system", "content": "be brief"}, {"role": "user", "content": "a é"}
     reply = {"role": "assistant", "content": "7"}
     chats = [[system, user, reply], [user, reply, user, reply], [user]]
     file = tmp_path / f"p.{form}"
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
 
     def write(chats: list[Any]) -> None:
+        if sharegpt:
+            chats = [[{"from": speakers[m["role"]], "value": m["content"]} for m in chat] for chat in chats]
         if form == "jsonl":
             file.write_text("".join(json.dumps({"messages": chat, "answer": "8"}) + "\n" for chat in chats))
         else:
@@ -238,7 +242,9 @@ def test_prompts_of_files(tmp_path: Path):
         ):
             read_prompts(str(file))
     file.write_text('{"prompt": "a", "answer": null}')
-    with pytest.raises(ValueError, match=r"p.jsonl:1: expected str or int or float in 'answer', got None"):
+    with pytest.raises(
+        ValueError, match=r"p.jsonl:1: expected str or int or float or .* in 'answer', got None"
+    ):
         read_prompts(str(file))
     for line, said in (
         ('{"prompt": "a", "answer": true}', "in 'answer', got True"),

@@ -397,10 +397,10 @@ def finish(trainer: Any) -> None:
     # DistributedDataParallel holds the group too, but must not be the last: it would join the group's threads
     # and keep Python's lock, for which a thread that drops the last collective's tensors may wait for ever.
     group = torch.distributed.group.WORLD
-    trainer.accelerator.end_training()
-    trainer.accelerator.free_memory()
+    trainer.accelerator.free_memory()  # DeepSpeed asks for its rank here, so while the group is there
     trainer.model_wrapped = trainer.model
     gc.collect()
+    trainer.accelerator.end_training()
     del group
 
 
