@@ -82,14 +82,15 @@ class DFlashOptions(NamedTuple):
         masks = config_ids(inner, "mask_token_id", shape.embedding_size)
         if len(masks) != 1:
             raise ValueError("config: dflash_config: 'mask_token_id' is missing")
-        taps = inner.get("target_layer_ids")
-        taps = list(default_taps(layers, shape.layers)) if taps is None else taps
+        if (taps := inner.get("target_layer_ids")) is None:  # a drafter guesses badly from other layers
+            raise ValueError("config: dflash_config: 'target_layer_ids' is missing")
         check_layers("config: dflash_config: target_layer_ids", taps, EMBEDDING, layers)
         return cls(shape, kind, tuple(taps), block, masks[0], layers, origin)
 
 
 def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
-    """The target's layers to tap, spread as DFlash does: from the second to the third from the end."""
+    """The target's layers to tap in training, spread as DFlash does: from the second to the third from the
+    end."""
     if count == 1:
         return (target_layers // 2,)
     return tuple(round(1 + i * (target_layers - 4) / (count - 1)) for i in range(count))

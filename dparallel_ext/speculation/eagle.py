@@ -55,9 +55,8 @@ _WITHOUT = dict.fromkeys(("norm_before_fc", "fc_norm", "use_aux_norm", "norm_out
 """Options of some later drafters (EAGLE-3.1)."""
 
 
-def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a published drafter of these kinds."""
-    return _FORM in config or "draft_vocab_size" in config
+MARKS = (_FORM, "draft_vocab_size")
+"""Keys of config.json that published drafters of these kinds have, some one, some the other."""
 
 
 class EagleOptions(NamedTuple):

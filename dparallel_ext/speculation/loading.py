@@ -39,6 +39,8 @@ KINDS: dict[str, Callable[[DraftCheckpoint], Drafter]] = {
     strided.KIND: strided.drafter_of_masks,
 }
 """Kind that a file names -> a function that makes a drafter of it, or raises ValueError."""
+PUBLISHED = {"lora": {"peft_type"}, eagle.KIND: {*eagle.MARKS}, "dflash": {"dflash_config"}}
+"""Kind of a published file -> the keys of its config, of which any tells the kind."""
 NAMED: dict[str, Path | Drafter] = {
     "recycling": Recycling(),
     "jump_forward": JumpForward(),
@@ -66,8 +68,13 @@ def load(path: str | Path) -> Drafter:
     try:
         kind = Origin.of(checkpoint.config).kind
         if kind is None:  # a published file
-            kind = eagle.KIND if eagle.is_config(checkpoint.config) else "dflash"
-            kind = "lora" if "peft_type" in checkpoint.config else kind
+            kind = _published_kind(checkpoint.config)
+            if kind is None:
+                marks = sorted(mark for marks in PUBLISHED.values() for mark in marks)
+                raise ValueError(
+                    "config: expected that of a published DFlash, EAGLE-3 or P-EAGLE drafter or of a LoRA "
+                    f"adapter, with one of {marks}, got {sorted(checkpoint.config)!r:.200}"
+                )
         if kind not in KINDS:
             raise ValueError(f"config: {OURS}: kind={kind!r:.80}, expected one of {list(KINDS)}")
         return KINDS[kind](checkpoint)
@@ -155,5 +162,10 @@ def _is_model(path: str | Path) -> bool:
     """Whether a directory, or ORG/NAME, holds a language model, and not a drafter, whose config may name a
     family too."""
     config = {} if is_single_file(Path(path)) else read_json(locate(path) / "config.json")
-    drafts = "dflash_config" in config or OURS in config or eagle.is_config(config)
+    drafts = OURS in config or _published_kind(config) is not None
     return str(config.get("model_type")) in FAMILIES and not drafts
+
+
+def _published_kind(config: dict[str, Any]) -> str | None:
+    """The kind of a published drafter, from its config.json."""
+    return next((kind for kind, marks in PUBLISHED.items() if not marks.isdisjoint(config)), None)

@@ -334,6 +334,16 @@ def test_published_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
     assert dx.speculation.load(tmp_path).options.block == 9
 
 
+def test_a_published_drafter_of_another_kind_is_told_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 1}))
+    save_file({"0.0.linear.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    said = (
+        r"drafter: .*: expected that of a published DFlash, EAGLE-3 .* got \['medusa_num_heads', 'medusa_num_"
+    )
+    with pytest.raises(ValueError, match=said):
+        plain(drafter=str(tmp_path))
+
+
 def test_published_taps() -> None:
     assert default_taps(36, 5) == (1, 9, 17, 25, 33)
     assert default_taps(24, 5) == (1, 6, 11, 16, 21)
@@ -350,6 +360,7 @@ def test_published_taps() -> None:
         ({"dflash_config": None}, "'dflash_config' is null"),
         ({"dflash_config": {"mask_token_id": 61}}, "mask_token_id=61, expected an id below 61"),
         ({"dflash_config": {"target_layer_ids": [0]}}, "'mask_token_id' is missing"),
+        ({"dflash_config": {"mask_token_id": 60}}, "'target_layer_ids' is missing"),
         ({"fc_layernorm": True}, "fc_layernorm=True is not supported"),
         (
             {"dflash_config": {"mask_token_id": 60, "fc_layernorm": True}},
