@@ -110,6 +110,12 @@ def test_gen_length_is_the_arguments_then_the_tasks(make: Any) -> None:
     assert len(fixed.split()) == 7
 
 
+def test_the_harness_trusts_code_that_is_not_run(make: Any) -> None:
+    """Its option --trust_remote_code, which some tasks' data need, is an argument of the model too."""
+    asks = [asked(PROBLEMS[0].prompt, {"max_gen_toks": 3})]
+    assert make(trust_remote_code=True).generate_until(asks) == make().generate_until(asks)
+
+
 def test_samples_differ_between_repeats_and_not_between_runs(make: Any) -> None:
     options = {"do_sample": True, "temperature": 4.0, "policy": "one", "max_gen_toks": 12}
     requests = [asked(PROBLEMS[0].prompt, options)] * 3

@@ -84,6 +84,8 @@ class DParallelLM(TemplateLM):
         batch_size: requests decoded at once, or masked sequences in a pass of `loglikelihood`. The harness's
             default is 1, which is slow.
         device: default: "cuda" if there is a GPU.
+        trust_remote_code: of no effect, since code in a checkpoint is never run. The harness's option
+            `--trust_remote_code` sets it.
 
     `--gen_kwargs` (or a task's generation_kwargs): until, max_gen_toks, do_sample, temperature, top_p,
     top_k, policy. Any other is refused by name, unless its value changes nothing.
@@ -114,6 +116,7 @@ class DParallelLM(TemplateLM):
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         parse_policy(policy)
