@@ -332,6 +332,26 @@ def test_what_was_wrapped_is_freed_before_the_process_group_ends():
     assert (calls, trainer.model_wrapped) == (["free", "end"], "model")
 
 
+def test_shards_of_deepspeed_are_saved_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ZeRO-3 leaves each process empty parameters, of which the trainer makes whole ones; without a key of
+    DeepSpeed's config it cannot, which is told before the first step."""
+    saved: list[str] = []
+    trainer = make_dataclass("Trainer", ["is_fsdp_enabled"])(False)
+    trainer.save_model = saved.append
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    distill.save_model(trainer, registry.load()[0], None, tmp_path)
+    assert (saved, [*tmp_path.iterdir()]) == ([str(tmp_path)], [])
+    for stage, gathers in ((2, False), (3, True), (3, False)):
+        config = make_dataclass("Config", [])()
+        config.is_zero3, config.get_value = lambda stage=stage: stage == 3, lambda *_, value=gathers: value
+        arguments = make_dataclass("Arguments", ["hf_deepspeed_config"])(config)
+        monkeypatch.setattr(distill, "arguments", lambda *_, given=arguments: given)
+        refused = stage == 3 and not gathers
+        said = "deepspeed: zero_optimization: expected stage3_gather_16bit" if refused else "disable_tqdm"
+        with pytest.raises(ValueError if refused else AttributeError, match=said):
+            distill.run(distill.Recipe("builtin:teacher", {}), tmp_path, tmp_path / "out")
+
+
 def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):
     """Of another model, by a warning; in tokens that are another text for this model, by an error."""
     recipe = distill.read(RECIPES / "builtin.yaml", training={"max_steps": 0, "save_strategy": "no"})

@@ -283,6 +283,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     from .trainer import CertaintyForcingTrainer
 
     args = arguments(recipe, directory)
+    _check_deepspeed(args)
     args.disable_tqdm |= not progress
     source = registry.directory_of(recipe.model)
     files.apart(directory, source)
@@ -328,13 +329,30 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
             f"at least as many, got {most}"
         )
-    _save_model(trainer, model, companions, directory)
+    save_model(trainer, model, companions, directory)
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
         files.write_json(directory / "training.json", report)
     finish(trainer)
     return directory
+
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+"""The key of DeepSpeed's `zero_optimization` by which the shards of ZeRO-3 are put together in files."""
+
+
+def _check_deepspeed(args: Any) -> None:
+    """Raise ValueError for a config of ZeRO-3 by which no weights would be saved."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    if (
+        config is not None
+        and config.is_zero3()
+        and not config.get_value(f"zero_optimization.{GATHER}", False)
+    ):
+        raise ValueError(
+            f"training: deepspeed: zero_optimization: expected {GATHER} true, which saves weights"
+        )
 
 
 def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torch.device) -> Model:
@@ -354,9 +372,12 @@ def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torc
     return model
 
 
-def _save_model(trainer: Any, model: Any, companions: files.Companions, directory: Path) -> None:
-    """Write the trained model and its tokenizer: an adapter or shards by the trainer, others as published."""
-    if not isinstance(model, Model) or trainer.is_fsdp_enabled:
+def save_model(trainer: Any, model: Any, companions: files.Companions, directory: Path) -> None:
+    """Write the trained model and its tokenizer: an adapter or shards (FSDP's, DeepSpeed's ZeRO-3) by the
+    trainer, others as published."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not isinstance(model, Model) or trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
         trainer.save_model(str(directory))
     elif trainer.is_world_process_zero():
         # Before config.json, which makes it a checkpoint.
