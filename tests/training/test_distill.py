@@ -344,12 +344,16 @@ def test_shards_of_deepspeed_are_saved_as_a_whole(tmp_path: Path, monkeypatch: p
     for stage, gathers in ((2, False), (3, True), (3, False)):
         config = make_dataclass("Config", [])()
         config.is_zero3, config.get_value = lambda stage=stage: stage == 3, lambda *_, value=gathers: value
-        arguments = make_dataclass("Arguments", ["hf_deepspeed_config"])(config)
-        monkeypatch.setattr(distill, "arguments", lambda *_, given=arguments: given)
-        refused = stage == 3 and not gathers
-        said = "deepspeed: zero_optimization: expected stage3_gather_16bit" if refused else "disable_tqdm"
-        with pytest.raises(ValueError if refused else AttributeError, match=said):
-            distill.run(distill.Recipe("builtin:teacher", {}), tmp_path, tmp_path / "out")
+        plugin = make_dataclass("Plugin", ["hf_ds_config"])(config)
+        state = make_dataclass("State", ["deepspeed_plugin"])(plugin)
+        trainer.accelerator = make_dataclass("Accelerator", ["state"])(state)
+        if stage == 2 or gathers:
+            distill.check_deepspeed(trainer)
+        else:
+            with pytest.raises(
+                ValueError, match="deepspeed: zero_optimization: expected stage3_gather_16bit"
+            ):
+                distill.check_deepspeed(trainer)
 
 
 def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):

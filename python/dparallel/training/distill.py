@@ -283,7 +283,6 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
     from .trainer import CertaintyForcingTrainer
 
     args = arguments(recipe, directory)
-    _check_deepspeed(args)
     args.disable_tqdm |= not progress
     source = registry.directory_of(recipe.model)
     files.apart(directory, source)
@@ -316,6 +315,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         if "installed" not in str(error):  # else the package that `report_to` names is not
             raise
         raise ValueError(f"training: report_to: {error}") from error
+    check_deepspeed(trainer)
     if not progress:
         from transformers import PrinterCallback
 
@@ -342,17 +342,16 @@ GATHER = "stage3_gather_16bit_weights_on_model_save"
 """The key of DeepSpeed's `zero_optimization` by which the shards of ZeRO-3 are put together in files."""
 
 
-def _check_deepspeed(args: Any) -> None:
+def check_deepspeed(trainer: Any) -> None:
     """Raise ValueError for a config of ZeRO-3 by which no weights would be saved."""
-    config = getattr(args, "hf_deepspeed_config", None)
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    config = None if plugin is None else plugin.hf_ds_config
     if (
         config is not None
         and config.is_zero3()
         and not config.get_value(f"zero_optimization.{GATHER}", False)
     ):
-        raise ValueError(
-            f"training: deepspeed: zero_optimization: expected {GATHER} true, which saves weights"
-        )
+        raise ValueError(f"deepspeed: zero_optimization: expected {GATHER} true, which saves weights")
 
 
 def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torch.device) -> Model:
