@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dparallel_ext import backends
 from dparallel_ext.ops import errors, inputs, streams
@@ -83,35 +83,43 @@ def schema(func: Any) -> tuple[str, bool]:
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """The op's results, on the device where torch would have them."""
-    leaves: list[Any] = []
-    mapped(leaves.append, (args, kwargs))
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    places = {t.device.type for t in tensors if t.ndim or is_there(t)}  # numbers of the CPU go with any
+    tensors: list[Tensor] = []
+    named: list[str] = []
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, torch.device):
+            named.append(value.type)
+        return on_cpu(value)
+
     name, is_view = schema(func)
+    if name.endswith("pin_memory"):
+        return args[0]
+    kwargs.pop("pin_memory", None)
+    args, kwargs = mapped(inside, args), mapped(inside, kwargs)
+    places = {t.device.type for t in tensors if t.ndim or is_there(t)}  # numbers of the CPU go with any
     if "cuda" in places and len(places) > 1 and name not in MOVES and not name.startswith("aten::index"):
         shapes = [f"{t.device.type} {tuple(t.shape)}" for t in tensors]
         raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes}")
-    if name.endswith("pin_memory"):
-        return args[0]
-    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    named = [place.type for place in leaves if isinstance(place, torch.device)]
-    to_gpu = named[0] == "cuda" if named else any(map(is_there, tensors))
-    # A view of a tensor that is none of inference mode is none either.
-    is_plain = is_view and any(is_there(t) and not torch.is_inference(t) for t in tensors)
-    owner = {id(t.inner): t for t in tensors if is_there(t)}
+    there = [t for t in tensors if is_there(t)]
+    to_gpu = named[0] == "cuda" if named else bool(there)
 
     def placed(result: Any) -> Any:
         if not isinstance(result, Tensor):
             return result
-        if id(result) in owner:  # in place
-            return owner[id(result)] if to_gpu else result.clone()
+        for t in there:
+            if result is t.inner:  # type: ignore[attr-defined]  # in place
+                return t if to_gpu else result.clone()
         if to_gpu:
             return wrapper(OnGPU, result.clone() if any(result is t for t in tensors) else result)
         return result
 
+    # A view of a tensor that is none of inference mode is none either.
+    is_plain = is_view and any(not torch.is_inference(t) for t in there)
     with torch.inference_mode(False) if is_plain else nullcontext():
-        with _disable_current_modes(), torch.no_grad():
-            results = func(*mapped(on_cpu, args), **mapped(on_cpu, kwargs))
+        with torch.no_grad():
+            results = func(*args, **kwargs)
         return mapped(placed, results)
 
 

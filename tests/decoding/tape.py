@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from emulated_gpu import mapped, on_cpu
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dparallel_ext import models
 from dparallel_ext.decoding.graphs import Graphs
@@ -72,9 +73,16 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def on_one_device(*values: Any) -> bool:
-    """Whether all tensors are, single numbers too: a recording would keep the value of one on the CPU."""
-    return len({tensor.device.type for tensor in tensors_of(values)}) < 2
+def devices_of(value: Any) -> set[str]:
+    """Of its tensors, single numbers too: a recording would keep the value of one on the CPU."""
+    return {tensor.device.type for tensor in tensors_of(value)}
+
+
+def is_view(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether the call launched nothing: what it gave lies in the memory of what it was given."""
+    given = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+    made = [t.untyped_storage().data_ptr() for t in tensors_of(out)]
+    return bool(made) and given.issuperset(made) and not func._schema.is_mutable
 
 
 @functools.cache
@@ -88,8 +96,12 @@ def writes(func: Any) -> list[tuple[int, str]]:
 
 
 class NoReads(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = {getattr(Tensor, name) for name in READS}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(func is getattr(Tensor, name) for name in READS) and not looks():
+        if func in self.reads and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         return func(*args, **(kwargs or {}))
 
@@ -109,6 +121,8 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.written: list[tuple[Tensor, Tensor]] = []
         """Before each call, what it changes and a copy of it."""
+        self.launched: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        """The calls that a replay makes, on the tensors that have the numbers: views stay as they are."""
 
     def __enter__(self) -> Tape:
         self.no_reads.__enter__()
@@ -117,19 +131,24 @@ class Tape(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.no_reads.__exit__(*error)
+        self.launched = [
+            (func, mapped(on_cpu, args), mapped(on_cpu, kwargs), [on_cpu(t) for t in tensors_of(out)])
+            for func, args, kwargs, out in self.calls
+            if not is_view(func, args, kwargs, out)
+        ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         by_mask = func in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-        permitted = is_recorded(func) and not by_mask and on_one_device(args, kwargs)
-        if not permitted and not looks():
+        devices = devices_of((args, kwargs))
+        if not (is_recorded(func) and not by_mask and len(devices) < 2) and not looks():
             raise RuntimeError(f"{func}: not permitted while recording")
         for place, name in writes(func):
             given = args[place] if place < len(args) else kwargs.get(name)
             if isinstance(given, Tensor):
                 self.written.append((given, given.clone()))
         out = func(*args, **kwargs)
-        if not on_one_device(args, kwargs, out) and not looks():
+        if len(devices | devices_of(out)) > 1 and not looks():
             raise RuntimeError(f"{func}: not permitted while recording, from one device to another")
         self.calls.append((func, args, kwargs, out))
         return out
@@ -141,12 +160,18 @@ class Tape(TorchDispatchMode):
         self.written.clear()
         self.calls[-1][-1].fill_(-7)  # the result
 
+    def forget(self) -> None:
+        """Keep none of the tensors."""
+        for kept in (self.calls, self.written, self.launched):
+            kept.clear()  # type: ignore[attr-defined]
+
     def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tensors_of(out), tensors_of(again), strict=True):
-                if old.numel() and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        with _disable_current_modes():
+            for func, args, kwargs, out in self.launched:
+                again = func(*args, **kwargs)
+                for old, new in zip(out, tensors_of(again), strict=True):
+                    if old.numel() and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
 
     def read(self) -> list[tuple[StorageWeakRef, str]]:
         """The memory from outside that a replay reads or changes, which a CUDA graph knows by its address and
@@ -253,10 +278,7 @@ def kernels(tape: Tape) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for func, args, kwargs, out in tape.calls:
         name = func._schema.name.split("::")[1]
-        given = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
-        made = list(tensors_of(out))
-        views = bool(made) and all(t.untyped_storage().data_ptr() in given for t in made)
-        changes = func._schema.is_mutable
-        if changes or (made and not views and name not in LOOKING and "empty" not in name):
+        made = any(True for _ in tensors_of(out)) and name not in LOOKING and "empty" not in name
+        if func._schema.is_mutable or (made and not is_view(func, args, kwargs, out)):
             found[name] += 1
     return found

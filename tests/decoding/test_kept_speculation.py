@@ -62,8 +62,7 @@ def lost(made: list[Graphs]) -> list[str]:
     for found in (found for graphs in made for found in graphs.recordings.values() if found is not None):
         tape = found.replay.__self__.tape  # type: ignore[attr-defined]
         read += tape.read()
-        tape.calls.clear()
-        tape.written.clear()
+        tape.forget()
     assert read
     gc.collect()
     return [operator for memory, operator in read if memory.expired()]
