@@ -39,9 +39,8 @@ def register_head_gradient(name: str, tensors: int, terms: int) -> None:
         ctx: Any, tensors: Sequence[Tensor], *saved_and_grads: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         backward, needed = getattr(torch.ops.dparallel, f"{name}_backward"), ctx.needs_input_grad[1]
-        with torch.autocast(
-            tensors[0].device.type, enabled=False
-        ):  # the dtypes are those of the forward pass
+        # The dtypes are those of the forward pass.
+        with torch.autocast(tensors[0].device.type, enabled=False):
             grad, grad_head = backward(*tensors, *ctx.settings, *saved_and_grads, needed)
         return grad, grad_head if needed else None
 
