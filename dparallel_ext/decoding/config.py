@@ -84,8 +84,8 @@ class DecodeConfig:
     masks, in order. Only the last run of masks is searched for `eos_id` and `stop`: nothing ends in front of
     a given token that more masks follow, and the masks behind an end become padding. A streamer gets the
     tokens in front of the first mask as its prompt, then given and decoded tokens in order. A block-causal
-    model's blocks in front of the first mask are prefilled; later ones without a mask are computed with the
-    next that has one; with gen_length 0 its last block stays as short as the prompt leaves it."""
+    model's blocks in front of the first mask are prefilled; later blocks without a mask are computed with the
+    next block that has one; with gen_length 0 its last block stays as short as the prompt leaves it."""
     block_length: int | None = None
     """Tokens of a block; blocks are decoded left to right. None: the model's own, where it is block-causal
     (blocks count from position 0) or has a window (of at most 64 masks), else 32. Block-causal models of ours
@@ -114,8 +114,9 @@ class DecodeConfig:
     """The form of the response, which `dparallel.structured` makes of a regular expression or a JSON schema.
     The response has it, and ends within gen_length tokens if any of the form does. A diffusion model fills a
     block's masks in the most probable way that has the form (DINGO, arXiv 2505.23061), and the policy judges
-    tokens among those that the form allows there; it needs temperature 0, no rule, no `infill` and one open
-    block. An autoregressive model chooses or samples each token among those that the form allows."""
+    tokens among the tokens that the form allows there; it needs temperature 0, no rule, no `infill` and one
+    open block. An autoregressive model chooses or samples each token among the tokens that the form
+    allows."""
     min_commit: policies.Number = 1
     """With a `threshold`, the fewest tokens that a pass commits, at least 1; one per sequence."""
     max_commit: policies.Number | None = None
@@ -126,24 +127,25 @@ class DecodeConfig:
     confidence."""
     cache: str | None = None
     """"none", the whole sequence each pass; for our models also "prefix" (one full pass per block, then from
-    the block on), "dual" (one full pass per block, then the block alone), and for block-causal ones "block"
+    the block on), "dual" (one full pass per block, then the block alone), and for block-causal models "block"
     (each pass the block alone; finished blocks are exact). There, with sub-blocks, "dual" works inside the
     block: a pass over all of it until the sub-block's first token is known, then over the sub-block alone
-    (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal ones (BD3LM) with "block", and
-    see both ways (MDLM) with the others. None: in `decode` "none", in an engine "block" for block-causal
-    models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone, which an engine
-    must be told: by default it decodes that model autoregressively. WeDLM and SDLM have "window" alone:
-    passes fill the first `block_length` masks, wherever blocks end, without `infill`, `automaton`, `steps`
-    and rules that read more than those masks; SDLM's commit the longest run of what a policy row chooses
-    from the first mask on, and take no other rule."""
+    (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal models (BD3LM) with "block",
+    and see both ways (MDLM) with the other modes. None: in `decode` "none", in an engine "block" for
+    block-causal models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone,
+    which an engine must be told: by default it decodes that model autoregressively. WeDLM and SDLM have
+    "window" alone: passes fill the first `block_length` masks, wherever blocks end, without `infill`,
+    `automaton`, `steps` and rules that read more than those masks; SDLM's passes commit the longest run, from
+    the first mask on, of tokens that a policy row chooses, and take no other rule."""
     refresh: int | None = None
     """With cache "dual", a full pass every `refresh` passes over a block, so that no entry grows stale."""
     active_blocks: int = 1
     """Blocks of a sequence that passes may fill at once (d3LLM, arXiv 2601.07568; D2F, 2508.09192). With more
-    than one, the next block opens once `open_at` of the last open one is decoded; a pass need commit nothing
-    in a block behind the front one until `activate_at` of the block before it is decoded. Needs a threshold
-    or a rule that says how much a pass commits; not with sub-blocks, nor with rules that edit or that read
-    the whole response: `decode` refuses those, and in an engine such a request has one block open."""
+    than one, the next block opens once `open_at` of the last open block is decoded; a pass need commit
+    nothing in a block behind the front block until `activate_at` of the block before it is decoded. Needs a
+    threshold or a rule that says how much a pass commits; not with sub-blocks, nor with rules that edit or
+    that read the whole response: `decode` refuses such rules, and in an engine such a request has one block
+    open."""
     open_at: float = 0.1
     """With several active blocks: the share of a block's masks, from 0 to 1."""
     activate_at: float = 0.95
@@ -174,9 +176,9 @@ class DecodeConfig:
     eos_id: int | Sequence[int] | Tensor | None = None
     """The end token, or several, as transformers' `eos_token_id`; a model's own are its `eos_ids`. A sequence
     ends once it holds any of them with no mask in front: the masks behind it, in its block and in later ones,
-    are filled with the first of `eos_id` and not computed. The tokens in front of it are those of a decode
-    that goes on. None, as published: every block is decoded; for an autoregressive model, None stands for all
-    of its own end tokens. -1: no end token, whatever the model's own."""
+    are filled with the first of `eos_id` and not computed. The tokens in front of it are the tokens of a
+    decode that goes on. None, as published: every block is decoded; for an autoregressive model, None stands
+    for all of its own end tokens. -1: no end token, whatever the model's own."""
     stop: Sequence[Sequence[int]] = ()
     """Sequences of token ids; each ends a response, wherever it lies in it, as eos_id does, but only once the
     block in which it ends is complete."""

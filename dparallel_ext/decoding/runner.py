@@ -38,7 +38,7 @@ class Counts(NamedTuple):
     """For each block in `SequenceWork.counted`, and perhaps padding after them: masks left, the column of the
     first of them, tokens that the pass changed."""
     end: int | None
-    """The column of the first EOS in `SequenceWork.ending`, else the end of those columns; None where no
+    """The column of the first EOS in `SequenceWork.ending`, else the end of its columns; None where no
     sequence has an EOS."""
 
 

@@ -43,8 +43,9 @@ class Schedule:
     """Says which positions a pass computes and which windows it may fill, see the table above.
 
     With several `active_blocks` (d3LLM, arXiv 2601.07568; D2F, arXiv 2508.09192) the block after the last
-    open one opens once the last one's share of decoded tokens reaches `open_at`. A pass has to commit in the
-    front block, and in an open block once the share of the block before has reached `activate_at`.
+    open block opens once the last open block's share of decoded tokens reaches `open_at`. A pass has to
+    commit in the front block, and in an open block once the share of the block before has reached
+    `activate_at`.
     """
 
     block_length: int
@@ -82,7 +83,7 @@ class Schedule:
 
     @property
     def prefill_predicts_next(self) -> bool:
-        """Whether the pass that stores a block gives the next one's first token."""
+        """Whether the pass that stores a block gives the next block's first token."""
         return self.onward or (self.shift and self.block_causal)
 
     @property
@@ -126,7 +127,7 @@ class Schedule:
         return self.onward and self.prefill_only(s)
 
     def prefill_only(self, s: SequenceState) -> bool:
-        """Whether the next pass computes only the blocks in front of the front one.
+        """Whether the next pass computes only the blocks in front of the front block.
 
         With shifted logits and a block-causal model (Fast-dLLM v2), and where finished positions see onward
         (Nemotron-Labs-Diffusion), the last position of a block predicts the first token of the next. So, as
@@ -283,7 +284,7 @@ class Sliding(Schedule):
     window, and stored by the pass after that.
 
     Blocks say when tokens are streamed and where a response ends. The window may reach into the block after
-    the front one, so both are open.
+    the front block, so both are open.
     """
 
     known_first = True

@@ -172,7 +172,7 @@ class SequenceState:
         return OpenBlock(start, end, held, held, self.columns[first])
 
     def leave_front(self) -> tuple[int, int]:
-        """Go on to the block after the front one, which is complete; return the columns [start, end) of
+        """Go on to the block after the front block, which is complete; return the columns [start, end) of
         that."""
         start, end = self.block
         self.generated += self.index(end) - self.index(start)
@@ -186,7 +186,7 @@ class SequenceState:
 
     @property
     def last_run(self) -> int:
-        """The column where the last run of masks, adjoining ones without a given token between, begins."""
+        """The column where the last run of masks begins; a given token ends a run."""
         end = len(self.columns)
         apart = self.columns[-1] - (end - 1)
         return self.columns[bisect_left(range(end), apart, key=lambda i: self.columns[i] - i)]

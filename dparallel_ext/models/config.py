@@ -175,8 +175,9 @@ class Traits:
     aligned_blocks: bool = True
     """Where it is decoded block-causally: whether blocks count from position 0, else from the first mask."""
     onward: bool = False
-    """Whether cache "block" decodes an autoregressive model block-causally: finished positions see those up
-    to themselves, as in its other passes, and the last of them gives the next block's first token."""
+    """Whether cache "block" decodes an autoregressive model block-causally: finished positions see the
+    positions up to themselves, as in its other passes, and the last of them gives the next block's first
+    token."""
     window: int | None = None
     """The masks that the published decoder fills in a pass; None for other models. With a number, masks come
     behind all known tokens, and cache "window" decodes the model. A known token sees the known tokens up to

@@ -1,4 +1,4 @@
-"""Mixtures of experts: MLPs of which each token takes a few, as those of Qwen3, SDAR and LLaDA2.
+"""Mixtures of experts: MLPs of which each token takes a few, as in Qwen3, SDAR and LLaDA2.
 
     router    a token's scores of the experts, in float32: their softmax; or the sigmoid of each
     choose    the `per_token` experts of the highest scores, weighted by these, which in most releases are

@@ -21,9 +21,9 @@ class RND1(Model):
     The published sampler fills the whole response as one block, the tokens of the lowest entropy first:
     `decode(model, prompt, gen_length=n, block_length=n, steps=s, score="entropy")`. Where it differs:
     - After i of s passes it has filled n * i / s tokens, rounded up. `decode` has LLaDA's counts, which begin
-      with the larger ones; they are the same where s divides n. But the published product is of float32,
-      and where it falls short of a whole number, as for n = s = 100, a pass fills one token more, and the
-      next one less.
+      with the larger ones; they are the same where s divides n. But the published product is of float32, and
+      where it falls short of a whole number, as for n = s = 100, a pass fills one token more, and the next
+      pass a token less.
     - Its entropies are those of softmax(logits / T) among the ids that top_k and top_p leave, also where it
       takes the likeliest tokens; here a rule judges softmax(logits).
     - Its error bound (`eb_gamma`) goes through the tokens by their probability; the rule "entropy_bound" goes

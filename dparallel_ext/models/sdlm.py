@@ -24,10 +24,11 @@ class SDLM(Model):
     A checkpoint names Qwen2 as its model_type, and is known by `text_mask_token_id` in its config.json.
 
     `decode`, with cache "window", follows the published loop: a pass predicts `block_length` tokens (the
-    config's `block_size`: 4, or 8 in SDLM-3B-D8) from the last known token and one mask less, and commits
-    those in front of the first that the policy row does not choose, or else the first (`rules.Leading`). With
-    the published `rule="confidence:0.9"` (`prob_conf`) these are the longest run of p > 0.9; the published
-    `entropy_conf` at 0.9 is `"entropy:TAU"` with TAU 0.1 times the logarithm of the number of ids.
+    config's `block_size`: 4, or 8 in SDLM-3B-D8) from the last known token and one mask less, and commits the
+    tokens in front of the first token that the policy row does not choose, or else the first token
+    (`rules.Leading`). With the published `rule="confidence:0.9"` (`prob_conf`) these are the longest run of
+    p > 0.9; the published `entropy_conf` at 0.9 is `"entropy:TAU"` with TAU 0.1 times the logarithm of the
+    number of ids.
 
     The published passes compute the last known token twice, in the window and, to store its key and value, by
     itself. Here the next pass does the latter, which gives the same keys and values.
@@ -35,7 +36,7 @@ class SDLM(Model):
     Where `decode` differs:
     - The window ends where the response does. The published loop always has all its masks, and may write up
       to `block_size` - 1 tokens more than it was asked for. With a gen_length that is larger by as many,
-      `decode` gives its tokens, those too.
+      `decode` gives the same tokens, the additional ones too.
     - Above temperature 0 the policy row judges softmax(logits); the published code judges the distribution
       from which it samples.
     - The mask token is never committed.

@@ -1,11 +1,11 @@
 """Prophet (arXiv 2508.19982) and SchED (arXiv 2512.02892): stop where the model is sure of all that is left.
 
 Both compare the mean gap between the two largest logits with a threshold, which falls from pass to pass of
-the schedule: of the fixed one, or else of a pass for each token of the response. At or above it, every mask
-that the pass has logits for is filled at once; below it, the policy row decides. The published thresholds are
-for LLaDA-8B and Dream-7B: other models' logits have other gaps. The mask token, which is never committed, is
-in no gap; the published code counts it too. Above temperature 0 the tokens are samples, as a row's are; the
-published code fills with the argmax.
+the schedule: of the fixed schedule, or else of one pass for each token of the response. At or above it, every
+mask that the pass has logits for is filled at once; below it, the policy row decides. The published
+thresholds are for LLaDA-8B and Dream-7B: other models' logits have other gaps. The mask token, which is never
+committed, is in no gap; the published code counts it too. Above temperature 0 the tokens are samples, as a
+row's are; the published code fills with the argmax.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ It sees the confidences x (N,) of the active block's N columns in this pass, com
 
     z = W2 relu(W1 x + b1) + b2;  commit the masked columns with sigmoid(z) > tau
 
-and also what the policy row commits, as published the one most confident column. Columns without logits in
-the pass (the prompt's tail in a block-causal model's block, columns that a short last block lacks, the first
-one of a pass over the block alone where logits are shifted) have x = 1. The paper does not name its
-activation. A ReLU rounds nothing, so that a batch cannot change a sequence.
-`dparallel filter` trains such a network for a model.
+and also the columns that the policy row commits, as published the most confident column alone. Columns
+without logits in the pass (the prompt's tail in a block-causal model's block, columns that a short last block
+lacks, the first one of a pass over the block alone where logits are shifted) have x = 1. The paper does not
+name its activation. A ReLU rounds nothing, so that a batch cannot change a sequence. `dparallel filter`
+trains such a network for a model.
 """
 
 from __future__ import annotations

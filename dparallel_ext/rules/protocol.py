@@ -200,8 +200,8 @@ class Rule:
     reads: Literal["masked", "block", "response"] = "masked"
     """The columns whose statistics it needs: the masks of the active window; the whole active block, from the
     response's first token on; or the whole response if the pass computes it (caches "none" and "prefix"; else
-    the block). Where logits are shifted, a pass from the block on has none for the block's first column, and
-    a pass that takes a block's first token from the block before (Fast-dLLM v2) reads this one column."""
+    the block). Where logits are shifted, a pass from the block on has no logits for the block's first column,
+    and a pass that takes a block's first token from the block before (Fast-dLLM v2) reads this one column."""
     edits: int = 0
     """0: committed tokens stay. N > 0: they may change, or become masks again, while their block is open; a
     block without a mask is complete once a pass changes nothing, or after N such passes, or when
@@ -210,13 +210,13 @@ class Rule:
     """Whether the model sees soft tokens in the cells that the rule reads. The state then begins with the
     mask's share of each cell's embedding, (lanes, columns) float32, from 0, the token as it is, to 1
     (`models.soft_embeddings`); or with the shares of K ids, (lanes, columns, K) float32, and the ids, (lanes,
-    columns, K) int64, and what is left to 1 is the share of what the cell holds (`models.mixed_embeddings`).
+    columns, K) int64; the rest to 1 is then the share of the token in the cell (`models.mixed_embeddings`).
     Of a rule without `edits` only masks are soft. It needs a model of `dparallel_ext.models`."""
     hidden: bool = False
     """Whether it reads `Where.hidden`, which only models of `dparallel_ext.models` give."""
     in_order: bool = False
-    """Whether it decides on a block by what the blocks before it hold, so that blocks are decoded one after
-    the other, and no text between them is given."""
+    """Whether it decides on a block by the tokens of the blocks before it, so that blocks are decoded one
+    after the other, and no text between them is given."""
     recorded: bool = True
     """Whether its passes can be recorded as CUDA graphs: `decide` only launches work for the device, reads no
     number on the host, and keeps nothing outside the tensors of its state."""

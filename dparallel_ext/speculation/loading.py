@@ -52,8 +52,8 @@ ship; a drafter of your own has the name that you give it here."""
 
 
 def load(path: str | Path) -> Drafter:
-    """Read a drafter with weights: a directory with config.json and model.safetensors, one of a LoRA adapter,
-    or one .safetensors file, of any of `KINDS`.
+    """Read a drafter with weights: a directory with config.json and model.safetensors, the directory of a
+    LoRA adapter, or one .safetensors file, of any of `KINDS`.
 
     A directory may be one of the published DFlash checkpoints (z-lab), or a published EAGLE-3 or P-EAGLE head
     in safetensors (SafeAILab, SpecForge, ModelOpt, NeMo, speculators), by ORG/NAME too, see `models.locate`.
@@ -88,11 +88,11 @@ def load(path: str | Path) -> Drafter:
 def drafter_of(
     value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Drafter | None:
-    """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of one with weights (see
-    `load`), or of a model that drafts, or ORG/NAME, loaded onto `device` and in `dtype`; or such a model.
-    "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`). "strided:"
-    in front of the path of a LoRA adapter: masks with the adapter ride in the verify pass (`strided`). None
-    stays None.
+    """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of a drafter with weights
+    (see `load`), or of a model that drafts, or ORG/NAME, loaded onto `device` and in `dtype`; or such a
+    model. "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`).
+    "strided:" in front of the path of a LoRA adapter: masks with the adapter ride in the verify pass
+    (`strided`). None stays None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """

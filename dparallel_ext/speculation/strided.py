@@ -4,10 +4,10 @@
     logits    at root and guesses: the model's choices, which verify; at the j-th mask behind a node: a guess
               of the token j places behind the node's choice
 
-The published loop verifies up to N - 1 guesses in front of N - 1 masks, and behind a wrong guess the next
-pass has nothing to verify. Here masks are riders (`riders`): with rows to spare they ride behind every guess.
-A LoRA adapter may take part in their rows alone (the paper's R-ISD): the text is then that of a model that
-was never trained for masks.
+The published loop verifies up to N - 1 guesses in front of N - 1 masks. Behind a wrong guess the next pass
+has nothing to verify. Here masks are riders (`riders`): with rows to spare they ride behind every guess. A
+LoRA adapter may take part in their rows alone (the paper's R-ISD): the text is then that of a model that was
+never trained for masks.
 """
 
 from __future__ import annotations

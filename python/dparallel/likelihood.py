@@ -210,8 +210,8 @@ class BlockWork(NamedTuple):
 
     spans: list[Span]
     tokens: list[int]
-    """Spans and tokens of the finished blocks, those before a sequence's last block; page i holds the
-    i-th."""
+    """Spans and tokens of the finished blocks, which are the blocks before a sequence's last; page i holds
+    the i-th."""
     pages: list[list[int]]
     """Each sequence's pages, in order."""
     known: list[tuple[int, int, int]]

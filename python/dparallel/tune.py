@@ -312,8 +312,8 @@ def measure_policies(
 
 
 def own_choices(name: str) -> dict[str, tuple[Any, ...]]:
-    """The values in place of those of `GRID` for a model that fills masks in one cache mode alone, or by
-    blocks of its own, by its config.json."""
+    """The values in place of `GRID`'s for a model that fills masks in one cache mode alone, or by blocks of
+    its own, by its config.json."""
     traits = registry.traits_of(name)
     if traits.window is not None:
         return {"block_length": (traits.window,), "active_blocks": (1,), "cache": ("window",)}

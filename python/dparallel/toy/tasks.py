@@ -6,8 +6,8 @@
 A problem is a start and 2 to 4 dependent operations; every number is in 0..99 and a token of its own. Clauses
 of the prompt have 6 tokens. Each step of the response has one of several wordings, some more frequent than
 others, and 10 to 15 tokens, so the wording of a step moves all tokens after it. A model that decodes many
-tokens at once has to keep these choices consistent; one that is trained on its own answers, which take the
-most probable wording, can know the choices in advance.
+tokens at once has to keep these choices consistent; a model that is trained on its own answers, which take
+the most probable wording, can know the choices in advance.
 
 Problems are split by their arithmetic: a held-out combination of start and operations never occurs in
 training, whatever the names and wording. Parts of such a chain may occur.

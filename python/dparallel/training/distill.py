@@ -162,7 +162,7 @@ RENAMED = (
 """Names of one setting in versions of transformers, the newest first; a recipe may have any of them."""
 DECIDED_HERE = ("output_dir", "resume_from_checkpoint", "push_to_hub", "save_only_model", "ignore_data_skip")
 """The settings of `training` that a recipe does not have. Without the optimizer, or with an epoch's rows once
-more, a run that goes on would be another one."""
+more, a run that goes on would become another run."""
 
 
 def _check_number(name: str, value: Any, kinds: set[str]) -> None:

@@ -96,7 +96,7 @@ def run(
     """Train `model`, or resume the interrupted run in `directory`; the model then has the averaged weights.
 
     matrices: the parameters that Muon trains. loss_of: a step's loss, which depends only on the step's
-    number. settings: identify the run; only "steps" may differ in a resumed one, and not be fewer than it
+    number. settings: identify the run; only "steps" may differ in a resumed run, and may not be fewer than it
     has done. defaults: values of settings that an older run's state does not have.
 
     Raises ValueError if `directory` holds a run with other settings or of more steps, or state.pt is not a

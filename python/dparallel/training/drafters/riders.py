@@ -85,7 +85,7 @@ class StridedSettings(RiderSettings):
     muon_lr: float = 1e-2
     rank: int = 128
     """Of the adapter's matrices. The released adapter has 128. PEFT's factor alpha / rank is 1: to Muon and
-    AdamW another one would be another rate."""
+    AdamW another factor would be another rate."""
     target_modules: tuple[str, ...] | None = None
     """The adapted layers, by our names or the checkpoint's; None: all of `adapters.LORA_TARGETS`."""
     mask_id: int | None = None
