@@ -224,6 +224,8 @@ def test_what_depends_on_the_call_is_checked_there(fields: dict[str, Any], messa
         ("max_tokens", "got an unexpected keyword argument 'max_tokens'. Did you mean 'gen_length'?"),
         ("eos_token_id", "got an unexpected keyword argument 'eos_token_id'. Did you mean 'eos_id'?"),
         ("generator", "got an unexpected keyword argument 'generator'. Did you mean 'seed'?"),
+        ("alg", "got an unexpected keyword argument 'alg'. Did you mean 'selector'?"),
+        ("use_cache", "got an unexpected keyword argument 'use_cache'. Did you mean 'cache'?"),
         ("num_beams", "got an unexpected keyword argument 'num_beams'$"),
     ],
 )
