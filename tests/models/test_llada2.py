@@ -85,6 +85,7 @@ def plain(
 
     def mixture(y: Tensor, name: str) -> Tensor:
         scores = product(y, name + ".gate").sigmoid()
+        experts = torch.stack([mlp(y, f"{name}.experts.{e}") for e in range(scores.shape[1])], 1)  # (L, E, D)
         mixed = torch.zeros_like(y)
         for row, each in enumerate(scores):
             chosen = each + w[name + ".gate.expert_bias"]
@@ -97,8 +98,7 @@ def plain(
             share = each[taken]
             if len(taken) > 1:
                 share = share / (share.sum() + 1e-20)
-            for expert, part in zip(taken, share, strict=True):
-                mixed[row] += c["routed_scaling_factor"] * part * mlp(y[row], f"{name}.experts.{expert}")
+            mixed[row] = c["routed_scaling_factor"] * share @ experts[row, taken]
         return mixed + mlp(y, name + ".shared_experts") if c["num_shared_experts"] else mixed
 
     y = w["model.word_embeddings.weight"][x]
