@@ -98,20 +98,26 @@ class Told:
         self.waits = True
 
 
-@pytest.mark.parametrize("name", ["llada_tiny_a", "dream_tiny_a", "sdar_tiny_a"])
 @pytest.mark.parametrize(
-    "way",
+    ("name", "way"),
     [
-        {"selector": "quota", "threshold": 4},
-        {"threshold": 2.0, "temperature": 0.7, "seed": 3},
-        {"threshold": 2.0, "eos_id": 5},
-        {"threshold": 2.0, "stop": [[7], [11, 12]]},
-        {"threshold": 2.0, "active_blocks": 3},
-        {"rule": "credit+confidence:0.03"},
-        {"rule": "edit:0.03,0.05,4"},
-        {"rule": "soft:0.05,0.9,6"},
-        {"rule": "prophet:6"},
-        {"threshold": 2.0, "sub_block_length": 4},
+        *(
+            (name, way)
+            for name in ("llada_tiny_a", "sdar_tiny_a")
+            for way in (
+                {"selector": "quota", "threshold": 4},
+                {"threshold": 2.0, "temperature": 0.7, "seed": 3},
+                {"threshold": 2.0, "stop": [[7], [11, 12]]},
+                {"threshold": 2.0, "active_blocks": 3},
+                {"rule": "edit:0.03,0.05,4"},
+            )
+        ),
+        ("llada_tiny_a", {"rule": "soft:0.05,0.9,6"}),
+        ("llada_tiny_a", {"threshold": 2.0, "sub_block_length": 4}),
+        ("sdar_tiny_a", {"rule": "prophet:6"}),
+        ("sdar_tiny_a", {"threshold": 2.0, "eos_id": 5}),
+        ("dream_tiny_a", {"threshold": 2.0, "eos_id": 5}),
+        ("dream_tiny_a", {"rule": "credit+confidence:0.03"}),
     ],
     ids=str,
 )
