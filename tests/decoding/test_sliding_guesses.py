@@ -105,7 +105,7 @@ def test_the_text_is_that_of_the_schedule_alone(name: str) -> None:
     """Random cases: every field but the passes, of which there are fewer, and all that was committed."""
     rng, saved, crossed = random.Random(0), 0, 0
     model = MODELS[name]
-    for _ in range(32):
+    for _ in range(20):
         prompts, case = random_case(rng, name)
         size = rng.randint(1, 12)
         shared = {"record": True, "logprobs": True, **case}
@@ -121,8 +121,8 @@ def test_the_text_is_that_of_the_schedule_alone(name: str) -> None:
         for row in step:
             passes, length = row[row > 0].tolist(), case["block_length"]
             crossed += any(passes[at - 1] == passes[at] for at in range(length, len(passes), length))
-    assert saved > 80
-    assert crossed > 8
+    assert saved > 50
+    assert crossed > 5
 
 
 @pytest.mark.parametrize("name", ["sdlm", "wedlm"])
