@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from dparallel import evaluate, registry, tokenizer
 from dparallel.problems import read_prompts
-from dparallel.training import distill, trajectories
+from dparallel.training import distill, saving, trajectories
 from dparallel.training.trainer import CertaintyForcingTrainer
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -339,7 +339,7 @@ def test_shards_of_deepspeed_are_saved_as_a_whole(tmp_path: Path, monkeypatch: p
     trainer = make_dataclass("Trainer", ["is_fsdp_enabled"])(False)
     trainer.save_model = saved.append
     monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
-    distill.save_model(trainer, registry.load()[0], None, tmp_path)
+    saving.save_model(trainer, registry.load()[0], None, tmp_path)
     assert (saved, [*tmp_path.iterdir()]) == ([str(tmp_path)], [])
     for stage, gathers in ((2, False), (3, True), (3, False)):
         config = make_dataclass("Config", [])()
@@ -348,12 +348,12 @@ def test_shards_of_deepspeed_are_saved_as_a_whole(tmp_path: Path, monkeypatch: p
         state = make_dataclass("State", ["deepspeed_plugin"])(plugin)
         trainer.accelerator = make_dataclass("Accelerator", ["state"])(state)
         if stage == 2 or gathers:
-            distill.check_deepspeed(trainer)
+            saving.check_deepspeed(trainer)
         else:
             with pytest.raises(
                 ValueError, match="deepspeed: zero_optimization: expected stage3_gather_16bit"
             ):
-                distill.check_deepspeed(trainer)
+                saving.check_deepspeed(trainer)
 
 
 def test_answers_of_another_model_are_told(answers: Path, tmp_path: Path):

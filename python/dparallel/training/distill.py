@@ -25,7 +25,7 @@ from dparallel_ext.ops.head import CHUNK_BYTES
 
 from .. import files, registry, tokenizer
 from ..problems import read_prompts
-from . import adapters, trajectories
+from . import adapters, saving, trajectories
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
         if "installed" not in str(error):  # else the package that `report_to` names is not
             raise
         raise ValueError(f"training: report_to: {error}") from error
-    check_deepspeed(trainer)
+    saving.check_deepspeed(trainer)
     if not progress:
         from transformers import PrinterCallback
 
@@ -329,29 +329,13 @@ def _run(recipe: Recipe, answers: str | Path, directory: Path, progress: bool) -
             f"max_steps, num_train_epochs: {directory} holds checkpoints of a run of {done} steps, expected "
             f"at least as many, got {most}"
         )
-    save_model(trainer, model, companions, directory)
+    saving.save_model(trainer, model, companions, directory)
     if trainer.is_world_process_zero():
         report = {"recipe": vars(recipe), "trajectories": rows.settings, "answers": len(rows)}
         report |= {"seconds": round(result.metrics["train_runtime"]), "log": trainer.state.log_history}
         files.write_json(directory / "training.json", report)
     finish(trainer)
     return directory
-
-
-GATHER = "stage3_gather_16bit_weights_on_model_save"
-"""The key of DeepSpeed's `zero_optimization` by which the shards of ZeRO-3 are put together in files."""
-
-
-def check_deepspeed(trainer: Any) -> None:
-    """Raise ValueError for a config of ZeRO-3 by which no weights would be saved."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    config = None if plugin is None else plugin.hf_ds_config
-    if (
-        config is not None
-        and config.is_zero3()
-        and not config.get_value(f"zero_optimization.{GATHER}", False)
-    ):
-        raise ValueError(f"deepspeed: zero_optimization: expected {GATHER} true, which saves weights")
 
 
 def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torch.device) -> Model:
@@ -369,19 +353,6 @@ def _load_model(recipe: Recipe, source: Path, model_tokenizer: Any, device: torc
             "tokenizer_config.json, got none"
         )
     return model
-
-
-def save_model(trainer: Any, model: Any, companions: files.Companions, directory: Path) -> None:
-    """Write the trained model and its tokenizer: an adapter or shards (FSDP's, DeepSpeed's ZeRO-3) by the
-    trainer, others as published."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if not isinstance(model, Model) or trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-        trainer.save_model(str(directory))
-    elif trainer.is_world_process_zero():
-        # Before config.json, which makes it a checkpoint.
-        companions.save_pretrained(directory)
-        dx.models.save(model, directory, dtype=torch.bfloat16)
 
 
 def _rows(recipe: Recipe, answers: str | Path, model_tokenizer: Any) -> trajectories.Trajectories:
