@@ -12,8 +12,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,10 +189,9 @@ def run(out: Path, *arguments: str) -> dict[str, Any]:
 def test_a_run_that_is_cut_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process of its own would measure is measured here."""
 
-    @contextlib.contextmanager
-    def here(command: list[str]) -> Iterator[SimpleNamespace]:
+    def here(command: list[str]) -> contextlib.nullcontext[SimpleNamespace]:
         code = gpu.main(command[command.index("benchmarks.gpu") + 1 :])
-        yield SimpleNamespace(poll=lambda: code, returncode=code)
+        return contextlib.nullcontext(SimpleNamespace(poll=lambda: code, returncode=code))
 
     monkeypatch.setattr(gpu, "running", here)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # what a small run changes
@@ -220,7 +217,7 @@ def test_a_case_that_ends_its_process_is_listed_and_the_rest_goes_on(
     programs = ["import time; time.sleep(99)" if end == "hang" else "import os; os.abort()", "pass"]
     started, running = [], gpu.running
 
-    def start(command: list[str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    def start(command: list[str]) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         started.append(command)
         if len(started) == 1:
             begun.results["running"] = "select, batch 64, 512 positions"

@@ -376,8 +376,7 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
 
 def test_an_end_need_not_be_in_the_vocabulary() -> None:
     """config.json may name one that the tokenizer lacks."""
-    tokenizer = tokenizer_of("bytes")
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer := tokenizer_of("bytes"))
     end = len(vocabulary.tokens) + 3
     form = automaton("a", vocabulary, [end])
     a = tokenizer.encode("a").ids
