@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,9 +21,8 @@ from .config import ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
 from .families import FAMILIES, family_in, family_of
 from .modules import shapes_only
+from .stored import DTYPES, NAMES, WEIGHTS, SourceTensor, shards_of, stored_tensors
 from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
-
-_WEIGHTS = "model.safetensors"
 
 
 def load(
@@ -62,7 +60,7 @@ def load(
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse
     with ExitStack() as opened:
-        stored = _stored(_shards(directory), str(place), opened)
+        stored = stored_tensors(shards_of(directory), str(place), opened)
         return _assemble(config, stored, source, fuse, dtype)
 
 
@@ -74,7 +72,7 @@ def as_stored(path: str | Path, *, mask_id: int | None = None) -> Model:
     config, shape = config_of(directory)
     _set_mask(config, mask_id, directory, shape.embedding_size)
     with ExitStack() as opened:
-        stored = _stored(_shards(directory), "cpu", opened)
+        stored = stored_tensors(shards_of(directory), "cpu", opened)
         return _assemble(config, stored, f"path: {directory}", mixed=True, stacks=False)
 
 
@@ -92,10 +90,8 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     config = files.read_json(file, required=True)
     family = family_in(config, f"path: {file}")
     named = config.get("transformers_weights")  # files that transformers reads in place of the usual ones
-    if named not in (None, _WEIGHTS):
-        raise ValueError(
-            f"path: {file}: transformers_weights={named!r:.80} is not supported, only {_WEIGHTS}"
-        )
+    if named not in (None, WEIGHTS):
+        raise ValueError(f"path: {file}: transformers_weights={named!r:.80} is not supported, only {WEIGHTS}")
     try:
         return config, family.shape_of(config)
     except ValueError as error:
@@ -280,19 +276,6 @@ def save(
     files.replace_model(directory, config, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
 
 
-class SourceTensor(NamedTuple):
-    """A tensor of a checkpoint's files or of a loaded model; `fetch` reads it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """A name in `DTYPES`, or the name of a dtype that is not supported."""
-    fetch: Callable[[], Tensor]
-
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""safetensors' name -> dtype, of the dtypes that are read."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TABLES = ".rotary_emb.inv_freq"
 """The end of the names of tensors, in checkpoints of Llama 1 and 2, that follow from config.json."""
 
@@ -419,54 +402,3 @@ def _refuse_another_head(
             f"{source}: {key} says that {head.name} is the embedding, and it is stored with other numbers; "
             f"set {key} to false to use it, or remove it"
         )
-
-
-def _stored(
-    shards: Mapping[Path, Mapping[str, str] | None], device: str, opened: ExitStack
-) -> Iterator[SourceTensor]:
-    """The tensors in the files; `opened` closes the files."""
-    seen: dict[str, Path] = {}
-    for file, index in shards.items():
-        with files.readable(file):
-            files.refuse_pointer(file)
-            shard = opened.enter_context(safe_open(file, framework="pt", device=device))
-            for name in shard.keys():  # noqa: SIM118 (no mapping)
-                if index is not None and index.get(name, file.name) != file.name:
-                    continue  # the index names another file for this tensor
-                if name in seen:
-                    raise ValueError(
-                        f"path: {file} and {seen[name].name} both hold {name:.200}, and the index does not "
-                        "say which is meant"
-                    )
-                seen[name] = file
-                part = shard.get_slice(name)
-                later = partial(fetch, file, shard, name)
-                yield SourceTensor(name, tuple(part.get_shape()), part.get_dtype(), later)
-
-
-def fetch(file: Path, shard: Any, name: str) -> Tensor:
-    """A tensor of an open safetensors file. Raises ValueError naming the file if it cannot be read."""
-    with files.readable(file):
-        tensor: Tensor = shard.get_tensor(name)
-    return tensor
-
-
-def _shards(directory: Path) -> dict[Path, dict[str, str] | None]:
-    """The files of weights, each with the index, {tensor: file}; None for a single file."""
-    single, index = directory / _WEIGHTS, directory / f"{_WEIGHTS}.index.json"
-    if files.is_there(single):  # before an index, as in transformers
-        return {single: None}
-    if not files.is_there(index):
-        hint = files.unread_weights(directory.glob("*"))
-        raise FileNotFoundError(f"path: no {single.name} (nor {index.name}) in {directory}{hint}")
-    weight_map = files.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"path: {index} has no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"path: {index} names {name!r:.200}, expected a file beside it")
-    shards = [directory / name for name in sorted(set(weight_map.values()))]
-    for file in shards:
-        if not files.is_there(file):
-            raise FileNotFoundError(f"path: {index.name} names {file.name!r:.200}, not in {directory}")
-    return dict.fromkeys(shards, weight_map)

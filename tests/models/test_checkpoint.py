@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dparallel_ext import models
-from dparallel_ext.models import SDAR, SDLM, A2DQwen3, Dream, FastDLLM, LLaDA, WeDLM, checkpoint, files
+from dparallel_ext.models import SDAR, SDLM, A2DQwen3, Dream, FastDLLM, LLaDA, WeDLM, files, stored
 
 CONFIG = golden.json("llada_tiny_a", "config")
 TENSORS = golden.tensors("llada_tiny_a")
@@ -342,7 +342,7 @@ def test_nothing_is_read_before_every_tensor_is_seen_to_fit(
     def never(*_: object) -> None:
         raise AssertionError("a tensor is read")
 
-    monkeypatch.setattr(checkpoint, "fetch", never)
+    monkeypatch.setattr(stored, "fetch", never)
     huge = {"d_model": 2**20, "mlp_hidden_size": 2**24, "vocab_size": 2**24, "embedding_size": None}
     with pytest.raises(ValueError, match=r"is \(176, 64\), expected \(16777216, 1048576\)"):
         models.load(write(tmp_path, **huge))
