@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import backends, whole_files
 from ..arguments import instance, warn
-from . import files, fingerprints, fused_weights
+from . import dequantized, files, fingerprints, fused_weights, multimodal
 from .base import Model
 from .config import ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
@@ -40,7 +40,9 @@ def load(
     weights as `Model.fuse` does while they are read; default: on any device but the CPU. `mask_id` replaces
     the checkpoint's mask token, which is read from config.json, generation_config.json or the tokenizer's
     files, or else is that of the family's released checkpoints; a causal model's is read from config.json
-    alone. The model's `eos_ids` are those of config.json, then those of generation_config.json.
+    alone. The model's `eos_ids` are those of config.json, then those of generation_config.json. Weights that
+    are stored as 8-bit floats with scales are read into `dtype` (default: that of the other tensors). Of a
+    Mistral 3, which sees images, the language model is read.
 
     Raises:
         FileNotFoundError: naming the missing file or directory.
@@ -52,7 +54,8 @@ def load(
     directory = files.locate(path)
     source = f"path: {directory}"
     config, shape = config_of(directory)
-    files.refuse_quantised(config, (), source)
+    if not dequantized.is_read(config):
+        files.refuse_quantised(config, (), source)
     _set_mask(config, mask_id, directory, shape.embedding_size)
     _add_ends(
         config, files.generation_end_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
@@ -60,20 +63,31 @@ def load(
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse
     with ExitStack() as opened:
-        stored = stored_tensors(shards_of(directory), str(place), opened)
+        config, stored = _opened(directory, config, str(place), dtype, opened)
         return _assemble(config, stored, source, fuse, dtype)
 
 
 def as_stored(path: str | Path, *, mask_id: int | None = None) -> Model:
     """The model of a checkpoint with its tensors as they are stored, of one type or several, and
-    memory-mapped: to look at, not to decode with. Experts that are stored one by one are not read, since they
-    would be copied. Raises as `load`."""
+    memory-mapped: to look at, not to decode with. Experts that are stored one by one, and weights in 8 bits,
+    are not read, since they would take memory. Raises as `load`."""
     directory = files.locate(path)
     config, shape = config_of(directory)
     _set_mask(config, mask_id, directory, shape.embedding_size)
     with ExitStack() as opened:
-        stored = stored_tensors(shards_of(directory), "cpu", opened)
-        return _assemble(config, stored, f"path: {directory}", mixed=True, stacks=False)
+        config, stored = _opened(directory, config, "cpu", None, opened)
+        return _assemble(config, stored, f"path: {directory}", mixed=True, mapped=True)
+
+
+def _opened(
+    directory: Path, config: dict[str, Any], device: str, dtype: torch.dtype | None, opened: ExitStack
+) -> tuple[dict[str, Any], list[SourceTensor]]:
+    """The config and the tensors of the model that is read; `opened` closes its files."""
+    stored = stored_tensors(shards_of(directory), device, opened)
+    config, tensors = multimodal.language_tensors(config, stored)
+    if dequantized.is_read(config):
+        return dequantized.dequantized(config, tensors, dtype, f"path: {directory}")
+    return config, tensors
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -88,12 +102,12 @@ def config_of(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
     """
     file = directory / "config.json"
     config = files.read_json(file, required=True)
-    family = family_in(config, f"path: {file}")
     named = config.get("transformers_weights")  # files that transformers reads in place of the usual ones
     if named not in (None, WEIGHTS):
         raise ValueError(f"path: {file}: transformers_weights={named!r:.80} is not supported, only {WEIGHTS}")
     try:
-        return config, family.shape_of(config)
+        config = multimodal.language_config(config)
+        return config, family_in(config, "config").shape_of(config)
     except ValueError as error:
         raise ValueError(f"path: {file}: {str(error).removeprefix('config: ')}") from error
 
@@ -168,7 +182,7 @@ def wrap(hf_model: nn.Module) -> Model:
         SourceTensor(name, tuple(p.shape), NAMES.get(p.dtype, str(p.dtype)), partial(lambda p: p, p))
         for name, p in weights.items()
     ]
-    content = dict(config if isinstance(config, Mapping) else config.to_dict())
+    content = multimodal.language_config(config if isinstance(config, Mapping) else config.to_dict())
     generation, source = getattr(hf_model, "generation_config", None), f"hf_model: {type(hf_model).__name__}"
     if content.get("mask_token_id") is None:
         content["mask_token_id"] = getattr(generation, "mask_token_id", None)
@@ -182,7 +196,7 @@ def wrap(hf_model: nn.Module) -> Model:
     rows = family.shape_of(content).embedding_size
     ends = config_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
-    model = _assemble(content, tensors, source, mixed=True)
+    model = _assemble(*multimodal.language_tensors(content, tensors), source, mixed=True)
     mixtures = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, Router | Experts))
     for name, module in adapted.items():
         if f"{name}.".startswith(mixtures):
@@ -190,7 +204,7 @@ def wrap(hf_model: nn.Module) -> Model:
                 f"hf_model: PEFT has adapted {name}, and experts are called otherwise here. Merge the "
                 "adapter, or load the adapter into the base model that models.load or models.wrap gives"
             )
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = (multimodal.language_name(name) or name).rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     return model.eval()
 
@@ -287,11 +301,11 @@ def _assemble(
     fuse: bool = False,
     dtype: torch.dtype | None = None,
     mixed: bool = False,
-    stacks: bool = True,
+    mapped: bool = False,
 ) -> Model:
     """The model of `config`, with `tensors` in `dtype`; without `dtype` they must have one type, or be
-    `mixed`, but for the parts of a parameter. Without `stacks`, parameters that are stored in parts stay on
-    "meta".
+    `mixed`, but for the parts of a parameter. If `mapped`, parameters that are stored in parts or computed
+    stay on "meta".
 
     No other memory is allocated or initialised, and nothing is read before all names, shapes and types fit.
     """
@@ -312,7 +326,7 @@ def _assemble(
     known = {*wanted, head} if model.shape.tied else set(wanted)  # a tied head may be stored all the same
     fitting = [entry for entry in available.values() if entry.name in wanted]
     faults = _shape_faults(fitting, wanted)
-    if dtype is None and stacks:
+    if dtype is None and not mapped:
         typed = [entry for entry in fitting if entry.name not in buffers]
         faults += _type_faults(typed, owner, mixed)
     faults += [f"{name} is missing" for name in sorted(wanted.keys() - available.keys())]
@@ -334,11 +348,11 @@ def _assemble(
         is_registered = isinstance(tensor, nn.Parameter) or name in buffers
         setattr(model.get_submodule(module), leaf, tensor if is_registered else nn.Parameter(tensor))
 
-    for stored, _, _, fetch in fitting:
-        name = owner[stored]
-        if name != stored and not stacks:
+    for entry in fitting:
+        stored, name = entry.name, owner[entry.name]
+        if mapped and (name != stored or (entry.computed and name not in of_hash)):
             continue
-        tensor = fetch()
+        tensor = entry.fetch()
         if name in buffers:
             tensor = tensor.to(buffers[name].dtype)
         elif dtype is not None:
@@ -364,7 +378,7 @@ def _assemble(
 def _shape_faults(available: Iterable[SourceTensor], wanted: Mapping[str, Tensor]) -> list[str]:
     """The tensors of wrong shapes or unsupported types, in words."""
     faults = []
-    for name, shape, dtype, _ in available:
+    for name, shape, dtype, *_ in available:
         if shape != (expected := tuple(wanted[name].shape)):
             faults.append(f"{name} is {shape}, expected {expected}")
         elif dtype not in DTYPES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import multimodal
 from .a2d import A2DLlama, A2DQwen2, A2DQwen3
 from .base import Model
 from .dream import Dream
@@ -21,7 +22,7 @@ from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
 from .wedlm import WeDLM
 
-DECISIVE = ("model_type", "num_experts", "use_regular_causal", "text_mask_token_id")
+DECISIVE = ("model_type", "num_experts", "use_regular_causal", "text_mask_token_id", "text_config")
 """The keys of a config.json by which its family is known."""
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -52,6 +53,9 @@ FAMILIES: dict[str, type[Model]] = {
 def family_of(config: Mapping[str, Any]) -> type[Model] | None:
     """The family of `FAMILIES` that reads a config.json."""
     name = config.get("model_type")
+    if name in multimodal.TYPES:
+        text = config.get("text_config")  # of a loaded model an object
+        name = text.get("model_type") if isinstance(text, Mapping) else getattr(text, "model_type", None)
     if name == "llada" and config.get("num_experts"):
         name = "lladamoe"  # which LLaDA-MoE is called by some, and published under LLaDA's name
     if name == "sdar" and config.get("use_regular_causal"):

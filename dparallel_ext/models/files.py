@@ -321,7 +321,10 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
     """Raise ValueError, naming the method or the tensors, if a config or names of tensors show that the
     checkpoint is quantised.
     """
-    expected = "expected weights of 16 bits or more, which Model.quantize turns into 8"
+    expected = (
+        "expected weights of 16 bits or more, which Model.quantize turns into 8, or floats of 8 with scales, "
+        "as the methods fp8, fbgemm_fp8, modelopt and compressed-tensors store them"
+    )
     for key in ("quantization_config", "compression_config"):
         settings = config.get(key)
         if not settings:
@@ -329,6 +332,8 @@ def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], source: st
         settings = settings if isinstance(settings, Mapping) else {"quant_method": settings}
         method = settings.get("quant_method")
         method = getattr(method, "value", method)  # transformers' enum
+        if settings.get("dequantize"):  # as it was loaded
+            continue
         if method == "bitsandbytes" and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
             continue
         raise ValueError(f"{source} is quantised ({key}: {method or 'of an unknown method'}); {expected}")

@@ -25,6 +25,8 @@ class SourceTensor(NamedTuple):
     dtype: str
     """A name in `DTYPES`, or the name of a dtype that is not supported."""
     fetch: Callable[[], Tensor]
+    computed: bool = False
+    """Whether `fetch` computes it, and takes memory for it."""
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

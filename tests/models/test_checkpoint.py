@@ -405,11 +405,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantization_config: fp8"),
+        ({"quant_method": "mxfp4"}, "quantization_config: mxfp4"),
         ({"quant_method": "gptq", "bits": 4}, "quantization_config: gptq"),
         ({"quant_method": "awq"}, "quantization_config: awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantization_config: bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "quantization_config: compressed-tensors"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantization_config: modelopt"),
         ({"bits": 8}, "quantization_config: of an unknown method"),
     ],
     ids=str,
