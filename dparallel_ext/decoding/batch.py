@@ -22,7 +22,7 @@ from ..models import Model
 from .inputs import SequenceWork
 from .runner import Counts, Runner
 from .schedule import Schedule, Window
-from .sequence import IDLE, SequenceState, lay_out, reads
+from .sequence import IDLE, SequenceState, reads
 from .sequence_settings import SequenceSettings
 from .workspace import Workspace
 
@@ -102,9 +102,9 @@ class Batch:
 
         Raises ValueError where `steps` does not divide into the blocks.
         """
-        first, size, schedule = len(prompt), self.schedule.block_length, self.schedule
-        layout = lay_out(first, gen_length, size, schedule.aligned, settings.steps, masked)
-        published = schedule.published_prefills(layout)
+        first = len(prompt)
+        layout = self.schedule.lay_out(first, gen_length, settings.steps, masked)
+        published = self.schedule.published_prefills(layout)
         sampling = settings.sampling(self.runner.suppress(settings.suppress))
         kept = len(layout.columns)
         sequence = SequenceState(

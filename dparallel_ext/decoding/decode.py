@@ -19,7 +19,6 @@ from .batch import AHEAD, Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
-from .sequence import whole_length
 from .sequence_settings import SequenceSettings
 from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -194,7 +193,7 @@ def start_batch(
     check_call(model)
     resolved, settings, guesses = resolve(model, config, len(prompts), draft_size)
     counts = arguments.per_sequence("gen_length", config.gen_length, len(prompts), 0)
-    mask_id, block_length = resolved.mask_id, resolved.schedule.block_length
+    mask_id = resolved.mask_id
     kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
@@ -203,8 +202,7 @@ def start_batch(
     if (device := ids_device(model)) is not None:
         prompts = arguments.moved(prompts, device)
     lengths = [
-        whole_length(len(prompt), count, block_length, resolved.schedule.aligned)
-        for prompt, count in zip(prompts, counts, strict=True)
+        resolved.schedule.length(len(prompt), count) for prompt, count in zip(prompts, counts, strict=True)
     ]
     warn_beyond(model, max(lengths, default=0))
     batch: Batch = kind(

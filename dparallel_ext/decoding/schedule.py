@@ -19,12 +19,13 @@ nothing are in `compat`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from ..cache import WORD, Span, block_causal_spans
 from ..models import Traits
-from .sequence import Layout, OpenBlock, SequenceState
+from .sequence import Layout, OpenBlock, SequenceState, lay_out, whole_length
 
 
 class Window(NamedTuple):
@@ -54,8 +55,9 @@ class Schedule:
     block_causal: bool
     """Whether attention is block-causal, with blocks of `block_length`."""
     aligned: bool
-    """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from there.
-    Aligned, a response fills its last block."""
+    """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from it."""
+    whole: bool
+    """Whether a response fills its last block."""
     onward: bool
     """Whether finished positions see the positions up to themselves, and predict the next
     (`models.Traits`)."""
@@ -69,6 +71,14 @@ class Schedule:
     """Whether every pass computes all positions from the front block to the sequence's end."""
     known_first: ClassVar[bool] = False
     """Whether masks come behind all known tokens, see `cache.known_first`."""
+
+    def length(self, prompt: int, gen_length: int) -> int:
+        """Positions of a prompt and a response of at least `gen_length` tokens."""
+        return whole_length(prompt, gen_length, self.block_length, self.whole)
+
+    def lay_out(self, prompt: int, gen_length: int, steps: int | None, masked: Sequence[int]) -> Layout:
+        """The layout of a sequence, see `sequence.lay_out`."""
+        return lay_out(prompt, gen_length, self.block_length, self.aligned, steps, masked, whole=self.whole)
 
     @property
     def most_open(self) -> int:
@@ -351,6 +361,7 @@ def make(
         shift=traits.shift,
         block_causal=block_causal,
         aligned=block_causal and traits.aligned_blocks,
+        whole=block_causal and traits.aligned_blocks and traits.whole_blocks,
         onward=block_causal and traits.onward,
         active_blocks=active_blocks,
         open_at=open_at,

@@ -36,10 +36,10 @@ class Layout(NamedTuple):
         return column - (column - self.origin) % self.block_length
 
 
-def whole_length(prompt: int, gen_length: int, block_length: int, aligned: bool) -> int:
-    """The length of prompt and response; with `aligned` blocks a response ends where a block does."""
+def whole_length(prompt: int, gen_length: int, block_length: int, whole: bool) -> int:
+    """The length of prompt and response, which with `whole` blocks ends where a block does."""
     length = prompt + gen_length
-    return -(-length // block_length) * block_length if aligned and gen_length else length
+    return -(-length // block_length) * block_length if whole and gen_length else length
 
 
 def lay_out(
@@ -49,16 +49,18 @@ def lay_out(
     aligned: bool,
     steps: int | None = None,
     masked: Sequence[int] = (),
+    *,
+    whole: bool = True,
 ) -> Layout:
     """The layout of `gen_length` masks after a prompt of `prompt` tokens, whose columns `masked` (ascending)
     are to be filled too.
 
     Blocks count from the first mask, as published; a block without a mask is left out. `aligned` blocks, of
-    most block-causal models, count from position 0, so that the first mask may lie within a block, and the
-    last block is filled to its end if gen_length > 0. Raises ValueError if `steps` is no multiple of the
-    number of blocks.
+    most block-causal models, count from position 0, so that the first mask may lie within a block. If they
+    are `whole` too, the last is filled to its end, unless gen_length is 0. Raises ValueError if `steps` is
+    no multiple of the number of blocks.
     """
-    length = whole_length(prompt, gen_length, block_length, aligned)
+    length = whole_length(prompt, gen_length, block_length, aligned and whole)
     columns = [*masked, *range(prompt, length)]
     first = columns[0] if columns else length
     origin = first - first % block_length if aligned else first

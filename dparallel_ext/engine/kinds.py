@@ -20,7 +20,7 @@ from ..decoding.config import DecodeConfig
 from ..decoding.decode import masked_columns
 from ..decoding.schedule import is_block_causal
 from ..decoding.self_speculation import check_draft, states_to_guess
-from ..decoding.sequence import OpenBlock, SequenceState, lay_out, whole_length
+from ..decoding.sequence import OpenBlock, SequenceState
 from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import check_model, check_settings, make_settings, mask_of
 from ..models import Model, traits
@@ -136,13 +136,12 @@ class Diffusion(ModelKind):
         return settings
 
     def length(self, prompt: int, gen_length: int) -> int:
-        return whole_length(prompt, gen_length, self._schedule.block_length, self._schedule.aligned)
+        return self._schedule.length(prompt, gen_length)
 
     def plan(self, ids: Tensor, gen_length: int, config: DecodeConfig) -> RequestPlan:
         settings, schedule = self.settings(config), self._schedule
         masked = masked_columns(ids, self.mask_id) if config.infill else []
-        size, aligned = schedule.block_length, schedule.aligned
-        layout = lay_out(len(ids), gen_length, size, aligned, settings.steps, masked)
+        layout = schedule.lay_out(len(ids), gen_length, settings.steps, masked)
         # Pages with masks are not final. With shifted logits the position before the first mask predicts it,
         # so it is computed in any case.
         known = layout.columns[0] if layout.columns else len(ids)

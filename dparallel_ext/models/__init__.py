@@ -22,6 +22,7 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
+from .stable_diffcoder import StableDiffCoder
 from .traits import check_diffusion, max_positions, stored_traits, traits, warn_beyond
 from .wedlm import WeDLM
 from .wrappers import (
@@ -60,6 +61,7 @@ __all__ = [
     "Qwen3",
     "Qwen3MoE",
     "SDARMoE",
+    "StableDiffCoder",
     "Stream",
     "Taps",
     "Traits",

@@ -50,6 +50,7 @@ class Model(HuggingFaceInterface):
     sub_block_length: ClassVar[int | None] = None
     block_causal_too: ClassVar[bool] = False
     aligned_blocks: ClassVar[bool] = True
+    whole_blocks: ClassVar[bool] = True
     onward: ClassVar[bool] = False
     window: int | None = None
     """The family's traits, see `Traits`; a config may say another window."""

@@ -19,7 +19,7 @@ from . import dequantized, files, fingerprints, fused_weights, multimodal
 from .base import Model
 from .config import ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
-from .families import FAMILIES, family_in, family_of
+from .families import FAMILIES, family_in, family_of, own_code
 from .modules import shapes_only
 from .stored import DTYPES, NAMES, WEIGHTS, SourceTensor, shards_of, stored_tensors
 from .wrappers import ADAPTED_LAYERS, changed_modules, classes, for_decoding, unwrap
@@ -54,6 +54,11 @@ def load(
     directory = files.locate(path)
     source = f"path: {directory}"
     config, shape = config_of(directory)
+    if code := own_code(config):
+        warn(
+            f"{source}: config.json names code of its own, {code:.80}, which is not run: it is read as "
+            f"{family_in(config, source).__name__}, autoregressive, and the code's logits may be others"
+        )
     if not dequantized.is_read(config):
         files.refuse_quantised(config, (), source)
     _set_mask(config, mask_id, directory, shape.embedding_size)

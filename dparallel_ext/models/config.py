@@ -174,6 +174,9 @@ class Traits:
     ways."""
     aligned_blocks: bool = True
     """Where it is decoded block-causally: whether blocks count from position 0, else from the first mask."""
+    whole_blocks: bool = True
+    """Where its blocks count from position 0: whether a response fills its last block, else it ends with its
+    last token asked for, as if the model saw no position behind."""
     onward: bool = False
     """Whether cache "block" decodes an autoregressive model block-causally: finished positions see the
     positions up to themselves, as in its other passes, and the last of them gives the next block's first
@@ -187,7 +190,7 @@ class Traits:
 
     def __post_init__(self) -> None:
         """`mask_id` is checked where it is used, since a caller may name another."""
-        for name in ("shift", "causal", "block_causal_too", "aligned_blocks", "onward"):
+        for name in ("shift", "causal", "block_causal_too", "aligned_blocks", "whole_blocks", "onward"):
             instance(name, getattr(self, name), bool)
         instance("strict", self.strict, frozenset)
         check_fields(self, ("block_length", "sub_block_length", "window"), whole, 1)

@@ -20,9 +20,12 @@ from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
 from .sdar import SDAR, SDARMoE
 from .sdlm import SDLM
+from .stable_diffcoder import StableDiffCoder, is_published_so
 from .wedlm import WeDLM
 
-DECISIVE = ("model_type", "num_experts", "use_regular_causal", "text_mask_token_id", "text_config")
+DECISIVE = (
+    *("model_type", "num_experts", "use_regular_causal", "text_mask_token_id", "text_config", "auto_map"),
+)
 """The keys of a config.json by which its family is known."""
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
@@ -35,6 +38,7 @@ FAMILIES: dict[str, type[Model]] = {
     "Fast_dLLM_Qwen": FastDLLM,
     "wedlm": WeDLM,
     "sdlm": SDLM,
+    "stable_diffcoder": StableDiffCoder,
     "a2d-llama": A2DLlama,
     "a2d-qwen2": A2DQwen2,
     "a2d-qwen3": A2DQwen3,
@@ -49,6 +53,21 @@ FAMILIES: dict[str, type[Model]] = {
 }
 """config.json's model_type -> the family that reads it, see `family_of`."""
 
+_OF_TRANSFORMERS = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe")
+
+
+def own_code(config: Mapping[str, Any]) -> str | None:
+    """The class of a checkpoint's own code that makes its model, where the family's is transformers' own:
+    what is read may be another model, such as a diffusion model in an autoregressive model's layers."""
+    name, code = config.get("model_type"), config.get("auto_map")
+    if (
+        name not in _OF_TRANSFORMERS
+        or family_of(config) is not FAMILIES[name]
+        or not isinstance(code, Mapping)
+    ):
+        return None
+    return next((str(code[key]) for key in ("AutoModelForCausalLM", "AutoModel") if code.get(key)), None)
+
 
 def family_of(config: Mapping[str, Any]) -> type[Model] | None:
     """The family of `FAMILIES` that reads a config.json."""
@@ -62,6 +81,8 @@ def family_of(config: Mapping[str, Any]) -> type[Model] | None:
         name = "idlm"  # which is published under SDAR's name
     if name == "qwen2" and config.get("text_mask_token_id") is not None:
         name = "sdlm"  # which is published under Qwen2's name
+    if name == "llama" and is_published_so(config):
+        name = "stable_diffcoder"  # which is published under Llama's name
     return FAMILIES.get(name) if isinstance(name, str) else None
 
 

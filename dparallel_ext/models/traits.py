@@ -16,6 +16,7 @@ from .config import Traits
 from .families import DECISIVE, FAMILIES, family_in, family_of
 from .fast_dllm import FastDLLM
 from .sdlm import SDLM
+from .stable_diffcoder import StableDiffCoder
 from .wrappers import stated_traits, unwrap
 
 
@@ -38,6 +39,11 @@ def traits(model: Any) -> Traits:
         raise ValueError(f"model: expected a module or function, got {got}")
     config = getattr(inner, "config", None)
     family = family_of({key: getattr(config, key, None) for key in DECISIVE}) or Model
+    if family is StableDiffCoder:
+        raise ValueError(
+            f"model: a call of {type(inner).__name__} is causal, and only its published loop makes it "
+            "block-causal; pass what dparallel_ext.models.wrap makes of it"
+        )
     candidates = [
         getattr(config, family.mask_key, None),
         *(getattr(of, "mask_token_id", None) for of in (config, getattr(inner, "generation_config", None))),
