@@ -9,13 +9,15 @@
 // registers. The block finds the chunk's maximum m, and only then are the exponentials summed: no
 // sum is ever rescaled. Left for each number are its widening, one multiplication and addition, the
 // floor that keeps -inf from 0 * inf, the exponential, its square and three additions. With all
-// else, a bfloat16 number costs 12 instructions, 8.2 of them for the sums, where an H200's memory
+// else, a bfloat16 number costs 12 instructions, 7.9 of them for the sums, where an H200's memory
 // leaves time for 14 to 15. The own term of the maximum is left out of the sums (see LossPart), by
 // the one thread that holds it.
 //
 // Exponents are in units of the device's exponential, log2 for float32: x = c z - r in one
 // instruction, with c = log2(e) / Tc. The reference r is c m rounded, so that the own term is not 1
-// but 2^(c m - r); thread 0 mends that at the end.
+// but 2^(c m - r); thread 0 mends that at the end. Where m is so large, as it is in a chunk of ids
+// that are masked by -1e10 or so, that these terms would overflow, x = c (z - m), in a loop of its
+// own.
 //
 // Backward, 4 vectors are in flight, and a thread's chunk takes 4 rounds, at 13 instructions a
 // number, 11.7 of them in the loop, where memory leaves time for 27. The label's number is written
@@ -48,6 +50,7 @@ struct Exponents {
   R ratio;       // Tc / T: ratio x is that of the entropy's
   R floor;       // of x: both exponentials are 0 there
   R depth;       // of d
+  R apart;       // the most that c m may differ from r
   bool squared;  // the entropy's term is the square of the other's: Tc = 2 T
 
   static Exponents of(double ce_temperature, double temperature) {
@@ -57,6 +60,7 @@ struct Exponents {
     e.ratio = static_cast<R>(ce_temperature / temperature);
     e.floor = R(-1000) * (e.ratio < R(1) ? R(1) / e.ratio : R(1));
     e.depth = e.floor / e.scale;
+    e.apart = R(96) / (e.ratio > R(1) ? e.ratio : R(1));  // 2^14 terms of 2^96 are finite
     e.squared = e.inverse.entropy == 2 * e.inverse.ce;
     return e;
   }
@@ -121,11 +125,12 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
 
   const bool empty = top == R(-kInfinity);  // but for NaN
   const R reference = empty ? R(0) : top * exponents.scale;
-  const bool finite = reference - reference == R(0);
+  R apart = empty ? R(0) : multiply_add(top, exponents.scale, -reference);  // the own exponent
+  const bool near = -exponents.apart <= apart && apart <= exponents.apart;
   bool owner = own_top == top && !empty;
   LossSums<R> sum{};
   int32_t own_token = 0;
-  if (finite) {
+  if (near) {
     int own = kVectors;
     uint4 held = nothing;
     if (owner) {  // the maximum's vector comes last, without its first
@@ -163,16 +168,16 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
     if (exponents.squared) add(std::true_type{});
     else add(std::false_type{});
   } else {
-    // The maximum or its exponent is infinite: smaller logits have no share.
     top = clamped(top);
+    apart = R(0);
     own_token = -1;
 #pragma unroll 1
     for (int i = first; i < chunk.count; i += (i + 1) % W ? 1 : kStep - W + 1) {
       const R value = clamped(static_cast<R>(T::value(z[i])));
+      const R below[1] = {value - top};
       if (value == top && own_token < 0) own_token = static_cast<int32_t>(chunk.begin) + i;
-      else sum.s += value == top ? R(1) : value != value ? value : R(0);
+      else sum.template add<false>(below, R(0), exponents);
     }
-    sum.t = sum.s;
     owner = own_token >= 0;
   }
   if (owner) {
@@ -197,8 +202,6 @@ __global__ void __launch_bounds__(kThreads, T::kWidth > 2 ? kForwardBlocks : 1)
   LossPart<R> part;
   part.sum = sum.s;
   if (!empty) {
-    // The own term's exponent.
-    const R apart = finite ? multiply_add(top, exponents.scale, -reference) : R(0);
     const R mend = in_units(-apart * exponents.ratio), others = static_cast<R>(owners - 1);
     part.max = clamped(top);
     part.token = token;

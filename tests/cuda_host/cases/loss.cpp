@@ -93,6 +93,11 @@ void loss_case() {
   Rows rows(count, vocab, chance(0.3), 0.0, chance(0.15));
   if (count > 0 && chance(0.2))  // as large as an infinite one is taken to be
     rows.put(below(count) * rows.stride + below(vocab), kLargest);
+  if (count > 0 && chance(0.2)) {  // masked ids, perhaps all of a block's
+    const int64_t row = below(count), first = below(vocab) / 8192 * 8192;
+    const float fill = one_of({-1e9f, -3e9f, -1e10f, -1e20f, -kLargest});
+    for (int64_t v = first; v < vocab; ++v) rows.put(row * rows.stride + v, fill);
+  }
   std::vector<int64_t> labels(count);
   std::vector<Flag> active(count + 1);
   for (int64_t i = 0; i < count; ++i) {
