@@ -1,8 +1,8 @@
 """Recordings of decodes, for the page of `page.recorded`: `dparallel decode --html`, `evaluate --html`.
 
 A recording holds problems, each with the answers of some models and rules. An answer has the events of the
-server's stream of drafts, see `serving.app.draft_of`: for masked diffusion one event, whose `passes` name the
-pass that committed each token; for an autoregressive model one event for each pass.
+server's stream of drafts, see `serving.answer.draft_of`: for masked diffusion one event, whose `passes` name
+the pass that committed each token; for an autoregressive model one event for each pass.
 """
 
 from __future__ import annotations

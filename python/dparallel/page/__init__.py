@@ -2,7 +2,7 @@
 
 Both are made from page.html, page.css and a script, which is answers.js and page.js in a row. The page reads
 its data from the JSON in its <script id="data">: a server's rules and samples, or a recording, which holds
-the events of the server's stream of drafts (see `serving.app.draft_of` and `recording`).
+the events of the server's stream of drafts (see `serving.answer.draft_of` and `recording`).
 """
 
 from __future__ import annotations

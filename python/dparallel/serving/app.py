@@ -1,21 +1,19 @@
-"""The ASGI application: paths, errors, CORS, keys, limits, and the form of answers."""
+"""The ASGI application: paths, errors, CORS, keys and limits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
-import json
 import math
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -23,15 +21,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 import dparallel_ext as dx
-from dparallel_ext import DraftEvent
 
-from .. import page, text
-from . import connections, protocol
-from .call import Call, Score
+from .. import page
+from . import connections
+from .answer import answer
 from .errors import ERRORS, ApiError, errors, full, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
 from .service import Service
-from .tools import CallText
 
 READ = "GET, HEAD"
 PATHS = {
@@ -151,194 +147,6 @@ def is_json(content_type: bytes) -> bool:
 
 def too_large(most: int) -> ApiError:
     return ApiError(413, f"body: expected at most {most} bytes", code="request_too_large")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of a call; closes the call however they end."""
-
-    def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self.call = call
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.call.close()
-
-
-class AnswerWriter:
-    """Writes the pieces of a call as either endpoint's JSON: whole, or as events of a stream."""
-
-    def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
-        self.request, self.call = request, call
-        self.chat = isinstance(request, ChatRequest)
-        self.token_texts = service.model(request.model).token_texts
-        self.frame = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if self.chat else "text_completion",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        self.usage = bool(request.stream_options and request.stream_options.include_usage)
-        functions = [*request.calls] if isinstance(request, ChatRequest) else []
-        self.calls = [CallText(functions) for _ in call.choices] if functions else None
-
-    def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
-        """The entry "logprobs" for the next tokens of a choice."""
-        tokens = [(self.token_texts(each.token, first=each.start == 0), each.logprob) for each in scores]
-        if isinstance(self.request, ChatRequest):
-            return protocol.chat_logprobs(tokens, bool(self.request.top))
-        starts = [each.start for each in scores]
-        return protocol.completion_logprobs(tokens, starts, bool(self.request.top))
-
-    def choice(
-        self,
-        index: int,
-        content: dict[str, Any],
-        reason: str | None,
-        scores: Sequence[Score] | None,
-    ) -> dict[str, Any]:
-        scored = None if scores is None else self.logprobs(scores)
-        return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
-
-    def reason(self, choice: int, reason: str) -> str:
-        """A choice's finish reason; "tool_calls" where the model was to call some function, as OpenAI's."""
-        chosen = isinstance(self.request, ChatRequest) and self.request.tool_choice == "required"
-        called = chosen and self.calls is not None and self.calls[choice].named
-        return "tool_calls" if called and reason == "stop" else reason
-
-    def message(self, choice: int, text: str) -> dict[str, Any]:
-        """The whole answer of a chat."""
-        said: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self.calls is not None:
-            calls = self.calls[choice].put(text)
-            said |= {"content": None, "tool_calls": calls}
-        return said
-
-    def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
-        return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
-
-    def part(
-        self,
-        index: int,
-        piece: str,
-        reason: str | None = None,
-        scores: Sequence[Score] = (),
-        **fields: Any,
-    ) -> str:
-        """The event of a piece of a choice's text. fields: others of the choice."""
-        if self.calls is not None:
-            calls = [{"index": 0, **each} for each in self.calls[index].put(piece)] if piece else []
-            content: dict[str, Any] = {"delta": {"tool_calls": calls} if calls else {}}
-        else:
-            content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
-        return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
-
-    async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
-        call = self.call
-        if self.chat:
-            self.frame["object"] = "chat.completion.chunk"
-        try:
-            for index in range(len(call.choices) if self.chat else 0):
-                begins = "" if self.calls is None else None
-                yield self.part(index, "", delta={"role": "assistant", "content": begins})
-            async for piece in call.pieces():
-                if piece.draft is not None:
-                    length = call.choices[piece.choice].gen_length
-                    yield self.part(piece.choice, "", draft=draft_of(piece.draft, length, self.token_texts))
-                if piece.text or piece.scores:
-                    yield self.part(piece.choice, piece.text, scores=piece.scores)
-                if piece.reason is not None:
-                    yield self.part(piece.choice, "", self.reason(piece.choice, piece.reason))
-            if self.usage:
-                yield self.event([], call.usage())
-            yield "data: [DONE]\n\n"
-        except ApiError as error:
-            yield sse(error.body)
-
-    async def whole(self, http: Request) -> dict[str, Any]:
-        """All choices; ends the call if the client leaves."""
-        call = self.call
-        texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
-        scores: list[list[Score]] = [[] for _ in call.choices]
-
-        async def gone() -> None:
-            while (await http.receive())["type"] != "http.disconnect":
-                pass
-            call.fail(ApiError(499, "the client left"))
-
-        watching = asyncio.ensure_future(gone())
-        try:
-            async for piece in call.pieces():
-                texts[piece.choice] += piece.text
-                scores[piece.choice] += piece.scores
-                reasons[piece.choice] = piece.reason or ""
-        finally:
-            watching.cancel()
-            call.close()
-        choices = [
-            self.choice(
-                index,
-                {"message": self.message(index, text)} if self.chat else {"text": text},
-                self.reason(index, reason),
-                scores[index] if self.request.scored else None,
-            )
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**self.frame, "choices": choices, "usage": call.usage()}
-
-
-async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
-    """The response to either endpoint, whole or streaming."""
-    call = await service.model(request.model).call(request)
-    written = AnswerWriter(service, request, call)
-    if request.stream:
-        return EventStream(call, written.events())
-    return JSONResponse(await written.whole(http))
-
-
-def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str, Any]:
-    """The "draft" of a chunk, beside a choice's empty text, for a request with `stream_drafts`.
-
-    pass: the number of passes over the response so far. start: the index in the response where the active
-    block begins; tokens before it are final and were streamed, tokens after it are masks. length: of the
-    response, in tokens. tokens: the block's, each as text, special tokens included; null for a mask. Joined,
-    they are the text, except for characters of several tokens. A slow client misses drafts, but never a
-    block's last. The whole block follows as text once it is complete. With an autoregressive model, or a
-    verifier, the block is the pass's tokens.
-
-    drafted, accepted: the number of tokens that the drafter guessed for the pass, or that the verifier
-    judged, and how many of these were kept, which are the first of the pass's tokens. refused: the other
-    guesses, each as text. A token that ends the text is in neither, see `speculation.sequence.Verified`.
-
-    passes, logprobs: if the request asks for `logprobs`, for each token the pass that committed it, and its
-    log-probability (nats); null for a mask.
-    """
-    tokens = [
-        None if token is None else texts(token, first=draft.start + at == 0)
-        for at, token in enumerate(draft.tokens)
-    ]
-    fields = {"pass": draft.nfe, "start": draft.start, "length": length, "tokens": tokens}
-    fields |= {"drafted": draft.drafted, "accepted": draft.accepted}
-    fields["refused"] = [texts(token, first=False) for token in draft.refused]
-    if draft.passes is not None and draft.logprobs is not None:
-        values = [
-            None if value is None or math.isnan(value) else protocol.finite(value) for value in draft.logprobs
-        ]
-        fields |= {"passes": draft.passes, "logprobs": values}
-    return fields
-
-
-def sse(content: dict[str, Any]) -> str:
-    """An event of a stream of server-sent events: a line of JSON.
-
-    It is ASCII, since clients that split decoded text as Python's `str.splitlines` does, such as httpx's
-    `iter_lines`, also end a line at U+0085, U+2028 and U+2029.
-    """
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 def place_in(body: Any, location: Sequence[str | int], missing: bool) -> list[str]:
