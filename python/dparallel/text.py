@@ -49,12 +49,13 @@ class TextStream:
         tokenizer: a `tokenizers.Tokenizer`; its special tokens are left out of the text, and so are ids that
             it does not know.
         stop: stop strings; the text ends before the one that is complete first, even within a token.
+        kept: special tokens, as text, that are text all the same.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), kept: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         added = tokenizer.get_added_tokens_decoder().items()
-        self._special = {token for token, content in added if content.special}
+        self._special = {token for token, each in added if each.special and each.content not in kept}
         self.starts: list[int] = []
         """For each token taken, the number of characters that were complete before it: special tokens have
         none, and the tokens of one character start together."""
@@ -97,7 +98,7 @@ class TextStream:
         text = self._following(before, self._pending)
         if text is None:
             # After bytes that are no text, a decoder may change earlier text; returned text stays.
-            before, text = [], self.tokenizer.decode(self._pending)
+            before, text = [], self._decode(self._pending)
         end = len(text) if last else len(text.rstrip(INCOMPLETE))
         left_out = 0 if end == len(text) else self._shorten(before, text)
         end = max(end, left_out)
@@ -111,8 +112,11 @@ class TextStream:
 
     def _following(self, before: list[int], tokens: list[int]) -> str | None:
         """The text that `tokens` add to that of the tokens before; None where that changes."""
-        text, both = self.tokenizer.decode(before), self.tokenizer.decode(before + tokens)
+        text, both = self._decode(before), self._decode(before + tokens)
         return both[len(text) :] if both.startswith(text) else None
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)  # `put` leaves them out
 
     def _shorten(self, before: list[int], text: str) -> int:
         """Leave out the first of many pending tokens, whose text behind the tokens `before` is `text`; return
@@ -136,7 +140,7 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
-        held = 0 if last else max((_overlap(text, s) for s in self.stop), default=0)
+        held = 0 if last else max((overlap(text, s) for s in self.stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -168,7 +172,7 @@ class TokenTexts:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The number of characters at the end of `text` that `stop` begins with."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
 
@@ -188,7 +192,7 @@ def chat_template(directory: Path, sandbox: Sandbox | None = None) -> Template |
     template, if it refuses the messages or exceeds its limits.
     """
     named = _chat_templates(directory)
-    source = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+    source = _default_of(named)
     if not source:
         if any(named.values()):
             raise ValueError(
@@ -216,6 +220,17 @@ def chat_template(directory: Path, sandbox: Sandbox | None = None) -> Template |
             ) from error
 
     return render
+
+
+def tool_template(directory: Path) -> str:
+    """The source of the template that `chat_template` takes for messages with tools; "" without one."""
+    named = _chat_templates(directory)
+    source = _default_of(named)
+    return (named.get("tool_use", source) or "") if source else ""
+
+
+def _default_of(named: dict[str, str]) -> str | None:
+    return named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
 
 
 def _chat_templates(directory: Path) -> dict[str, str]:

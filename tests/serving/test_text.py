@@ -8,6 +8,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dparallel import registry, sandbox
@@ -140,9 +141,9 @@ def test_long_runs_take_no_more_work_a_token_than_short_ones(name: str, values: 
         id_to_token = TOKENIZERS[name].id_to_token
         tokens = 0
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], **settings: Any) -> str:
             self.tokens += len(ids)
-            return TOKENIZERS[name].decode(ids)
+            return TOKENIZERS[name].decode(ids, **settings)
 
     tokenizer, each = Counting(), []
     for length in (100, 1000):

@@ -20,9 +20,9 @@ from .. import text
 from . import protocol
 from .call import Call, Score
 from .errors import ApiError
-from .protocol import ChatRequest, CompletionRequest
+from .protocol import ChatRequest, CompletionRequest, ToolName
 from .service import Service
-from .tools import CallText
+from .tools import CallText, PossibleCalls
 
 
 class EventStream(StreamingResponse):
@@ -54,8 +54,21 @@ class AnswerWriter:
             "model": request.model,
         }
         self.usage = bool(request.stream_options and request.stream_options.include_usage)
-        functions = [*request.calls] if isinstance(request, ChatRequest) else []
-        self.calls = [CallText(functions) for _ in call.choices] if functions else None
+        self.calls = self._calls(service)
+
+    def _calls(self, service: Service) -> Sequence[CallText | PossibleCalls] | None:
+        """What reads the calls of each choice; None where there are none."""
+        request = self.request
+        if not isinstance(request, ChatRequest):
+            return None
+        if functions := [*request.calls]:
+            return [CallText(functions) for _ in self.call.choices]
+        style = service.model(request.model).call_style
+        if not request.may_call or style is None:
+            return None
+        names = [tool.function.name for tool in request.tools or ()]
+        most = 1 if request.parallel_tool_calls is False else None
+        return [PossibleCalls(style, names, most) for _ in self.call.choices]
 
     def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
         """The entry "logprobs" for the next tokens of a choice."""
@@ -76,18 +89,20 @@ class AnswerWriter:
         return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
     def reason(self, choice: int, reason: str) -> str:
-        """A choice's finish reason; "tool_calls" where the model was to call some function, as OpenAI's."""
-        chosen = isinstance(self.request, ChatRequest) and self.request.tool_choice == "required"
-        called = chosen and self.calls is not None and self.calls[choice].named
+        """A choice's finish reason; as OpenAI's "tool_calls" where the model has chosen to call functions."""
+        named = isinstance(self.request, ChatRequest) and isinstance(self.request.tool_choice, ToolName)
+        called = not named and self.calls is not None and self.calls[choice].count
         return "tool_calls" if called and reason == "stop" else reason
 
     def message(self, choice: int, text: str) -> dict[str, Any]:
         """The whole answer of a chat."""
-        said: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self.calls is not None:
-            calls = self.calls[choice].put(text)
-            said |= {"content": None, "tool_calls": calls}
-        return said
+            parts = [self.calls[choice].put(text), self.calls[choice].put("", last=True)]
+            message["content"] = "".join(part.text for part in parts) or self.calls[choice].content
+            calls = [{k: v for k, v in call.items() if k != "index"} for part in parts for call in part.calls]
+            message |= {"content": message["content"] or None, "tool_calls": calls} if calls else {}
+        return message
 
     def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
         return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
@@ -101,11 +116,12 @@ class AnswerWriter:
         **fields: Any,
     ) -> str:
         """The event of a piece of a choice's text. fields: others of the choice."""
-        if self.calls is not None:
-            calls = [{"index": 0, **each} for each in self.calls[index].put(piece)] if piece else []
-            content: dict[str, Any] = {"delta": {"tool_calls": calls} if calls else {}}
-        else:
-            content = {"delta": {"content": piece} if piece else {}} if self.chat else {"text": piece}
+        calls: Sequence[dict[str, Any]] = ()
+        if self.calls is not None and (piece or reason is not None):
+            piece, calls = self.calls[index].put(piece, last=reason is not None)
+        delta = {**({"content": piece} if piece else {}), **({"tool_calls": calls} if calls else {})}
+        content: dict[str, Any] = {"delta": delta} if self.chat else {"text": piece}
+        reason = reason and self.reason(index, reason)
         return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
 
     async def events(self) -> AsyncIterator[str]:
@@ -115,7 +131,7 @@ class AnswerWriter:
             self.frame["object"] = "chat.completion.chunk"
         try:
             for index in range(len(call.choices) if self.chat else 0):
-                begins = "" if self.calls is None else None
+                begins = "" if self.calls is None else self.calls[index].content
                 yield self.part(index, "", delta={"role": "assistant", "content": begins})
             async for piece in call.pieces():
                 if piece.draft is not None:
@@ -124,7 +140,7 @@ class AnswerWriter:
                 if piece.text or piece.scores:
                     yield self.part(piece.choice, piece.text, scores=piece.scores)
                 if piece.reason is not None:
-                    yield self.part(piece.choice, "", self.reason(piece.choice, piece.reason))
+                    yield self.part(piece.choice, "", piece.reason)
             if self.usage:
                 yield self.event([], call.usage())
             yield "data: [DONE]\n\n"
@@ -155,7 +171,7 @@ class AnswerWriter:
             self.choice(
                 index,
                 {"message": self.message(index, text)} if self.chat else {"text": text},
-                self.reason(index, reason),
+                self.reason(index, reason),  # behind `message`, which reads the calls
                 scores[index] if self.request.scored else None,
             )
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))

@@ -400,7 +400,9 @@ class ChatRequest(Options):
     """Variables of the model's chat template by name, such as enable_thinking."""
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
-    """With tools one of "none", "required" and a name."""
+    """With tools null is "auto"."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -415,22 +417,23 @@ class ChatRequest(Options):
     @model_validator(mode="after")
     def _calls(self) -> Self:
         names, choice = [tool.function.name for tool in self.tools or ()], self.tool_choice
-        code = None
         if len({*names}) < len(names):
             name, message = "tools", "expected functions of different names"
         elif isinstance(choice, ToolName) and choice.function.name not in names:
             name, message = "tool_choice", f"expected one of the tools {names}, got {choice.function.name!r}"
         elif choice == "required" and not names:
             name, message = "tool_choice", "expected some tools beside it"
-        elif names and choice in (None, "auto"):
-            name, code = "tool_choice", "unsupported_parameter"
-            message = 'with tools "required", "none" or the name of a function is supported, got '
-            message += json.dumps(choice)
-        elif self.calls and (self.structured_outputs or (self.response_format and self.response_format.form)):
-            name, message = super().form_name, "not beside a tool that is to be called"
+        elif (self.calls or self.may_call) and super().form:
+            name = super().form_name
+            message = 'not beside tools that may be called; with tool_choice "none" they are not called'
         else:
             return self
-        raise ApiError(400, f"{name}: {message}", param=name, code=code)
+        raise ApiError(400, f"{name}: {message}", param=name)
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the model decides if it calls functions."""
+        return bool(self.tools) and self.tool_choice in (None, "auto")
 
     @property
     def calls(self) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from .errors import ApiError, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatMessage, ChatRequest, CompletionRequest, Form, Options
 from .settings import ServerSettings
-from .tools import calls_pattern
+from .tools import call_style, calls_pattern
 
 T = TypeVar("T")
 
@@ -128,6 +128,7 @@ class ModelService:
         self.vocabulary, self.tokenizer = engine.model.shape.embedding_size, tokenizer
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.sandbox)
+        self.call_style = call_style(text.tool_template(directory))
         self.forms: dict[Form, Automaton] = {}
         """The latest forms, the latest last."""
         self.builtin = directory.is_relative_to(registry.BUILTIN)
@@ -223,6 +224,7 @@ class ModelService:
         """Check the request and submit it to the engine. Raises ApiError."""
         each, param = request.n or 1, request.asked
         self._check_kind(request)
+        kept = self._kept(request)
         prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
         # More than the engine ever holds at once would be told to come again without end.
         most = min(self.service.settings.max_choices, self.engine.lanes + self.engine.max_waiting)
@@ -242,7 +244,7 @@ class ModelService:
                 self._gen_length(ids, request, param, len(suffix)),
                 # With a seed, an answer depends on its prompt alone; without, like prompts differ.
                 secrets.randbits(62) if seed is None else seed_of(seed, i),
-                text.TextStream(self.tokenizer, request.stop or ()),
+                text.TextStream(self.tokenizer, request.stop or (), kept),
                 suffix,
             )
             for ids in encoded
@@ -271,6 +273,21 @@ class ModelService:
                 )
 
         return Call(self.service.aborted, self.metrics, choices, each, submit)
+
+    def _kept(self, request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
+        """Special tokens that are text in the answers. Raises ApiError if the model may call functions, and
+        no way of calling is known."""
+        if not isinstance(request, ChatRequest) or not request.may_call:
+            return ()
+        if self.call_style is None:
+            has = "has none" if self.template is None else "shows another"
+            message = (
+                'tool_choice: "auto" needs a chat template with calls in <tool_call> as Qwen\'s, in '
+                f'[TOOL_CALLS] as Mistral\'s, or as Llama 3\'s, and {self.name!r} {has}; "required", "none" '
+                "and the name of a function are supported"
+            )
+            raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
+        return self.call_style.kept
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
         """Raise ApiError for a parameter of decoding by blocks if the engine decodes from left to right."""

@@ -1,21 +1,23 @@
 """Function calls: the form of their text, and the calls in an answer.
 
-The call of one function is the JSON of its arguments; where there are several to choose from, it is
-{"name": "...", "arguments": {...}}.
+Where a function is to be called, the call of one function is the JSON of its arguments; where there are
+several to choose from, it is {"name": "...", "arguments": {...}}. Where a function may be called, calls are
+written as the checkpoint has learned to write them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import sandbox as limits
 from ..json_schema import json_pattern
 from ..sandbox import Sandbox
+from ..text import overlap
 
 TAIL = "}"
 NO_ARGUMENTS = {"type": "object", "properties": {}}
@@ -43,30 +45,172 @@ def calls_pattern(schemas: Mapping[str, Any], sandbox: Sandbox) -> str:
     return "|".join(patterns)
 
 
+def new_id() -> str:
+    """The id of a call: nine letters and digits, as Mistral's templates demand."""
+    return secrets.token_hex(5)[:9]
+
+
+class Said(NamedTuple):
+    """What more text brings to an answer."""
+
+    text: str = ""
+    calls: Sequence[dict[str, Any]] = ()
+    """Entries of "tool_calls" of a stream, whose `index` is the call's."""
+
+
 class CallText:
-    """A call of one of `functions`, as its text comes."""
+    """The call of one of `functions`, as its text comes."""
+
+    content: str | None = None
+    """The content of an answer in front of its first text."""
 
     def __init__(self, functions: Sequence[str]) -> None:
         self._heads = {name: head(name) if len(functions) > 1 else "" for name in functions}
         self._tail = len(TAIL) if len(functions) > 1 else 0
         self._text, self._sent = "", 0
-        self.named = False
-        """Whether the function's name is complete."""
+        self.count = 0
+        """The calls so far whose function is known."""
 
-    def put(self, text: str) -> list[dict[str, Any]]:
-        """The entries of "tool_calls" that more text brings: its addition to the one call, if there is
-        any."""
+    def put(self, text: str, last: bool = False) -> Said:
+        """What more text brings. last: no more follows."""
         self._text += text
-        call: dict[str, Any] = {"function": {}}
-        if not self.named:
+        call: dict[str, Any] = {"index": 0, "function": {}}
+        if not self.count:
             found = [(name, head) for name, head in self._heads.items() if self._text.startswith(head)]
-            if not found:
-                return []
+            if not found or not self._text:
+                return Said()
             ((name, begins),) = found
-            self.named, self._sent = True, len(begins)
-            call = {"id": f"call_{uuid.uuid4().hex}", "type": "function"}
-            call["function"] = {"name": name}
+            self.count, self._sent = 1, len(begins)
+            call |= {"id": new_id(), "type": "function", "function": {"name": name}}
         # The last character may be the call's end, which is not of the arguments.
         end = max(self._sent, len(self._text) - self._tail)
         call["function"]["arguments"], self._sent = self._text[self._sent : end], end
-        return [call] if "id" in call or call["function"]["arguments"] else []
+        return Said(calls=[call] if "id" in call or call["function"]["arguments"] else [])
+
+
+# --- calls that a model may make ------------------------------------------------------------------
+
+
+class CallStyle(NamedTuple):
+    """How a checkpoint has learned to write calls."""
+
+    begin: str
+    end: str
+    """"": up to the next call, or the end of the text."""
+    kept: tuple[str, ...]
+    """Tokens that are text in answers, though they may be special."""
+    bare: bool = False
+    """Whether a text that is JSON is a call too, without `begin`."""
+
+
+def call_style(template: str) -> CallStyle | None:
+    """The style that a chat template shows; None where it shows none that is read."""
+    other = ("<function=", "<arg_key>")  # Qwen3-Coder's and GLM's, which are no JSON
+    if "<tool_call>" in template and not any(mark in template for mark in other):
+        return CallStyle("<tool_call>", "</tool_call>", ("<tool_call>", "</tool_call>"))  # Qwen's, Hermes'
+    if "[TOOL_CALLS]" in template:  # Mistral's
+        return CallStyle("[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]"))
+    if re.search(r'"parameters\\*": dictionary of argument name', template):  # Llama 3's
+        return CallStyle("<|python_tag|>", "", ("<|python_tag|>",), bare=True)
+    return None
+
+
+def read_calls(text: str) -> list[tuple[str, str]]:
+    """The names of functions and the JSON of their arguments in the text of some calls: JSON objects with
+    "name" and "arguments" or "parameters", a list of these, or a name followed by JSON. Raises ValueError for
+    another text."""
+    named = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(\{.*)", text, re.DOTALL)
+    values = _values(named[2] if named else text)
+    if named:
+        given = [{"name": named[1], "arguments": value} for value in values]
+    else:
+        given = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    calls = []
+    for call in given:
+        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
+        if isinstance(arguments, str):  # JSON within JSON
+            (arguments,) = _values(arguments)
+        if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
+            raise ValueError(f"expected a call, got {text!r:.80}")
+        calls.append((call["name"], json.dumps(arguments, ensure_ascii=False)))
+    if not calls:
+        raise ValueError("expected a call, got none")
+    return calls
+
+
+def _values(text: str) -> list[Any]:
+    """The values of JSON after JSON; Llama 3 puts ; between them. Raises ValueError for another text."""
+    decoder, at, values = json.JSONDecoder(), 0, []
+    while found := re.compile(r"[\s;]*(?=[^\s;])").match(text, at):
+        try:
+            value, at = decoder.raw_decode(text, found.end())
+        except RecursionError as error:
+            raise ValueError("the JSON is nested too deeply") from error
+        values.append(value)
+    return values
+
+
+class PossibleCalls:
+    """Text and calls of an answer that may have calls of a style, as its text comes.
+
+    A call counts once it is complete; text that is no call stays text. Blanks beside calls are left out.
+
+    Args:
+        functions: the names of the functions.
+        most: the most calls; further ones are left out. None: any number.
+    """
+
+    content = ""
+
+    def __init__(self, style: CallStyle, functions: Sequence[str], most: int | None) -> None:
+        self._style, self._functions, self._most = style, functions, most
+        self._held, self._inside = "", False
+        self._blank = ""  # in front of the call that is being written
+        self._bare = style.bare
+        self.count = 0
+
+    def put(self, text: str, last: bool = False) -> Said:
+        """What more text brings. last: no more follows."""
+        self._held += text
+        if self._bare:
+            self._bare = self._held.strip()[:1] in ("", "{", "[")
+            if self._bare and not last:
+                return Said()
+            if self._bare and (found := self._read(self._held, foreign=False)):
+                return Said(calls=found)
+        style, said = self._style, ""
+        calls: list[dict[str, Any]] = []
+        while True:
+            if not self._inside:
+                text, begun, rest = self._held.partition(style.begin)
+                if not begun:
+                    open_at = len(text) - (0 if last else overlap(text, style.begin))
+                    shown = text[:open_at].rstrip() if not last or self.count else text
+                    self._held = text[len(shown) :]
+                    return Said(said + shown, calls)
+                shown = text.rstrip()
+                said, self._blank = said + shown, text[len(shown) :]
+                self._held, self._inside = rest, True
+            body, ended, rest = self._held.partition(style.end or style.begin)
+            if not ended and not last:
+                return Said(said, calls)
+            written = self._read(body)
+            if written is None:
+                said += f"{self._blank}{style.begin}{body}{ended and style.end}"
+            calls += written or []
+            self._held, self._inside = rest if style.end else ended + rest, False
+
+    def _read(self, body: str, foreign: bool = True) -> list[dict[str, Any]] | None:
+        """The entries of the calls of a text; None if it has none. foreign: of other functions, too."""
+        try:
+            found = read_calls(body)
+        except ValueError:
+            return None
+        if not foreign and any(name not in self._functions for name, _ in found):
+            return None
+        entries = []
+        for name, arguments in found[: None if self._most is None else self._most - self.count]:
+            function = {"name": name, "arguments": arguments}
+            entries.append({"index": self.count, "id": new_id(), "type": "function", "function": function})
+            self.count += 1
+        return entries

@@ -45,7 +45,6 @@ OPENAI: Neutral = {
     "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": EITHER,
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
@@ -103,7 +102,12 @@ LLAMA_CPP: Neutral = {
 }
 REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
 CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
-OF_CHATS: Neutral = {"tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,)}
+OF_CHATS: Neutral = {
+    "parallel_tool_calls": EITHER,
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
 COMPLETION: Neutral = {**REQUEST, **OF_CHATS, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MESSAGE: Neutral = {
