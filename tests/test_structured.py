@@ -246,9 +246,11 @@ def test_flags_and_comments_end_with_the_pattern(pattern: str, texts: str) -> No
 def test_a_pattern_that_no_token_matches_is_refused() -> None:
     _, tokenizer = registry.load("builtin:teacher")
     with pytest.raises(
-        ValueError, match="pattern: expected one that some text of the model's tokens matches"
+        ValueError, match=r"pattern: expected one that some text of the model's tokens matches$"
     ):
         automaton("[a-z]{3}!", Vocabulary.of(tokenizer))
+    with pytest.raises(ValueError, match="matches; it begins with '!%', and no token does"):
+        automaton("(?s:%|!).*", Vocabulary.of(tokenizer))
 
 
 @pytest.mark.parametrize(

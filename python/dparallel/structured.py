@@ -179,4 +179,9 @@ def _over_tokens(
     try:
         return Automaton(token_class, torch.where(transitions == dead, NOWHERE, transitions + 1), accepts)
     except ValueError as error:
-        raise ValueError("pattern: expected one that some text of the model's tokens matches") from error
+        begins = bytes(byte for byte, column in columns.items() if column[0] < dead)
+        missing = begins and not any(text and text[0] in begins for text in vocabulary.first)
+        why = f"; it begins with {begins.decode('latin-1')[:9]!r}, and no token does" if missing else ""
+        raise ValueError(
+            f"pattern: expected one that some text of the model's tokens matches{why}"
+        ) from error
