@@ -12,6 +12,7 @@ from .fast_dllm import FastDLLM
 from .files import locate
 from .fingerprints import fingerprint
 from .idlm import IDLM
+from .illada import ILLaDA
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
@@ -20,7 +21,7 @@ from .modules import Stream, Taps, mixed_embeddings, soft_embeddings
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
-from .sdar import SDAR, SDARMoE
+from .sdar import SDAR, DreamReasoner, SDARMoE
 from .sdlm import SDLM
 from .stable_diffcoder import StableDiffCoder
 from .traits import check_diffusion, max_positions, stored_traits, traits, warn_beyond
@@ -46,7 +47,9 @@ __all__ = [
     "A2DQwen2",
     "A2DQwen3",
     "Dream",
+    "DreamReasoner",
     "FastDLLM",
+    "ILLaDA",
     "KVCache",
     "LLaDA",
     "LLaDA2",

@@ -11,6 +11,7 @@ from .base import Model
 from .dream import Dream
 from .fast_dllm import FastDLLM
 from .idlm import IDLM
+from .illada import ILLaDA
 from .llada import LLaDA, LLaDAMoE
 from .llada2 import LLaDA2
 from .llama import Llama
@@ -18,20 +19,23 @@ from .mistral import Ministral3, Mistral
 from .nemotron import NemotronDiffusion
 from .qwen import Qwen2, Qwen3, Qwen3MoE
 from .rnd1 import RND1
-from .sdar import SDAR, SDARMoE
+from .sdar import SDAR, DreamReasoner, SDARMoE
 from .sdlm import SDLM
 from .stable_diffcoder import StableDiffCoder, is_published_so
 from .wedlm import WeDLM
 
 DECISIVE = (
     *("model_type", "num_experts", "use_regular_causal", "text_mask_token_id", "text_config", "auto_map"),
+    "block_size",
 )
 """The keys of a config.json by which its family is known."""
 FAMILIES: dict[str, type[Model]] = {
     "llada": LLaDA,
     "lladamoe": LLaDAMoE,
     "llada2_moe": LLaDA2,
+    "illada": ILLaDA,
     "Dream": Dream,
+    "dream_reasoner": DreamReasoner,
     "sdar": SDAR,
     "sdar_moe": SDARMoE,
     "rnd1": RND1,
@@ -81,6 +85,8 @@ def family_of(config: Mapping[str, Any]) -> type[Model] | None:
         name = "idlm"  # which is published under SDAR's name
     if name == "qwen2" and config.get("text_mask_token_id") is not None:
         name = "sdlm"  # which is published under Qwen2's name
+    if name == "Dream" and config.get("block_size"):
+        name = "dream_reasoner"  # which is published under Dream's name
     if name == "llama" and is_published_so(config):
         name = "stable_diffcoder"  # which is published under Llama's name
     return FAMILIES.get(name) if isinstance(name, str) else None

@@ -1,4 +1,5 @@
-"""SDAR (JetLM, arXiv 2510.06303): Qwen3 layers, dense or with mixtures of experts, block-causal, no shift."""
+"""SDAR (JetLM, arXiv 2510.06303) and DreamReasoner (HKU, arXiv 2606.19257): Qwen3 layers, block-causal, no
+shift."""
 
 from __future__ import annotations
 
@@ -24,6 +25,19 @@ class SDAR(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         return block_causal_shape(config, "block_size", 4, **qwen3_options(config))
+
+
+class DreamReasoner(SDAR):
+    """DreamReasoner-8B: as SDAR, with blocks of 32. A checkpoint names Dream as its model_type, and is known
+    by `block_size` in its config.json.
+
+    The tests compare, on random weights, logits with transformers' Qwen3 under a block-causal mask, and
+    tokens and passes with the published loop, written again in plain torch. No released weights were read.
+    """
+
+    @staticmethod
+    def read_config(config: Mapping[str, Any]) -> ModelConfig:
+        return block_causal_shape(config, "block_size", 32, **qwen3_options(config))
 
 
 class SDARMoE(SDAR):

@@ -10,7 +10,7 @@ from dparallel_ext.models import files
 QWEN2 = {"Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer"}
 """Values of tokenizer_class that `qwen2` builds: Dream's remote code is Qwen2's tokenizer by another name."""
 QWEN2_FAMILIES = {
-    *("Dream", "sdar", "sdar_moe", "rnd1", "Fast_dLLM_Qwen", "wedlm", "sdlm", "idlm"),
+    *("Dream", "sdar", "sdar_moe", "rnd1", "Fast_dLLM_Qwen", "wedlm", "sdlm", "idlm", "dream_reasoner"),
     *("a2d-qwen2", "a2d-qwen3", "qwen2", "qwen3", "qwen3_moe"),
 }
 """Values of model_type for which `qwen2` builds the tokenizer if no tokenizer_class is given."""

@@ -62,7 +62,9 @@ def published(prompt: Tensor, gen_length: int, steps: int, threshold: float | No
         quotas = [held // steps + (i < held % steps) for i in range(steps)]
         while (masks := start + (x[start:stop] == MASK).nonzero()[:, 0]).numel():
             logits = logits_of(x[:stop])[masks]
-            best, token = logits.double().softmax(-1).max(-1)
+            probabilities = logits.double().softmax(-1)
+            probabilities[:, MASK] = -1  # our one difference: the mask token is never committed
+            best, token = probabilities.max(-1)
             order = best.argsort(descending=True, stable=True)
             count = quotas.pop(0) if threshold is None else max(1, int((best >= threshold).sum()))
             x[masks[order[:count]]] = token[order[:count]]
