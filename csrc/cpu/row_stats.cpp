@@ -27,12 +27,11 @@ void each_logit(const void* row, const RowJob& job, Visit visit) {
 Nucleus find_nucleus(const void* row, const RowJob& job, float top) {
   const Sampling& sampling = job.sampling;
   const bool by_mass = sampling.top_p < 1.0;
-  const float inverse = 1.0f / sampling.temperature;
   NucleusSearch search = NucleusSearch::of(0, sampling.top_k);
   std::vector<NucleusBin> bins(kNucleusBins);
   const auto add = [&](int bin, float z) {
     ++bins[bin].count;
-    if (by_mass) bins[bin].mass += nucleus_weight(z, top, inverse);
+    if (by_mass) bins[bin].mass += nucleus_weight(z, top, sampling.inverse_temperature);
   };
   std::vector<uint64_t> left;
   for (int level = 0; level < kNucleusLevels; ++level) {
@@ -69,7 +68,7 @@ std::vector<RowAnswer> read_rows(const RowJob& job, Parallel parallel) {
   const int dtype = static_cast<int>(logits.dtype);
   const int64_t chunks = chunks_of(logits.vocab);
   const bool samples = job.sampling.samples(), filters = job.sampling.filters();
-  const float inverse_temperature = samples ? 1.0f / job.sampling.temperature : 0.0f;
+  const float inverse_temperature = job.sampling.inverse_temperature;
   const auto row_at = [&](int64_t i) { return row_pointer(logits, job.rows ? job.rows[i] : i); };
 
   std::vector<RowPart> parts(job.count * chunks);                   // [count, chunks]

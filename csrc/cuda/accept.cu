@@ -85,7 +85,7 @@ __device__ __forceinline__ void finish(const AcceptArgs& args, const AcceptScrat
                                        int row, int chunks, bool has_lane) {
   RowResult result;
   RowError error = kRowNan;
-  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
+  const float inverse = args.sampling.inverse_temperature;
   if (has_lane) error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
   if (error == kRowNan) result = blank_row();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
     Sampler sampler{};
     if constexpr (kSample) {
       const int64_t* k = args.sampling.keys + 4 * static_cast<int64_t>(row);
-      sampler.inverse_temperature = 1.0f / args.sampling.temperature;
+      sampler.inverse_temperature = args.sampling.inverse_temperature;
       sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                      static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
       if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];

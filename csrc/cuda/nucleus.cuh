@@ -59,7 +59,7 @@ __device__ Nucleus find_nucleus(const void* row, int64_t vocab, const Exclusions
   DPARALLEL_SHARED(lowest, uint32_t);  // ~ the key of the largest logit
   DPARALLEL_SHARED(done, bool);
   const bool by_mass = sampling.top_p < 1.0;
-  const float inverse = 1.0f / sampling.temperature;
+  const float inverse = sampling.inverse_temperature;
   if (threadIdx.x == 0) {
     lowest = ~0u;
     search = NucleusSearch::of(0, sampling.top_k);

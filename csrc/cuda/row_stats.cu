@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
   Sampler sampler{};
   if constexpr (kSample) {
     const int64_t* k = args.sampling.keys + 4 * i;
-    sampler.inverse_temperature = 1.0f / args.sampling.temperature;
+    sampler.inverse_temperature = args.sampling.inverse_temperature;
     sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                    static_cast<uint32_t>(k[2]), static_cast<uint32_t>(k[3])};
     if (scratch.nuclei != nullptr) sampler.nucleus = scratch.nuclei[i];

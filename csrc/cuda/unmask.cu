@@ -234,7 +234,7 @@ __device__ __forceinline__ void finish(const UnmaskArgs& args, const UnmaskScrat
                                        const Policy& policy, int row, int chunks, bool needed) {
   RowResult result;
   RowError error = kRowMissing;
-  const float inverse = kSample ? 1.0f / args.sampling.temperature : 0.0f;
+  const float inverse = args.sampling.inverse_temperature;
   if (needed) error = finish_row<kSample>(scratch.chunks, row, chunks, inverse, result);
   if (threadIdx.x != 0) return;
   if (error != kRowOk) result = blank_row();
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocksPerSm)
       if constexpr (kSample) {
         const int64_t* k = args.sampling.keys + 3 * w;
         const int64_t where = place.column + args.sampling.position_offset;
-        sampler.inverse_temperature = 1.0f / args.sampling.temperature;
+        sampler.inverse_temperature = args.sampling.inverse_temperature;
         sampler.key = {static_cast<uint64_t>(k[0]), static_cast<uint32_t>(k[1]),
                        static_cast<uint32_t>(where), static_cast<uint32_t>(k[2])};
         if (scratch.chunks.nuclei != nullptr) sampler.nucleus = scratch.chunks.nuclei[row];

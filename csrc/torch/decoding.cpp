@@ -30,13 +30,13 @@ Sampling sampling_of(double temperature, double top_p, int64_t top_k, std::optio
                      const Tensor& like) {
   DP_CHECK(temperature >= 0 && temperature < kInfinity,
            "temperature: expected a finite number >= 0, got ", temperature);
-  const float in_force = temperature_in_force(temperature);
-  if (in_force == 0.0f) return {0.0f, nullptr, 0};
+  const float inverse_temperature = inverse_temperature_of(temperature);
+  if (inverse_temperature == 0.0f) return {0.0f, nullptr, 0};
   DP_CHECK(top_p >= 0 && top_p <= 1, "top_p: expected a number from 0 to 1, got ", top_p);
   DP_CHECK(top_k >= 0, "top_k: expected a whole number >= 0, got ", top_k);
   DP_CHECK(keys.has_value(), "keys: needed at a temperature of ", kColdest, " and above");
   expect(*keys, "keys", ScalarType::Long, sizes, like);
-  return {in_force, data<int64_t>(*keys), position_offset, top_p, top_k};
+  return {inverse_temperature, data<int64_t>(*keys), position_offset, top_p, top_k};
 }
 
 // The number of rows that an op reads: of `rows`, or of all of the logits where they are left out.

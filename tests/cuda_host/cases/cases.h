@@ -190,8 +190,7 @@ inline Sampling random_sampling(const std::vector<int64_t>& keys, int64_t positi
   const double given = chance(0.5)   ? 0.0
                        : chance(0.8) ? uniform(0.3, 2.0)
                                      : one_of({1e-38, 1e-5, 1e-3, 1e4, 1e30, 1e38, 1e300});
-  const float temperature = temperature_in_force(given);
-  Sampling sampling{temperature, keys.data(), position_offset};
+  Sampling sampling{inverse_temperature_of(given), keys.data(), position_offset};
   if (chance(0.4)) sampling.top_p = chance(0.1) ? 0.0 : uniform(0.0, 1.0);
   if (chance(0.4)) sampling.top_k = one_of<int64_t>({1, 2, 17, 3000});
   return sampling;
