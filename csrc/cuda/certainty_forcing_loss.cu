@@ -15,9 +15,8 @@
 //
 // Exponents are in units of the device's exponential, log2 for float32: x = c z - r in one
 // instruction, with c = log2(e) / Tc. The reference r is c m rounded, so that the own term is not 1
-// but 2^(c m - r); thread 0 mends that at the end. Where m is so large, as it is in a chunk of ids
-// that are masked by -1e10 or so, that these terms would overflow, x = c (z - m), in a loop of its
-// own.
+// but 2^(c m - r); thread 0 mends that at the end. Where m is so large that r is off by more than 1,
+// as in a chunk of ids that are masked by -1e9 or so, x = c (z - m), in a loop of its own.
 //
 // Backward, 4 vectors are in flight, and a thread's chunk takes 4 rounds, at 13 instructions a
 // number, 11.7 of them in the loop, where memory leaves time for 27. The label's number is written
@@ -50,7 +49,7 @@ struct Exponents {
   R ratio;       // Tc / T: ratio x is that of the entropy's
   R floor;       // of x: both exponentials are 0 there
   R depth;       // of d
-  R apart;       // the most that c m may differ from r
+  R apart;       // the most that r may be off
   bool squared;  // the entropy's term is the square of the other's: Tc = 2 T
 
   static Exponents of(double ce_temperature, double temperature) {
@@ -60,7 +59,7 @@ struct Exponents {
     e.ratio = static_cast<R>(ce_temperature / temperature);
     e.floor = R(-1000) * (e.ratio < R(1) ? R(1) / e.ratio : R(1));
     e.depth = e.floor / e.scale;
-    e.apart = R(96) / (e.ratio > R(1) ? e.ratio : R(1));  // 2^14 terms of 2^96 are finite
+    e.apart = R(1) / (e.ratio > R(1) ? e.ratio : R(1));
     e.squared = e.inverse.entropy == 2 * e.inverse.ce;
     return e;
   }

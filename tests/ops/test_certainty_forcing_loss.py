@@ -135,15 +135,15 @@ def test_hard_rows(dtype: torch.dtype) -> None:
     assert out.correct.tolist()[0][2:5] == [True, True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @everywhere
 def test_masks_of_finite_numbers(dtype: torch.dtype) -> None:
     """Of the last ids, which are a chunk of their own on a GPU, and of whole rows."""
-    fills = torch.tensor([-1e9, -3e9, -1e10, -1e20, -1e30, torch.finfo(torch.bfloat16).min])
+    fills = torch.tensor([-1e8, -1e9, -3e9, -1e10, -1e20, -1e30, torch.finfo(torch.bfloat16).min])
     rows = torch.randn(2, len(fills), 16384 + 300)
     rows[0, :, 16384:] = rows[1] = fills[:, None]
-    rows[1, :3, 7] = -fills[:3]
-    rows[1, 3:, 7] = 2 * fills[3:]
+    rows[1, :4, 7] = -fills[:4]
+    rows[1, 4:, 7] = 2 * fills[4:]
     labels, active = (
         torch.tensor([[3], [5]]).expand(2, len(fills)),
         torch.ones(2, len(fills), dtype=torch.bool),
@@ -151,6 +151,8 @@ def test_masks_of_finite_numbers(dtype: torch.dtype) -> None:
     for ce_temperature, temperature in ((1.0, 0.5), (2.0, 1.0), (1.0, 0.1), (0.3, 5.0)):
         settings = {"temperature": temperature, "ce_temperature": ce_temperature, "gate": "all"}
         compare(rows.to(dtype), labels, active, **settings)
+        few = fills.view(1, -1, 1).expand(1, -1, 5)
+        compare(few.to(dtype), labels[:1], active[:1], **settings)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
