@@ -41,8 +41,16 @@ class LLaDA2(Model):
     LLaDA2.1 has learned to correct itself: `decode` with `rule="edit:TAU,TAU_EDIT"` gives the tokens of its
     published `generate`, with cache "block" or "none".
 
-    The tests compare, on random weights, with the layers and that loop written again in plain torch. No
-    released checkpoint was checked.
+    Where `decode` differs:
+    - The `generate` that comes with LLaDA2.1-mini adds its mask of ones and zeros to the scores, where 0 and
+      -inf are meant, so that a block sees later ones too. Here attention is block-causal, as in LLaDA2.0's
+      code, in training and in SGLang.
+    - The first release of LLaDA2.0's `generate` draws tokens at temperature 1 where its temperature is 0.
+    - Its `steps` below `block_length` are `min_commit=block_length // steps`, if they divide it.
+    - The mask token is never committed.
+
+    The tests compare, on random weights, with the layers and that loop, its mask mended, written again in
+    plain torch. No released checkpoint was checked.
     """
 
     strict = frozenset({"confidence"})

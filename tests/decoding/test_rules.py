@@ -154,6 +154,9 @@ def test_leading_is_its_formula(llada: models.Model, row: str, by: float) -> Non
         assert out.trajectory.step[0].tolist() == sorted(out.trajectory.step[0].tolist())
     assert {run for run, _ in counts} >= {0, 1}
     assert any(more for _, more in counts)
+    out = dx.decode(model, prompt, rule="leading+quota:1", **settings)  # SDAR's strategy "sequential"
+    assert out.trajectory is not None
+    assert out.trajectory.step[0].tolist() == [*range(1, 33)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])

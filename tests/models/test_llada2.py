@@ -157,9 +157,12 @@ def test_fused_layers_of_experts(tmp_path: Path) -> None:
 
 
 def published(
-    w: dict[str, Tensor], prompt: Tensor, gen_length: int, threshold: float, editing: float | None
+    w: dict[str, Tensor], prompt: Tensor, gen_length: int, threshold: float, editing: float | None, steps: int
 ) -> tuple[list[int], int]:
-    """The published `generate` for one sequence: its tokens, and passes. editing: None: LLaDA2.0's loop."""
+    """The published `generate` for one sequence: its tokens, and passes. editing: None: LLaDA2.0's loop.
+
+    steps: a divisor of BLOCK; a pass commits at least the block's share.
+    """
     length, passes = len(prompt), 0
     end = -(-(length + gen_length) // BLOCK) * BLOCK
     x = torch.cat((prompt, torch.full((end - length,), MASK)))
@@ -179,8 +182,8 @@ def published(
             token = logits.argmax(-1)
             sure = share.gather(1, token[:, None])[:, 0]
             commit = masked & (sure > threshold)
-            if masked.any() and not commit.any():
-                commit[torch.where(masked, sure, -1.0).argmax()] = True
+            if commit.sum() < (least := min(BLOCK // steps, int(masked.sum()))):
+                commit[torch.where(masked, sure, -1.0).topk(least).indices] = True
             change = torch.zeros_like(masked)
             if editing is not None:
                 change = ~masked & ~given & (sure > editing) & (token != block)
@@ -198,11 +201,17 @@ def test_tokens_and_passes_are_those_of_the_published_loop(tmp_path: Path) -> No
     for case in range(4):
         prompt = ids(3 + 7 * case, seed=case)
         unedited = []
-        for threshold, editing in ((0.3, None), (0.3, 0.2), (0.15, 0.25)):
-            tokens, passes = published(weights, prompt, 14, threshold, editing)
+        for threshold, editing, steps in (
+            (0.3, None, BLOCK // 4),
+            (0.3, None, BLOCK),
+            (0.3, 0.2, BLOCK),
+            (0.15, 0.25, BLOCK),
+        ):
+            tokens, passes = published(weights, prompt, 14, threshold, editing, steps)
             rule: dict[str, Any] = {"rule": f"edit:{threshold},{editing}"}
             if editing is None:
-                rule, unedited = {"threshold": threshold, "selector": "confidence"}, tokens
+                rule = {"threshold": threshold, "selector": "confidence", "min_commit": BLOCK // steps}
+                unedited = tokens
             for cache in ("none", "block"):
                 out = dx.decode(model, prompt, gen_length=14, cache=cache, **rule)
                 assert out.responses[0].tolist() == tokens, (case, threshold, editing, cache)
