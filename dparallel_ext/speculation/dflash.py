@@ -31,7 +31,7 @@ from ..cache import AttentionMetadata, KVCache
 from ..models import Model, Qwen3, fused_weights, rope
 from ..models.attention import PagedAttention
 from ..models.config import ModelConfig, config_ids
-from ..models.fields import LAYERS, Field, check_supported, read
+from ..models.fields import LAYERS, NO, Field, check_supported, read
 from ..models.modules import Block, RMSNorm, Stream, attention, norm_of_sum, rotate, shapes_only
 from ..ops import kv_move, kv_write
 from .blocks import BlockSession, TrainedBlockDrafter
@@ -39,12 +39,14 @@ from .checkpoint import DraftCheckpoint, Origin, check_target
 from .drafter import EMBEDDING, Observation, RecordedSession, check_layers
 
 CAUSAL = {"dflash": False, "parallelspec": True}
-"""The kinds of drafters: whether a row of the block sees only the rows in front of it."""
+"""The kinds of drafters: whether a row of the block sees only the rows in front of it, unless the config says
+that it does."""
 _LAYER = "model.layers.{}."
 _NAMES = {
     ours: theirs.removeprefix(_LAYER) for ours, theirs in Qwen3.NAMES.items() if theirs.startswith(_LAYER)
 }
 BLOCK = Field(int, None, least=2, most=512)
+_SUPPORTED = {"fc_layernorm": False, "input_embedding_scale": 1}
 
 
 class DFlashOptions(NamedTuple):
@@ -56,6 +58,8 @@ class DFlashOptions(NamedTuple):
     """Layers of the target, ascending, counted from 0."""
     block: int
     """Rows of a block, the root among them."""
+    causal: bool
+    """Whether a row of the block sees only the rows in front of it."""
     mask_id: int
     target_layers: int
     origin: Origin
@@ -66,16 +70,18 @@ class DFlashOptions(NamedTuple):
 
         Raises ValueError naming the key that is missing, or whose value is not supported.
         """
-        shape = Qwen3.shape_of(config)
-        check_supported(config, {"fc_layernorm": False})
+        # Whether they are causal, these layers say for themselves.
+        shape = Qwen3.shape_of({key: value for key, value in config.items() if key != "is_causal"})
+        causal = read(config, {"is_causal": NO})["is_causal"]
+        check_supported(config, _SUPPORTED)
         origin = Origin.of(config)
         kind = origin.kind or "dflash"
         if kind not in CAUSAL:
             raise ValueError(f"config: kind={kind!r:.80}, expected one of {list(CAUSAL)}")
         layers = read(config, {"num_target_layers": LAYERS})["num_target_layers"]
         inner = read(config, {"dflash_config": Field(dict)})["dflash_config"]
-        check_supported(inner, {"fc_layernorm": False})
-        sizes = [read(of, {"block_size": BLOCK})["block_size"] for of in (config, inner)]
+        check_supported(inner, _SUPPORTED)
+        sizes = [read(of, {"block_size": BLOCK})["block_size"] for of in (inner, config)]
         block = next((size for size in sizes if size is not None), None)
         if block is None:
             raise ValueError("config: 'block_size' is missing")
@@ -85,7 +91,8 @@ class DFlashOptions(NamedTuple):
         if (taps := inner.get("target_layer_ids")) is None:  # a drafter guesses badly from other layers
             raise ValueError("config: dflash_config: 'target_layer_ids' is missing")
         check_layers("config: dflash_config: target_layer_ids", taps, EMBEDDING, layers)
-        return cls(shape, kind, tuple(taps), block, masks[0], layers, origin)
+        causal = causal or CAUSAL[kind]
+        return cls(shape, kind, tuple(taps), block, causal, masks[0], layers, origin)
 
 
 def default_taps(target_layers: int, count: int) -> tuple[int, ...]:
@@ -208,7 +215,7 @@ class _Session(BlockSession):
             KVCache(slots, table, kv_cache.block_table),
             block=options.block,
             mask_id=options.mask_id,
-            causal=CAUSAL[options.kind],
+            causal=options.causal,
             drafting=drafter.drafting,
             graphs=graphs,
         )

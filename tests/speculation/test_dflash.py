@@ -100,7 +100,7 @@ def guessed(drafter: DFlashDrafter, target: Model, tokens: Tensor, rows: int) ->
     ids = torch.tensor([int(tokens[-1]), *[said.mask_id] * (rows - 1)])
     x = t["model.embed_tokens.weight"][ids]
     row = torch.arange(rows)
-    block = row[:, None] >= row if said.kind == "parallelspec" else torch.ones(rows, rows, dtype=torch.bool)
+    block = row[:, None] >= row if said.causal else torch.ones(rows, rows, dtype=torch.bool)
     seen = torch.cat((torch.ones(rows, length, dtype=torch.bool), block), 1)
     for i in range(said.shape.layers):
         x = layer(w, f"layers.{i}.", x, length + row, seen, 5000.0, 1e-6, feature)
@@ -148,11 +148,15 @@ class Heard(DraftSession):
 
 
 @pytest.mark.parametrize("tree", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_draft_is_its_computation_in_plain_torch(kind: str, tree: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"), [*((kind, {}) for kind in KINDS), ("dflash", {"is_causal": True})]
+)
+def test_a_draft_is_its_computation_in_plain_torch(kind: str, changes: dict[str, Any], tree: bool) -> None:
     """Whatever was refused, and wherever a tree's accepted tokens were."""
     expected = plain()
-    heard = Heard(drafter_with(kind), Knowing(list(expected.sequences), tree=tree, right=0.7))
+    drafter = drafter_with(kind, **changes)
+    assert drafter.options.causal == (kind == "parallelspec" or bool(changes))
+    heard = Heard(drafter, Knowing(list(expected.sequences), tree=tree, right=0.7))
     found = plain(drafter=heard, draft_size=6)
     assert torch.equal(found.sequences, expected.sequences)
     assert found.nfe.sum() < expected.nfe.sum()
@@ -322,14 +326,15 @@ def test_published_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
     del config["dparallel"]
     config |= {"architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}}
     config |= {"layer_types": ["full_attention"] * 2, "use_sliding_window": False, "sliding_window": None}
+    config["is_causal"] = False
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = dx.speculation.load(tmp_path)
     assert found.options == drafter.options._replace(origin=Origin())
     found.check(MODEL)
     found.check(model_of(rms_norm_eps=1e-4, eos_token_id=7))  # it does not say for which
     assert torch.equal(plain(drafter=found).sequences, plain().sequences)
-    # Later ones have the block's size inside.
-    config["dflash_config"]["block_size"] = config.pop("block_size")
+    # Later ones have the block's size inside, where the published code looks first.
+    config["dflash_config"]["block_size"], config["block_size"] = config["block_size"], 5
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert dx.speculation.load(tmp_path).options.block == 9
 
@@ -362,6 +367,8 @@ def test_published_taps() -> None:
         ({"dflash_config": {"target_layer_ids": [0]}}, "'mask_token_id' is missing"),
         ({"dflash_config": {"mask_token_id": 60}}, "'target_layer_ids' is missing"),
         ({"fc_layernorm": True}, "fc_layernorm=True is not supported"),
+        ({"input_embedding_scale": 2.0}, "input_embedding_scale=2.0 is not supported, only 1"),
+        ({"is_causal": "no"}, "is_causal='no', expected true or false"),
         (
             {"dflash_config": {"mask_token_id": 60, "fc_layernorm": True}},
             "fc_layernorm=True is not supported",
