@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,7 @@ class EngineCore:
         self.requests: dict[int, Request] = {}  # by id: received, waiting or running
         self.running: dict[int, Request] = {}  # by lane
         self._cancelling: list[int] = []  # ids
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []  # to make between two passes
         counted = ("completed", "failed", "cancelled", "sequence_passes", "tokens", "prompt_tokens")
         self.counts = dict.fromkeys((*counted, "drafted_tokens", "accepted_tokens"), 0)
         self._refusal: str | None = None
@@ -97,6 +99,17 @@ class EngineCore:
             self._refusal = self._refusal or "the engine is closed"
             if cancel:
                 self._cancelling += [*self.requests, *(request.id for request in self.arrivals)]
+                for _, future in self._calls:
+                    future.cancel()
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """The result to come of `function`, called between two passes. Raises RuntimeError if no more
+        requests are taken."""
+        future: Future[Any] = Future()
+        with self.lock:
+            self.check_open()
+            self._calls.append((function, future))
+        return future
 
     def cancel(self, id: int) -> None:
         """End a request before the next pass, if it is not over."""
@@ -112,6 +125,7 @@ class EngineCore:
             if not request.events.ended:
                 request.events.add(RuntimeError(f"request {request.id}: {self._refusal}"))
         self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
+        self._fail_calls(RuntimeError(self._refusal))
 
     def work(self) -> bool:
         """Run passes until no request is left; return whether more may come."""
@@ -121,16 +135,33 @@ class EngineCore:
                 while True:
                     with self.lock:
                         cancelled = self.receive()
-                        if not self.requests:
+                        call = self._calls.pop(0) if self._calls else None
+                        if not self.requests and call is None:
                             return not self.closed
                     for request in cancelled:
                         self.end(request, "cancelled")
+                    if call is not None:  # one between two passes, so that requests go on
+                        self._make(*call)
                     self.admit()
                     if self.running:
                         self.advance()
         except BaseException as error:  # a bug: no caller may be left waiting for a dead thread
             self._fail_all(error)
             return False
+
+    def _make(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(_failure(error, "a call in the engine's thread"))
+
+    def _fail_calls(self, error: Exception) -> None:
+        calls, self._calls = self._calls, []
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def receive(self) -> list[Request]:
         """Take in the requests that have arrived; return the requests to cancel."""
@@ -156,6 +187,7 @@ class EngineCore:
                 request.events.add(event)
             self.counts["failed"] += len(left)
             self.requests, self.running, self.arrivals, self._cancelling = {}, {}, [], []
+        self._fail_calls(event)
         for request in left.values():
             self._notify(request)
 
@@ -359,11 +391,16 @@ class EngineCore:
         now, record = time.monotonic(), request.plan.settings.record
         tokens, logprobs = list[int](), list[float]()
         nfe = published = draft_nfe = 0
+        end = None
         if request.lane >= 0:
             sequence, tokens = self.batch.sequences[request.lane], self._response(request)
             logprobs = self._logprobs(request, 0, len(tokens)) if record else []
             nfe, published = self.batch.nfe[request.lane], sequence.published
             draft_nfe = sequence.draft_nfe
+            if record and sequence.stopped and len(tokens) < request.plan.asked:
+                column = sequence.columns[len(tokens)]
+                values = self.batch.tokens[request.lane], self.batch.logprobs[request.lane]
+                end = int(values[0][column]), float(values[1][column])
         return Completion(
             tokens=tokens,
             logprobs=logprobs if record else None,
@@ -371,6 +408,7 @@ class EngineCore:
             nfe=nfe,
             nfe_published=published,
             draft_nfe=draft_nfe,
+            end=end,
             prompt_length=len(request.plan.prompt),
             reused=request.reused,
             seconds_waiting=(now if request.admitted is None else request.admitted) - request.submitted,

@@ -39,6 +39,9 @@ class Completion:
     """With `logprobs`, the log-probability (nats) of each of `tokens`, see `DecodeConfig.logprobs`."""
     draft_nfe: int = 0
     """Calls of the drafter, or of the verifier, for the request; 0 without either."""
+    end: tuple[int, float] | None = None
+    """With `logprobs`, the token behind `tokens` that ended the response, EOS or the first of a stop
+    sequence, and its log-probability; None where it ended by its length."""
 
 
 Event = list[int] | Completion | Exception

@@ -50,9 +50,12 @@ class TextStream:
             it does not know.
         stop: stop strings; the text ends before the one that is complete first, even within a token.
         kept: special tokens, as text, that are text all the same.
+        after: tokens whose text stands in front: decoders drop a space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), kept: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), kept: Sequence[str] = (), after: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         added = tokenizer.get_added_tokens_decoder().items()
         self._special = {token for token, each in added if each.special and each.content not in kept}
@@ -62,12 +65,18 @@ class TextStream:
         self.count = 0
         """Tokens taken, up to the one that completed a stop string."""
         self.stopped = False
-        self._before: list[int] = []  # tokens whose text is complete; a decoder may look back on them
+        # Tokens whose text is complete; a decoder may look back on them.
+        self._before = [token for token in after if token not in self._special][-LONGEST:]
         self._pending: list[int] = []
         self._emitted = 0  # characters of _pending's text that are complete
         self._in_run = False  # whether pending tokens were left out since the last complete character
         self._length = 0  # characters of all complete text, stop strings included
         self._held = ""
+
+    @property
+    def length(self) -> int:
+        """Characters that are complete."""
+        return self._length
 
     def put(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""

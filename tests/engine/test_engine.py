@@ -7,7 +7,10 @@ import gc
 import itertools
 import pickle
 import resource
+import threading
+import time
 import tracemalloc
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -387,3 +390,36 @@ def test_an_engine_is_not_copied() -> None:
                     make(held)
         done = handle.result()
         assert pickle.loads(pickle.dumps(done)) == copy.deepcopy(done) == done
+
+
+def test_a_function_runs_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise SystemExit
+
+    with dx.Engine(LLADA, lanes=1, max_length=64) as engine:
+        request = engine.submit([1], gen_length=8)
+        called = [engine.run(threading.current_thread) for _ in range(3)]
+        assert {each.result(60) for each in called} == {engine.thread}
+        assert engine.run(torch.is_inference_mode_enabled).result(60)
+        failed = engine.run(fails).exception(60)
+        assert (type(failed), type(failed and failed.__cause__)) == (RuntimeError, SystemExit)
+        assert request.result(60).finish_reason == "length"
+        with pytest.raises(ValueError, match="function: expected a function"):
+            engine.run(3)  # type: ignore[arg-type]
+        last = engine.run(lambda: time.sleep(0.02))
+    assert last.done()  # leaving the block waits for it
+    assert last.exception() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.run(fails)
+    gate = Gate(monkeypatch)
+    engine = dx.Engine(LLADA, lanes=1, max_length=64)
+    engine.submit([1], gen_length=8)
+    until(lambda: engine.stats.active == 1)
+    waiting = engine.run(fails)
+    closing = threading.Thread(target=engine.close, kwargs={"cancel": True})
+    closing.start()
+    until(lambda: engine.closed)
+    gate.passes.release(100)
+    closing.join(60)
+    with pytest.raises(CancelledError):
+        waiting.result(60)

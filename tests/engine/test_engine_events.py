@@ -132,6 +132,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
         raise error("a bug")
 
     handles = [engine.submit([1], gen_length=8) for _ in range(3)]
+    called = engine.run(fault)
     handles[2].subscribe(told.append)
     handles[2].subscribe(lambda event: 1 / 0)
     until(lambda: engine.stats.active == 1)
@@ -147,6 +148,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
         assert error in (type(failed.value), type(failed.value.__cause__))
     until(lambda: len(told) == 2)
     assert told == [failed.value] * 2
+    assert called.exception(60) is not None
     for _ in range(2):  # the second time after `close`
         with pytest.raises(RuntimeError, match=f"engine is closed: its thread ended with {error.__name__}$"):
             engine.submit([1], gen_length=4)

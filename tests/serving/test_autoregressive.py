@@ -207,6 +207,43 @@ def test_text_offsets_are_places_in_the_text(client: OpenAI, loaded: tuple[Any, 
     assert passed_over
 
 
+def test_echo_scores_the_prompt(client: OpenAI, loaded: tuple[Any, Any], here: Here) -> None:
+    """As lm-evaluation-harness asks for it, with texts and with ids, whole and streaming."""
+    model, tokens = loaded
+    texts, ids = PROMPTS[:3], [tokens.encode(prompt).ids for prompt in PROMPTS[:3]]
+    scored = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    answers = [ask(client, prompts, **scored, n=2).choices for prompts in (texts, ids)]
+    for choice, other in zip(*answers, strict=True):
+        own, text = ids[choice.index // 2], texts[choice.index // 2]
+        assert (choice.text, choice.logprobs.tokens) == (other.text, other.logprobs.tokens)
+        assert choice.logprobs.token_logprobs[:-1] == other.logprobs.token_logprobs[:-1]
+        assert choice.text.startswith(text)
+        with torch.inference_mode():
+            expected = model(torch.tensor([own])).logits[0].double().log_softmax(-1)
+        found = choice.logprobs
+        written = found.tokens[: len(own) + (choice.finish_reason == "length")]
+        assert "".join(written) == choice.text
+        assert all(map(choice.text.startswith, written, found.text_offset))
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        for at, token in enumerate(own[1:]):
+            assert found.token_logprobs[at + 1] == pytest.approx(float(expected[at, token]), abs=1e-4)
+            assert max(found.top_logprobs[at + 1].values()) == pytest.approx(
+                float(expected[at].max()), abs=1e-4
+            )
+            assert found.token_logprobs[at + 1] in found.top_logprobs[at + 1].values()
+        assert len(found.tokens) == len(own) + 1  # the response's token, or the end of text in its place
+        assert found.token_logprobs[-1] == pytest.approx(float(expected[-1].max()), abs=1e-4)
+    streamed = joined(ask(client, texts, **scored, n=2, stream=True))[0]
+    assert [streamed[i] for i in range(6)] == [choice.text for choice in answers[0]]
+    longer, alone = (ask(client, texts, echo=echo).choices for echo in (True, False))
+    joint = [f"{text} {choice.text}".rstrip() for text, choice in zip(texts, alone, strict=True)]
+    assert [choice.text for choice in longer] == joint
+    plain = ask(client, texts[0], max_tokens=0, echo=True)
+    assert (plain.choices[0].text, plain.choices[0].finish_reason) == (texts[0], "length")
+    assert (plain.choices[0].logprobs, plain.usage.completion_tokens) == (None, 0)
+    assert not here.faults()
+
+
 def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("causal", 256)  # type: ignore[attr-defined]

@@ -156,7 +156,8 @@ def test_bad_requests_are_named(client: OpenAI, settings: dict[str, Any], param:
         ({"logprobs": 2}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 1, "temperature": 0.5}, "logprobs"),
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"suffix": ["x"]}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
@@ -204,9 +205,9 @@ def test_what_is_not_neutral_is_named() -> None:
     }.items():
         assert (unsupported.refused({name: value}, unsupported.CHAT) or "")[0] == name
     # That which says most about what the client is after comes first.
-    found = unsupported.refused({"logprobs": 1, "echo": True}, unsupported.COMPLETION)
+    found = unsupported.refused({"min_tokens": 1, "prompt_logprobs": 1}, unsupported.COMPLETION)
     assert found is not None
-    assert found[0] == "echo"
+    assert found[0] == "prompt_logprobs"
 
 
 @pytest.mark.parametrize("length", [13, 40])

@@ -72,11 +72,12 @@ class AnswerWriter:
 
     def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
         """The entry "logprobs" for the next tokens of a choice."""
-        tokens = [(self.token_texts(each.token, first=each.start == 0), each.logprob) for each in scores]
+        texts, top = self.token_texts, bool(self.request.top)
+        tokens = [(texts(each.token, first=each.start == 0), each.logprob) for each in scores]
         if isinstance(self.request, ChatRequest):
-            return protocol.chat_logprobs(tokens, bool(self.request.top))
-        starts = [each.start for each in scores]
-        return protocol.completion_logprobs(tokens, starts, bool(self.request.top))
+            return protocol.chat_logprobs([(said, value) for said, value in tokens if value is not None], top)
+        best = [each.best and (texts(each.best[0]), each.best[1]) for each in scores] if top else None
+        return protocol.completion_logprobs(tokens, [each.start for each in scores], best)
 
     def choice(
         self,

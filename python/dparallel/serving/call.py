@@ -30,6 +30,9 @@ class Choice:
     text: text.TextStream
     suffix: list[int]
     """Token ids that follow the response."""
+    echo: str = ""
+    """The text that comes in front of the response's."""
+    echo_scores: Sequence[Score] = ()
     handle: Handle | None = None
     completion: Completion | None = None
     draft: Newest | None = None
@@ -45,11 +48,15 @@ class Newest:
 
 
 class Score(NamedTuple):
-    """A token of a response, with its log-probability (nats), and where its text starts, in characters."""
+    """A token of a response, or of the prompt in front of it."""
 
     token: int
-    logprob: float
+    logprob: float | None
+    """In nats; None: nothing predicts it."""
     start: int
+    """Where its text starts, in characters."""
+    best: tuple[int, float] | None = None
+    """The most probable token of its place, and its log-probability; None: the token itself."""
 
 
 class Piece(NamedTuple):
@@ -125,6 +132,9 @@ class Call:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yield new content until every choice has ended. Raises ApiError."""
         metrics, left, seen = self.metrics, len(self.choices), False
+        for index, choice in enumerate(self.choices):
+            if choice.echo:
+                yield Piece(index, choice.echo, scores=choice.echo_scores)
         while left:
             index, event = await self.queue.get()
             if isinstance(event, ApiError):
@@ -148,7 +158,11 @@ class Call:
                 elif reason == "cancelled":  # by the engine, not by this call
                     raise stopping()
                 metrics.finished(event, choice.text.count)
-                yield Piece(index, rest, reason)
+                # Whoever counts on scores of prompt and response has one for the end, too, as of vLLM.
+                scores = []
+                if event.end is not None and choice.echo_scores and not choice.text.stopped:
+                    scores.append(Score(*event.end, len(choice.echo) + choice.text.length))
+                yield Piece(index, rest, reason, scores=scores)
                 continue
             if not seen:
                 seen = True
@@ -158,7 +172,7 @@ class Call:
             if choice.text.stopped:
                 choice.handle.cancel()
             logprobs = choice.handle.logprobs[before : choice.text.count]
-            starts = choice.text.starts[before:]
+            starts = [len(choice.echo) + start for start in choice.text.starts[before:]]
             # Fewer than tokens at a stop string, and none if not requested.
             scores = [Score(*each) for each in zip(event, logprobs, starts, strict=False)]
             if piece or scores:

@@ -49,16 +49,24 @@ def chat_logprobs(tokens: Sequence[tuple[str, float]], top: bool) -> dict[str, A
 
 
 def completion_logprobs(
-    tokens: Sequence[tuple[str, float]], starts: Sequence[int], top: bool
+    tokens: Sequence[tuple[str, float | None]],
+    starts: Sequence[int],
+    best: Sequence[tuple[str, float] | None] | None,
 ) -> dict[str, Any]:
-    """ "logprobs" of a completion. `starts`: where each token starts in the response's text, in characters.
-    `top`: each token is the most probable one of its place, and is listed as such too."""
-    texts, values = [text for text, _ in tokens], [finite(value) for _, value in tokens]
+    """ "logprobs" of a completion. A prompt's first token has no log-probability.
+
+    starts: where each token starts in the response's text, in characters.
+    best: the most probable token of each place, where it is not the token itself; it is listed beside it.
+    """
+    listed = []
+    for (text, value), other in zip(tokens, best or (), strict=best is not None):
+        both = [*([other] if other else []), *([] if value is None else [(text, value)])]
+        listed.append({text: finite(value) for text, value in both} or None)
     return {
-        "tokens": texts,
-        "token_logprobs": values,
+        "tokens": [text for text, _ in tokens],
+        "token_logprobs": [None if value is None else finite(value) for _, value in tokens],
         "text_offset": list(starts),
-        "top_logprobs": [{text: value} for text, value in zip(texts, values, strict=True)] if top else None,
+        "top_logprobs": None if best is None else listed,
     }
 
 
@@ -264,8 +272,17 @@ class CompletionRequest(Options):
     neutral, asked, top_name = COMPLETION, "prompt", "logprobs"
     prompt: list[Text] | list[list[int]]
     suffix: Text | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = None
+    """The prompt comes in front of the response, with `logprobs` of its tokens too. `max_tokens` may be 0."""
     logprobs: int | None = Field(None, ge=0, le=1)
     """0: the log-probability of each token. 1: also the most probable token, which greedy decoding takes."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: expected at least 1, or 0 with echo=true", param="max_tokens")
+        return self
 
     @field_validator("logprobs", mode="before")
     @classmethod

@@ -19,12 +19,14 @@ from dparallel_ext.decoding.config import with_ends
 from .. import page, registry, structured, text
 from ..configs import parse_policy, policy_of, seed_of, without_ends
 from ..sandbox import Sandbox
-from .call import Call, Choice
+from ..token_scores import TokenScores, token_scores
+from .call import Call, Choice, Score
 from .errors import ApiError, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatMessage, ChatRequest, CompletionRequest, Form, Options
 from .settings import ServerSettings
 from .tools import call_style, calls_pattern
+from .unsupported import SCORES
 
 T = TypeVar("T")
 
@@ -129,6 +131,7 @@ class ModelService:
         self.token_texts = text.TokenTexts(tokenizer)
         self.template = text.chat_template(directory, service.sandbox)
         self.call_style = call_style(text.tool_template(directory))
+        self.scoring = asyncio.Lock()
         self.forms: dict[Form, Automaton] = {}
         """The latest forms, the latest last."""
         self.builtin = directory.is_relative_to(registry.BUILTIN)
@@ -253,6 +256,8 @@ class ModelService:
         automaton = await self._automaton(request)
         with self._engine_errors(param, request.form_name):
             config = self._config(request, automaton)
+        if isinstance(request, CompletionRequest) and request.echo:
+            await self._echo(request, choices, each)
         # All of them or none, and nobody else submits to this engine.
         stats = self.engine.stats
         if stats.active + stats.waiting + len(choices) > self.engine.lanes + self.engine.max_waiting:
@@ -274,6 +279,41 @@ class ModelService:
 
         return Call(self.service.aborted, self.metrics, choices, each, submit)
 
+    async def _echo(self, request: CompletionRequest, choices: Sequence[Choice], each: int) -> None:
+        """Put each prompt in front of its choices, with its log-probabilities if they are requested."""
+        for at, prompt in enumerate(request.prompt):
+            ids, own = choices[at * each].prompt, choices[at * each : (at + 1) * each]
+            stream = text.TextStream(self.tokenizer)
+
+            def decode(stream: text.TextStream = stream, ids: list[int] = ids) -> str:
+                return stream.put(ids) + stream.finish()
+
+            scored = request.scored or not isinstance(prompt, str)
+            decoded = await self.service.elsewhere(decode) if scored else ""
+            scores: list[Score] = []
+            if request.scored and ids:
+                found = await self._scores(ids)
+                best = [None, *zip(found.best, found.best_logprobs, strict=True)]
+                values = [None, *found.logprobs]
+                scores = [
+                    Score(token, value, start, other if other and other[0] != token else None)
+                    for token, value, start, other in zip(ids, values, stream.starts, best, strict=True)
+                ]
+            for choice in own:
+                choice.text = text.TextStream(self.tokenizer, request.stop or (), after=ids)
+                choice.echo, choice.echo_scores = prompt if isinstance(prompt, str) else decoded, scores
+
+    async def _scores(self, ids: list[int]) -> TokenScores:
+        """The log-probabilities of a prompt. Raises ApiError."""
+        try:
+            async with self.scoring:  # so that prompts, which wait for each other, use the engine one by one
+                scoring = self.engine.run(functools.partial(token_scores, self.engine.model, ids))
+                return await in_time(asyncio.wrap_future(scoring), self.service.aborted)
+        except RuntimeError as error:
+            if not self.engine.closed:
+                raise
+            raise ApiError(503, str(error), code="closed") from error
+
     def _kept(self, request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
         """Special tokens that are text in the answers. Raises ApiError if the model may call functions, and
         no way of calling is known."""
@@ -290,7 +330,11 @@ class ModelService:
         return self.call_style.kept
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
-        """Raise ApiError for a parameter of decoding by blocks if the engine decodes from left to right."""
+        """Raise ApiError for a parameter that does not go with the kind of the model."""
+        diffuses = self.engine.mask_id is not None or self.verifier is not None
+        if diffuses and request.scored and isinstance(request, CompletionRequest) and request.echo:
+            message = f"echo: with logprobs it goes with autoregressive models; {SCORES}"
+            raise ApiError(400, message, param="echo", code="unsupported_parameter")
         if self.engine.mask_id is not None:
             return
         for name, value in (("policy", request.policy), ("suffix", request.suffix)):
@@ -399,7 +443,9 @@ class ModelService:
     def _gen_length(self, ids: list[int], request: Options, param: str, suffix: int) -> int:
         """max_tokens for a prompt. Raises ApiError if it or the prompt is too long, or has foreign ids."""
         most, known = self.max_length, len(ids) + suffix
-        length = request.max_tokens or max(1, min(self.gen_length, most - known))
+        length = request.max_tokens
+        if length is None:
+            length = max(1, min(self.gen_length, most - known))
         if known + length > most:
             name = request.length_name
             if known >= most:

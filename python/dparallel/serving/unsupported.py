@@ -39,7 +39,6 @@ too."""
 EITHER = (False, True)
 
 OPENAI: Neutral = {
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -101,7 +100,7 @@ LLAMA_CPP: Neutral = {
     "xtc_probability": (0,),
 }
 REQUEST: Neutral = {**OPENAI, **VLLM_AND_SGLANG, **LLAMA_CPP}
-CHAT: Neutral = {**REQUEST, "add_special_tokens": (False,)}
+CHAT: Neutral = {**REQUEST, "echo": (False,), "add_special_tokens": (False,)}
 OF_CHATS: Neutral = {
     "parallel_tool_calls": EITHER,
     "tool_choice": ("none", "auto"),
@@ -127,7 +126,7 @@ SCORES = (
     "log-likelihoods of a given text are computed by lm_eval --model dparallel, see "
     "dparallel.integrations.lm_eval"
 )
-HINTS = {"echo": SCORES, "prompt_logprobs": SCORES}
+HINTS = {"prompt_logprobs": SCORES}
 """Unsupported parameter -> where to find what it asks for."""
 
 
