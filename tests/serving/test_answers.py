@@ -18,7 +18,7 @@ import torch
 from asking import BLOCK, EOS, MODEL, PROMPT, PROMPTS, bad_request, chat, decoded, joined, raw
 from dparallel import registry, text
 from dparallel.configs import parse_policy
-from dparallel.serving import protocol
+from dparallel.serving import logprobs
 from dparallel.serving.call import Call, Choice
 from dparallel.toy import tasks
 from openai import AsyncOpenAI, OpenAI
@@ -324,8 +324,8 @@ def test_logprobs_end_where_the_tokens_are_counted(client: OpenAI) -> None:
 
 
 def test_logprobs_are_json() -> None:
-    assert protocol.chat_logprobs([("a", float("-inf"))], True)["content"][0]["logprob"] == -9999.0
-    assert protocol.chat_logprobs([(text.INCOMPLETE, -1.0)], False)["content"][0]["bytes"] is None
+    assert logprobs.chat_logprobs([("a", float("-inf"))], True)["content"][0]["logprob"] == -9999.0
+    assert logprobs.chat_logprobs([(text.INCOMPLETE, -1.0)], False)["content"][0]["bytes"] is None
 
 
 def of_drafts(chunks: Any) -> tuple[list[Any], dict[int, list[Any]]]:

@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 from dparallel_ext import DraftEvent
 
 from .. import text
-from . import protocol
 from .call import Call, Score
 from .errors import ApiError
+from .logprobs import chat_logprobs, completion_logprobs, finite
 from .protocol import ChatRequest, CompletionRequest, ToolName
 from .service import Service
 from .tools import CallText, PossibleCalls
@@ -75,9 +75,9 @@ class AnswerWriter:
         texts, top = self.token_texts, bool(self.request.top)
         tokens = [(texts(each.token, first=each.start == 0), each.logprob) for each in scores]
         if isinstance(self.request, ChatRequest):
-            return protocol.chat_logprobs([(said, value) for said, value in tokens if value is not None], top)
+            return chat_logprobs([(said, value) for said, value in tokens if value is not None], top)
         best = [each.best and (texts(each.best[0]), each.best[1]) for each in scores] if top else None
-        return protocol.completion_logprobs(tokens, [each.start for each in scores], best)
+        return completion_logprobs(tokens, [each.start for each in scores], best)
 
     def choice(
         self,
@@ -214,9 +214,7 @@ def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str
     fields |= {"drafted": draft.drafted, "accepted": draft.accepted}
     fields["refused"] = [texts(token, first=False) for token in draft.refused]
     if draft.passes is not None and draft.logprobs is not None:
-        values = [
-            None if value is None or math.isnan(value) else protocol.finite(value) for value in draft.logprobs
-        ]
+        values = [None if value is None or math.isnan(value) else finite(value) for value in draft.logprobs]
         fields |= {"passes": draft.passes, "logprobs": values}
     return fields
 
