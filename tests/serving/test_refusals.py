@@ -68,7 +68,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
         (
             {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
             "response_format",
-            "not beside tools",
+            "not beside a tool",
         ),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ QWEN = '{{ \'<tool_call>\\n{"name": <function-name>, "arguments": <args-json-obj
 MISTRAL = "{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}"
 LLAMA = """{{ 'Respond in the format {"name": function name, "parameters": dictionary of argument name' }}"""
 TOOLS: list[Any] = [{"type": "function", "function": {"name": name}} for name in ("add", "hat-s")]
+TOOLS[0]["function"]["parameters"] = {"type": "object", "properties": {"n": {"type": "integer"}}}
 ADD, HATS = ("add", {"n": 1, "s": "é}"}), ("hat-s", {})
 
 Calls = Sequence[tuple[str, Any]]
@@ -82,7 +84,7 @@ def test_a_template_shows_the_style() -> None:
 @pytest.mark.parametrize("special", [False, True])
 def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
     """Whole and streaming. The model writes token after token of the vocabulary, and they spell a call."""
-    parts = ["?", "Yes. ", "<tool_call>", '{"name": "add", "argu', 'ments": {"n": 1}}</tool_call>', "end"]
+    parts = ["?", "Yes. ", "<tool_call>", '\n{"name": "add", "argu', 'ments": {"n": 1}}\n</tool_call>', "end"]
     model = model_of(vocab_size=64, eos_token_id=5)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -103,7 +105,7 @@ def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
         asked: dict[str, Any] = {
             "model": "calls",
             "max_tokens": 16,
-            "tools": TOOLS,
+            "tools": copy.deepcopy(TOOLS),
             "temperature": 2.0,
             "seed": 5,
         }
@@ -121,5 +123,15 @@ def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
         spelled = chat(client, "?", **asked, tool_choice="none").choices[0]
         assert spelled.message.tool_calls is None
         assert ("<tool_call>" in spelled.message.content) is not special
-        with bad_request("response_format", "not beside tools that may be called"):
-            chat(client, "?", **asked, response_format={"type": "json_object"})
+        schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        if special:  # in a form it can be written in letters alone, which this model has not
+            with bad_request("response_format", "no token does"):
+                chat(client, "?", **asked, response_format=form)
+            return
+        formed = chat(client, "?", **asked, response_format=form).choices[0]
+        assert (formed.message.content, formed.finish_reason) == (None, "tool_calls")
+        assert formed.message.tool_calls[0].function == call.function
+        asked["tools"][0]["function"]["parameters"]["minProperties"] = 2
+        with bad_request("tools", "add: parameters: schema: "):
+            chat(client, "?", **asked, response_format=form)

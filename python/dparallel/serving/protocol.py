@@ -46,6 +46,8 @@ class Form(NamedTuple):
     kind: Literal["json", "regex", "calls"]
     text: str
     """A JSON schema, a regular expression, or JSON of functions' names and the schemas of their arguments."""
+    calls: str = ""
+    """JSON of the functions that may be called in its place: whether one at most, and names and schemas."""
 
 
 ANY_OBJECT = Form("json", '{"type": "object"}')
@@ -398,9 +400,8 @@ class ChatRequest(Options):
             name, message = "tool_choice", f"expected one of the tools {names}, got {choice.function.name!r}"
         elif choice == "required" and not names:
             name, message = "tool_choice", "expected some tools beside it"
-        elif (self.calls or self.may_call) and super().form:
-            name = super().form_name
-            message = 'not beside tools that may be called; with tool_choice "none" they are not called'
+        elif self.calls and super().form:
+            name, message = super().form_name, "not beside a tool that is to be called"
         else:
             return self
         raise ApiError(400, f"{name}: {message}", param=name)
@@ -414,16 +415,23 @@ class ChatRequest(Options):
     def calls(self) -> dict[str, dict[str, Any]]:
         """The functions of which the response is to call one: the schemas of their arguments."""
         choice = self.tool_choice
-        if choice is None or (isinstance(choice, str) and choice != "required"):
-            return {}
+        if isinstance(choice, ToolName):
+            return {choice.function.name: self._schemas[choice.function.name]}
+        return self._schemas if choice == "required" else {}
+
+    @property
+    def _schemas(self) -> dict[str, dict[str, Any]]:
+        """The schemas of each function's arguments."""
         functions = [tool.function for tool in self.tools or ()]
-        wanted = {choice.function.name} if isinstance(choice, ToolName) else {each.name for each in functions}
-        return {each.name: each.parameters or NO_ARGUMENTS for each in functions if each.name in wanted}
+        return {each.name: each.parameters or NO_ARGUMENTS for each in functions}
 
     @property
     def form(self) -> Form | None:
         """The form that the response is to have."""
-        return Form("calls", json.dumps(self.calls)) if self.calls else super().form
+        form = super().form
+        if form is not None and self.may_call:
+            return form._replace(calls=json.dumps([self.parallel_tool_calls is False, self._schemas]))
+        return Form("calls", json.dumps(self.calls)) if self.calls else form
 
     @property
     def form_name(self) -> str:

@@ -327,6 +327,9 @@ class ModelService:
                 "and the name of a function are supported"
             )
             raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
+        if request.form is not None and not (self.call_style.end or self.call_style.bare):
+            message = "not beside tools that may be called, whose calls the model begins with a special token"
+            raise ApiError(400, f"{request.form_name}: {message}", param=request.form_name)
         return self.call_style.kept
 
     def _check_kind(self, request: ChatRequest | CompletionRequest) -> None:
@@ -357,6 +360,12 @@ class ModelService:
                 pattern = structured.json_pattern(form.text, sandbox)
             elif form.kind == "calls":
                 pattern = calls_pattern(json.loads(form.text), sandbox)
+            if form.calls and self.call_style is not None:
+                one, schemas = json.loads(form.calls)
+                try:
+                    pattern = f"{self.call_style.pattern(schemas, one, sandbox)}|(?:{pattern})"
+                except ValueError as error:
+                    raise ApiError(400, f"tools: {error}", param="tools") from error
             return structured.automaton(pattern, self.texts_of_tokens, self.engine.model.eos_ids, sandbox)
 
         if form not in self.forms:

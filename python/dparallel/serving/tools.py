@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import sandbox as limits
@@ -29,9 +29,16 @@ def head(name: str) -> str:
     return f'{{"name": {json.dumps(name)}, "arguments": '
 
 
-def calls_pattern(schemas: Mapping[str, Any], sandbox: Sandbox) -> str:
-    """The regular expression of a call of one of the functions, with the schemas of their arguments. Raises
-    ValueError saying which part of a schema is not supported."""
+def calls_pattern(
+    schemas: Mapping[str, Any], sandbox: Sandbox, written: Callable[[str], tuple[str, str]] | None = None
+) -> str:
+    """The regular expression of a call of one of the functions, with the schemas of their arguments.
+
+    written: from a function's name to what comes before and behind its arguments; None: only where there are
+        several functions something does.
+
+    Raises ValueError saying which part of a schema is not supported.
+    """
     patterns, end = [], time.monotonic() + limits.SECONDS
     for name, schema in schemas.items():
         if time.monotonic() > end:
@@ -40,8 +47,8 @@ def calls_pattern(schemas: Mapping[str, Any], sandbox: Sandbox) -> str:
             arguments = f"(?:{json_pattern(schema, sandbox)})"
         except ValueError as error:
             raise ValueError(f"{name}: parameters: {error}") from error
-        several = len(schemas) > 1
-        patterns.append(f"{re.escape(head(name))}{arguments}{re.escape(TAIL)}" if several else arguments)
+        before, behind = written(name) if written else (head(name), TAIL) if len(schemas) > 1 else ("", "")
+        patterns.append(f"{re.escape(before)}{arguments}{re.escape(behind)}")
     return "|".join(patterns)
 
 
@@ -101,6 +108,17 @@ class CallStyle(NamedTuple):
     """Tokens that are text in answers, though they may be special."""
     bare: bool = False
     """Whether a text that is JSON is a call too, without `begin`."""
+
+    def written(self, name: str) -> tuple[str, str]:
+        """What comes before and behind the arguments of a function in a call."""
+        if self.bare:
+            return f'{{"name": {json.dumps(name)}, "parameters": ', TAIL
+        return f"{self.begin}\n{head(name)}", f"{TAIL}\n{self.end}"
+
+    def pattern(self, schemas: Mapping[str, Any], one: bool, sandbox: Sandbox) -> str:
+        """The regular expression of calls, one or some. Raises ValueError as `calls_pattern`."""
+        call = calls_pattern(schemas, sandbox, self.written)
+        return f"(?:{call})" if one or self.bare else f"(?:(?:{call})\n?)+"
 
 
 def call_style(template: str) -> CallStyle | None:
