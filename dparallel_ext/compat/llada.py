@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import policies
 from ..arguments import number, one_of, temperature_in_force, whole
-from ..decoding.batch import AHEAD
 from ..decoding.config import DecodeConfig
 from ..decoding.decode import start_batch
 from ..decoding.schedule import Schedule, Window
@@ -230,7 +229,7 @@ def _generate(cache: str, *, model: Any, prompt: Tensor | list[Tensor], **given:
         batch = start_batch(model, list(prompt), config, schedule=functools.partial(_as_published, options))
         waiting: list[int] = []
         while batch.live:  # at the end of a block every sequence waits for the others
-            waiting += batch.step(ahead=AHEAD)
+            waiting += batch.step()
             if not batch.live:
                 batch.enter(waiting)
                 waiting = []

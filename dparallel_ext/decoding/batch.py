@@ -26,9 +26,6 @@ from .sequence import IDLE, SequenceState, reads
 from .sequence_settings import SequenceSettings
 from .workspace import Workspace
 
-AHEAD = 8
-"""The most passes that the host issues before it reads their results, where no result could change them."""
-
 
 class Batch:
     """Sequences in lanes, and the passes over them; `admit` puts a sequence into a lane.
@@ -39,6 +36,9 @@ class Batch:
         pad_id: the token behind a sequence's end.
         batch_invariant: give each sequence passes of its own.
         graphs: on a GPU, record the passes of one `GraphKey` once and replay them, see `graphs`.
+        ahead: the most passes to issue before the host waits for the device. Passes are issued ahead as long
+            as no policy's choice can complete a block before the last of them: a pass beyond a complete block
+            would be wasted, and costs more than the wait that it saves.
         kv_cache: a cache for so many lanes and positions; default: a contiguous one.
     """
 
@@ -54,10 +54,11 @@ class Batch:
         device: torch.device | str = "cpu",
         batch_invariant: bool = False,
         graphs: bool = True,
+        ahead: int = 1,
         kv_cache: KVCache | None = None,
     ) -> None:
         self.model, self.schedule, self.mask_id, self.pad_id = model, schedule, mask_id, pad_id
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.ahead = batch_invariant, ahead
         self.sequences = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0  # nothing is guessed here
@@ -72,7 +73,7 @@ class Batch:
             space = Workspace.of(tokens, kv_cache, graphs=graphs and native)
         self._workspace: Workspace | None = space
         self.tokens = space.tokens.fill_(pad_id)[:, :width]  # a workspace may be wider
-        self.kv_cache = space.kv_cache
+        self.kv_cache, self.trajectory = space.kv_cache, space.trajectory
         self.runner = Runner(model, space, mask_id, schedule)
 
     def keep(self) -> None:
@@ -112,7 +113,7 @@ class Batch:
         )
         self.sequences[lane] = sequence
         if settings.record:
-            self.runner.trajectory.clear(lane)
+            self.trajectory.clear(lane)
         if settings.rule is not None:
             used = {other.settings.rule for other in self.sequences if other.settings.rule is not None}
             self.runner.begin(lane, settings.rule, layout.columns, used)
@@ -120,16 +121,6 @@ class Batch:
         self.tokens[lane, first : sequence.length].fill_(self.mask_id)
         self._enter(lane)
         return sequence
-
-    @property
-    def logprobs(self) -> Tensor:
-        """(lanes, width) float32: each token's log-probability, of sequences that record it."""
-        return self.runner.trajectory.logprob
-
-    @property
-    def steps(self) -> Tensor:
-        """(lanes, width) int64: the pass that committed each token, of sequences that record it."""
-        return self.runner.trajectory.step
 
     @property
     def nfe(self) -> list[int]:
@@ -180,7 +171,7 @@ class Batch:
             self.tokens[b, start:end].fill_(self.pad_id)
             if sequence.settings.record:
                 # Passes may have committed some of them, in blocks behind the front one.
-                self.runner.trajectory.clear(b, start, end)
+                self.trajectory.clear(b, start, end)
             sequence.block_index, sequence.open = len(sequence.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:
@@ -188,13 +179,9 @@ class Batch:
         padding = self.tokens[b, start:end]
         padding.masked_fill_(padding == self.mask_id, self.pad_id)
 
-    def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
-        """Run a pass over every sequence that is not done (of `lanes`); return those whose block it
-        completed.
-
-        ahead: the most passes to issue before the host waits for the device. Passes are issued ahead as long
-            as no policy's choice can complete a block before the last of them: a pass beyond a complete block
-            would be wasted, and costs more than the wait that it saves.
+    def step(self, lanes: Sequence[int] | None = None) -> list[int]:
+        """Run a pass, or several ahead, over every sequence that is not done (of `lanes`); return those whose
+        block it completed.
 
         If the model, a policy or `unmask_` raises, every sequence is left as it was before the call.
         """
@@ -203,7 +190,7 @@ class Batch:
         states = self._rule_states(live)
         saved_states = [state.clone() for state in states]
         try:
-            return self._step(live, min(ahead, self._certain(live)))
+            return self._step(live, min(self.ahead, self._certain(live)))
         except BaseException:
             sequences, tokens, self.forwards = before
             self.tokens.copy_(tokens)

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from .. import arguments
 from ..models import check_call, for_decoding, ids_device, warn_beyond
-from .batch import AHEAD, Batch
+from .batch import Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
 from .self_speculation import SelfSpeculation, check_draft, states_to_guess
 from .sequence_settings import SequenceSettings
 from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
+
+AHEAD = 8
+"""The most passes that the host issues before it reads their results, where no result could change them."""
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | Sequence[int] | Mapping[str, Any]
 """Prompts of `decode`: ids (B, P) or (P,), a list of (P,), or a tokenizer's output with "input_ids"."""
@@ -144,36 +147,59 @@ def decode(
     with torch.inference_mode():
         prompts = arguments.prompts(prompt, attention_mask)
         size = len(prompts)
-        batch = start_batch(model, prompts, config, draft_size=draft_size)
+        shown = getattr(streamer, "put_draft", None)
+        batch = start_batch(
+            model, prompts, config, draft_size=draft_size, ahead=AHEAD if shown is None else 1
+        )
         arguments.check_streamer(streamer, size)
-        tokens = sum(len(sequence.columns) for sequence in batch.sequences)
-        run(batch, streamer, progress_bar(progress, tokens, "decode"))
-    # Tensors made in inference mode cannot enter autograd later; their copies can.
-    x, sequences = batch.tokens[:size].clone(), batch.sequences[:size]
-    masked = torch.zeros(x.shape, dtype=torch.bool, device="cpu")
+        run(batch, streamer, progress, "decode", shown)
+    canvases = {"canvases": batch.canvases} if isinstance(batch, SelfSpeculation) else {}
+    out = DecodeOutput(**output_fields(batch, size, batch.tokens.device, config, **canvases))
+    batch.keep()
+    if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
+        shape = 0, prompt.shape[1] + config.gen_length
+        out.sequences, out.masked = out.sequences.new_zeros(shape), out.masked.new_zeros(shape)
+    return out
+
+
+def output_fields(
+    batch: Any, size: int, device: torch.device, config: DecodeConfig, **others: Sequence[int]
+) -> dict[str, Any]:
+    """The fields of the `DecodeOutput` of a batch's first `size` sequences, on `device`.
+
+    batch: a `Batch`, or a `speculation.CausalBatch`; it is over. others: further numbers of the sequences, by
+    their fields. Call it outside inference mode: tensors made there cannot enter autograd later.
+    """
+    sequences = batch.sequences[:size]
+    tokens = batch.tokens[:size].clone()
+    masked = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
     for places, sequence in zip(masked, sequences, strict=True):
         places[sequence.prompt : sequence.length].fill_(True)
-        if sequence.columns and sequence.columns[0] < sequence.prompt:
+        if sequence.columns and sequence.columns[0] < sequence.prompt:  # masks of the prompt
             places[list(sequence.columns)] = True
-    trajectory = batch.runner.trajectory.responses(masked) if config.record or config.logprobs else None
-    masked = masked.to(x.device)
-    if not size and isinstance(prompt, Tensor) and isinstance(config.gen_length, int):
-        x, masked = (t.new_zeros((0, prompt.shape[1] + config.gen_length)) for t in (x, masked))
-    names = ("generated", "kept", "length", "prompt", "published")
-    numbers = [batch.nfe, *([getattr(sequence, name) for sequence in sequences] for name in names)]
-    if isinstance(batch, SelfSpeculation):
-        numbers.append(batch.canvases)
+    numbers: dict[str, Sequence[int]] = {
+        "nfe": batch.nfe[:size],
+        "generated": [sequence.decoded for sequence in sequences],
+        "kept": [sequence.kept for sequence in sequences],
+        "lengths": [sequence.length for sequence in sequences],
+        "prompt_lengths": [sequence.prompt for sequence in sequences],
+        "nfe_published": [sequence.published for sequence in sequences],
+        **others,
+    }
     # In one copy to the device.
-    nfe, generated, kept, lengths, prompt_lengths, published, *canvases = torch.tensor(
-        numbers, dtype=torch.int64, device="cpu"
-    ).to(x.device)
-    batch.keep()
-    counts = nfe, batch.forwards, generated, kept, lengths, prompt_lengths
-    out = DecodeOutput(x, *counts, masked, published, canvases=canvases[0] if canvases else None)
-    if trajectory is not None:
-        out.trajectory = trajectory if config.record else None
-        out.logprobs = trajectory.logprob if config.logprobs else None
-    return out
+    counts = torch.tensor([*numbers.values()], dtype=torch.int64, device="cpu").to(device)
+    fields = {
+        "sequences": tokens.to(device),
+        "masked": masked.to(device),
+        "forwards": batch.forwards,
+        **dict(zip(numbers, counts, strict=True)),
+    }
+    if config.record or config.logprobs:
+        responses = vars(batch.trajectory.responses(masked))
+        trajectory = Trajectory(**{name: values.to(device) for name, values in responses.items()})
+        fields |= {"trajectory": trajectory} if config.record else {}
+        fields |= {"logprobs": trajectory.logprob} if config.logprobs else {}
+    return fields
 
 
 def start_batch(
@@ -182,12 +208,13 @@ def start_batch(
     config: DecodeConfig,
     *,
     draft_size: int | None = None,
+    ahead: int = AHEAD,
     schedule: Callable[[Schedule], Schedule] = lambda schedule: schedule,
 ) -> Batch:
     """The batch of a call of `decode`, its prompts admitted.
 
-    schedule: maps the cache mode's schedule to the schedule that is followed. Raises ValueError naming the
-    argument that does not fit.
+    ahead: see `Batch`. schedule: maps the cache mode's schedule to the schedule that is followed. Raises
+    ValueError naming the argument that does not fit.
     """
     model = for_decoding(model)
     check_call(model)
@@ -215,6 +242,7 @@ def start_batch(
         device=prompts[0].device if prompts else "cpu",
         batch_invariant=config.batch_invariant,
         graphs=config.graphs,
+        ahead=ahead,
     )
     each = zip(prompts, counts, settings, masked, strict=True)
     for lane, (prompt, count, setting, columns) in enumerate(each):
@@ -249,26 +277,37 @@ def masked_columns(prompt: Tensor, mask_id: int) -> list[int]:
     return (prompt == mask_id).nonzero()[:, 0].tolist()
 
 
-def run(batch: Batch, streamer: Any = None, bar: Any = None) -> None:
-    """Run passes until every sequence is complete."""
+def run(
+    batch: Any,
+    streamer: Any,
+    progress: bool,
+    name: str,
+    put_draft: Callable[[Tensor], object] | None = None,
+) -> None:
+    """Run passes until every sequence is complete.
+
+    batch: a `Batch`, or a `speculation.CausalBatch`. name: of the progress bar. put_draft: called after every
+    pass with all that follows the tokens that the streamer has.
+    """
     x = batch.tokens[:1]  # a streamer's batch has one sequence
+    bar = progress_bar(progress, sum(len(sequence.columns) for sequence in batch.sequences), name)
     sent = end = decoded = 0
     if streamer is not None:
         sent = batch.sequences[0].ahead
         streamer.put(x[:, :sent].to("cpu", copy=True))  # it may keep and change what it gets
-    drafts = hasattr(streamer, "put_draft")
     while batch.live:
         if streamer is not None:
             _, end = batch.sequences[0].block
-        finished = batch.step(ahead=1 if drafts else AHEAD)
+        finished = batch.step()
         if bar is not None:
             before, decoded = decoded, sum(sequence.decoded for sequence in batch.sequences)
             bar.update(decoded - before)
-        if drafts:
-            streamer.put_draft(x[:, sent:].to("cpu", copy=True))
+        if put_draft is not None:
+            put_draft(x[:, sent:].to("cpu", copy=True))
         if streamer is not None and finished:
             # The block, then the given tokens or padding between it and the next mask.
-            for last in (end, batch.sequences[0].ahead):
+            ahead = batch.sequences[0].ahead
+            for last in (min(end, ahead), ahead):
                 if sent < last:
                     streamer.put(x[0, sent:last].to("cpu", copy=True))
                     sent = last

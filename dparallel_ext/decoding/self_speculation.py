@@ -188,7 +188,7 @@ class SelfSpeculation(Batch):
         ranks = RankMemory(policies.score_of(settings.policy), isinstance(settings.rule, Leading))
         return super().admit(lane, prompt, gen_length, dataclasses.replace(settings, rule=ranks), **options)
 
-    def step(self, lanes: Sequence[int] | None = None, ahead: int = 1) -> list[int]:
+    def step(self, lanes: Sequence[int] | None = None) -> list[int]:
         """Run a pass over the states of every sequence that is not done (of `lanes`), see `Batch.step`."""
         live = self.live if lanes is None else [b for b in self.live if b in lanes]
         drafts = self._drafts(live)
@@ -304,7 +304,7 @@ class SelfSpeculation(Batch):
             self.tokens[lane] = self.tokens[before]
             self.tokens[lane, guess.columns] = self.tokens.new_tensor(guess.tokens)
             if guess.sequence.settings.record:
-                self.runner.trajectory.clear(lane)
+                self.trajectory.clear(lane)
             if self.schedule.keeps:
                 self._share(lane, lanes[0], *self.schedule.computed(guess.sequence))
 
@@ -360,7 +360,7 @@ class SelfSpeculation(Batch):
             if self.sequences[b].settings.record:
                 self._record(b, {each: begun[each].nfe + 1 for each in accepted})
                 if lane in self._ended:
-                    self.runner.trajectory.clear(b, self._ended[lane])
+                    self.trajectory.clear(b, self._ended[lane])
             if finished.intersection(accepted):
                 completed.append(b)
         return completed
@@ -402,7 +402,7 @@ class SelfSpeculation(Batch):
 
         numbers: for each state's lane, the number that its pass would have without self-speculation.
         """
-        trajectory = self.runner.trajectory
+        trajectory = self.trajectory
         for lane, number in numbers.items():
             fresh = trajectory.step[lane] == number
             for field in (trajectory.confidence, trajectory.logprob):

@@ -326,7 +326,8 @@ class EngineCore:
             numbers = _at(values[request.lane], columns)
             return [None if token is None else value for token, value in zip(tokens, numbers, strict=True)]
 
-        return replace(draft, passes=known(self.batch.steps), logprobs=known(self.batch.logprobs))
+        trajectory = self.batch.trajectory
+        return replace(draft, passes=known(trajectory.step), logprobs=known(trajectory.logprob))
 
     def _response(self, request: Request, first: int = 0) -> list[int]:
         """Final response tokens from number `first` on, without EOS or stop sequence."""
@@ -339,7 +340,8 @@ class EngineCore:
 
     def _logprobs(self, request: Request, first: int, last: int) -> list[float]:
         """Log-probabilities of tokens [first, last) of the response."""
-        return _at(self.batch.logprobs[request.lane], self.batch.sequences[request.lane].columns[first:last])
+        columns = self.batch.sequences[request.lane].columns[first:last]
+        return _at(self.batch.trajectory.logprob[request.lane], columns)
 
     def _stream(self, request: Request) -> None:
         fresh = self._response(request, request.sent)

@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import arguments
 from ..cache import KVCache
 from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
-from ..decoding.decode import DecodeOutput, Prompts, progress_bar
+from ..decoding.decode import DecodeOutput, Prompts, output_fields, run
 from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import make_settings, mask_of
 from ..models import Model, check_diffusion, native, traits, warn_beyond
@@ -41,7 +41,7 @@ from .adaptive_passes import AdaptiveSession, AdaptiveWork, VerifierDrafter
 from .batch import CausalBatch
 from .loading import NAMED
 from .sequence import UNKNOWN, CausalSequence, Verified
-from .speculate import DIFFUSION_FIELDS, check_prompts, check_unset, output_fields, run, with_checked_ends
+from .speculate import DIFFUSION_FIELDS, check_prompts, check_unset, verified_fields, with_checked_ends
 
 
 @dataclass
@@ -142,13 +142,16 @@ def adaptive_decode(
             graphs=config.graphs,
             **options,
         )
-        bar = progress_bar(progress, sum(counts), "adaptive_decode")
-        run(batch, prompts, counts, settings, streamer, bar)
+        for lane, request in enumerate(zip(prompts, counts, settings, strict=True)):
+            batch.admit(lane, *request)
+        run(batch, streamer, progress, "adaptive_decode")
         if not named:  # else the next call reads another
             batch.keep()
-    fields = output_fields(batch, device, config, "draft_nfe")
+    verifier_nfe = [sequence.draft_nfe for sequence in batch.sequences]
     return AdaptiveOutput(
-        verifier_nfe=fields.pop("draft_nfe"), verifier_forwards=batch.draft_forwards, **fields
+        **output_fields(batch, size, device, config, verifier_nfe=verifier_nfe),
+        **verified_fields(batch, config),
+        verifier_forwards=batch.draft_forwards,
     )
 
 

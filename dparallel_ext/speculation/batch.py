@@ -24,7 +24,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..decoding import padding
 from ..decoding.sequence_settings import SequenceSettings
-from ..decoding.workspace import Workspace
+from ..decoding.workspace import Trajectory, Workspace
 from ..models import Model
 from .draft import Draft, check_drafts, depths
 from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane, check_session
@@ -99,10 +99,8 @@ class CausalBatch:
         """The memory of `tokens`, since a pass reads and writes few of them."""
         self.tokens = torch.frombuffer(self._ids, dtype=torch.int64)[: lanes * width].view(lanes, width)
         """(lanes, width) int64 on the CPU, where drafters and the search for stop sequences read them."""
-        self.logprobs = torch.full((lanes, width), torch.nan, device="cpu")
-        """(lanes, width) float32: each token's log-probability, of sequences that record it; else NaN."""
-        self.steps = torch.zeros((lanes, width), dtype=torch.int64, device="cpu")
-        """(lanes, width): the pass that emitted each token, of sequences that record it; else 0."""
+        self.trajectory = Trajectory.blank(self.tokens)
+        """On the CPU; written for sequences whose settings record it."""
         self.device = device = model.device
         owner = None if isinstance(drafter, Apart) else drafter
         space = None
@@ -180,7 +178,7 @@ class CausalBatch:
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
-        self.logprobs[lane], self.steps[lane] = torch.nan, 0
+        self.trajectory.clear(lane)
         if self._session is not None:
             self._session.reset(lane)
         return sequence
@@ -371,8 +369,9 @@ class CausalBatch:
         lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
         self._ids[lane + start : lane + sequence.known] = array("q", tokens)
         if sequence.settings.record:
-            self.logprobs[b, start : sequence.known] = torch.tensor(logprobs, device="cpu")
-            self.steps[b, start : sequence.known] = sequence.nfe
+            logprob, new = torch.tensor(logprobs, device="cpu"), slice(start, sequence.known)
+            self.trajectory.step[b, new] = sequence.nfe
+            self.trajectory.confidence[b, new], self.trajectory.logprob[b, new] = logprob.exp(), logprob
         ended = None
         if sequence.settings.stop or not set(sequence.settings.eos_ids).isdisjoint(tokens):
             # A stop sequence that ends at a new token begins among the last tokens.
@@ -384,7 +383,7 @@ class CausalBatch:
             begin, end = ended
             sequence.kept, sequence.stopped = sequence.index(begin), True
             sequence.known, sequence.num_cached = end, min(sequence.num_cached, end - 1)
-            self.logprobs[b, end:], self.steps[b, end:] = torch.nan, 0
+            self.trajectory.clear(b, end)
         if (automaton := sequence.settings.automaton) is not None:
             sequence.state = automaton.after(sequence.state, tokens[: sequence.known - start])
         if sequence.stopped or not sequence.room:

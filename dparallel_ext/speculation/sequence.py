@@ -79,6 +79,11 @@ class CausalSequence:
         return min(max(0, column - self.prompt), self.length - self.prompt)
 
     @property
+    def ahead(self) -> int:
+        """The column of the first token that is not known."""
+        return self.known
+
+    @property
     def open(self) -> tuple[OpenRegion, ...]:
         return () if self.done else (OpenRegion(self.known, self.length),)
 
@@ -97,7 +102,8 @@ class CausalSequence:
         return self.known - self.num_cached > 1
 
     @property
-    def generated(self) -> int:
+    def decoded(self) -> int:
+        """Tokens decoded so far."""
         return self.known - self.prompt
 
     @property

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from .. import arguments
 from ..decoding.config import DEFAULTS, DecodeConfig, DecodeKeywords, configured, names_fields, with_ends
-from ..decoding.decode import DecodeOutput, Prompts, progress_bar
+from ..decoding.decode import DecodeOutput, Prompts, output_fields, run
 from ..decoding.fields import plain
-from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import check_ends, make_settings
-from ..decoding.workspace import Trajectory
 from ..models import Model, native, warn_beyond
 from .batch import CausalBatch
 from .drafter import Apart, Drafter
@@ -149,12 +147,26 @@ def speculate(
             graphs=config.graphs,
             ahead=1,
         )
-        run(batch, prompts, counts, settings, streamer, progress_bar(progress, sum(counts), "speculate"))
+        for lane, request in enumerate(zip(prompts, counts, settings, strict=True)):
+            batch.admit(lane, *request)
+        run(batch, streamer, progress, "speculate")
         if drafter is drafter_given or isinstance(drafter, Apart):  # else the next call has another
             batch.keep()
+    numbers = {name: [getattr(each, name) for each in batch.sequences] for name in ("draft_nfe", "layers")}
     return SpeculateOutput(
-        **output_fields(batch, device, config, "draft_nfe", "layers"), draft_forwards=batch.draft_forwards
+        **output_fields(batch, size, device, config, **numbers),
+        **verified_fields(batch, config),
+        draft_forwards=batch.draft_forwards,
     )
+
+
+def verified_fields(batch: CausalBatch, config: DecodeConfig) -> dict[str, Any]:
+    """The fields about verified drafts of the outputs of `speculate` and `adaptive_decode`."""
+    fields: dict[str, Any] = {
+        name: torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        for name, numbers in vars(batch.counts).items()
+    }
+    return fields | {"passes": [sequence.passes for sequence in batch.sequences] if config.record else None}
 
 
 def causal_model(model: Any) -> Model:
@@ -202,69 +214,3 @@ def sizer_of(
     if draft_size is not None:
         return Fixed(arguments.whole("draft_size", draft_size, 0))
     return Fixed(0) if drafter is None else make_sizer(drafter)
-
-
-def run(
-    batch: CausalBatch,
-    prompts: Sequence[Tensor],
-    counts: Sequence[int],
-    settings: Sequence[SequenceSettings],
-    streamer: Any,
-    bar: Any,
-) -> None:
-    """Admit all prompts, and run passes until every sequence is done. counts: the most tokens of each."""
-    for lane, (ids, count, setting) in enumerate(zip(prompts, counts, settings, strict=True)):
-        batch.admit(lane, ids, count, setting)
-    if streamer is not None:
-        streamer.put(batch.tokens[:, : batch.sequences[0].prompt].clone())
-    while live := batch.live:
-        known = [batch.sequences[b].known for b in live]
-        batch.step()
-        fresh = sum(batch.sequences[b].known for b in live) - sum(known)
-        if bar is not None:
-            bar.update(fresh)
-        if streamer is not None:
-            streamer.put(batch.tokens[:, known[0] : batch.sequences[0].known].clone())
-    if bar is not None:
-        bar.close()
-    if streamer is not None:
-        streamer.end()
-
-
-def output_fields(
-    batch: CausalBatch, device: torch.device, config: DecodeConfig, *counts: str
-) -> dict[str, Any]:
-    """The fields that the outputs of `speculate` and `adaptive_decode` share, on `device`; counts: names of
-    further counts of a sequence."""
-    sequences = batch.sequences
-    masked = torch.zeros(batch.tokens.shape, dtype=torch.bool, device="cpu")
-    for places, sequence in zip(masked, sequences, strict=True):
-        places[sequence.prompt : sequence.length].fill_(True)
-    trajectory = None
-    if config.record or config.logprobs:
-        responses = Trajectory(batch.steps, batch.logprobs.exp(), batch.logprobs).responses(masked)
-        trajectory = Trajectory(*(field.to(device) for field in vars(responses).values()))
-    names = ("nfe", "generated", "kept", "length", "prompt", "nfe", *counts)
-    numbers = torch.tensor(
-        [[getattr(sequence, name) for sequence in sequences] for name in names],
-        dtype=torch.int64,
-        device="cpu",
-    )
-    nfe, generated, kept, lengths, prompt_lengths, published, *others = numbers.to(device)
-    return {
-        "sequences": batch.tokens.clone().to(device),
-        "nfe": nfe,
-        "forwards": batch.forwards,
-        "generated": generated,
-        "kept": kept,
-        "lengths": lengths,
-        "prompt_lengths": prompt_lengths,
-        "masked": masked.to(device),
-        "nfe_published": published,
-        "trajectory": trajectory if config.record else None,
-        "logprobs": trajectory.logprob if trajectory is not None and config.logprobs else None,
-        "drafted": torch.tensor(batch.counts.drafted, dtype=torch.int64, device="cpu"),
-        "accepted": torch.tensor(batch.counts.accepted, dtype=torch.int64, device="cpu"),
-        "passes": [sequence.passes for sequence in sequences] if config.record else None,
-        **dict(zip(counts, others, strict=True)),
-    }

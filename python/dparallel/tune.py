@@ -273,7 +273,7 @@ def _passes(
                 tokens = sum(sequence.known for sequence in sequences) - known
                 yield MeasuredPass(seconds, sizer.seconds - drafting, len(live), tokens)
             for lane, sequence in zip(live, sequences, strict=True):
-                if sequence.generated >= gen_length:
+                if sequence.decoded >= gen_length:
                     batch.release(lane)
 
 

@@ -303,9 +303,9 @@ class Looks:
         self.passes: list[int] = []
         step = Batch.step
 
-        def counted(batch: Batch, lanes: Any = None, ahead: int = 1) -> list[int]:
+        def counted(batch: Batch) -> list[int]:
             before = batch.forwards
-            finished = step(batch, lanes, ahead)
+            finished = step(batch)
             self.passes.append(batch.forwards - before)
             return finished
 
@@ -397,15 +397,16 @@ def test_a_pass_ahead_that_fails_undoes_those_before_it() -> None:
     decoding = importlib.import_module("dparallel_ext.decoding.decode")
     quota = dx.policies.make("quota", 1, batch=2)
     config = dx.DecodeConfig(policy=quota, gen_length=6, block_length=6, mask_id=31)
-    batch = decoding.start_batch(model, [torch.tensor([1, 2])] * 2, config)
+    batch = decoding.start_batch(model, [torch.tensor([1, 2])] * 2, config, ahead=4)
     before = batch.tokens.clone(), [vars(row).copy() for row in batch.sequences]
     with torch.inference_mode(), pytest.raises(ValueError, match="sequence 1 at position 5 holds NaN"):
-        batch.step(ahead=4)
+        batch.step()
     assert len(calls) == 4
     assert torch.equal(batch.tokens, before[0])
     assert ([vars(row) for row in batch.sequences], batch.forwards) == (before[1], 0)
     with torch.inference_mode():
-        assert batch.step(ahead=99) == [0, 1]
+        batch.ahead = 99
+        assert batch.step() == [0, 1]
     assert batch.forwards == 6
 
 

@@ -352,7 +352,7 @@ def test_lanes_at_any_stage_share_a_batch() -> None:
             for lane, (prompt, one) in enumerate(zip(PROMPTS, alone, strict=True)):
                 end = len(prompt) + 24
                 assert torch.equal(batch.tokens[lane, :end], one.sequences[0])
-                got = batch.logprobs[lane, len(prompt) : end]
+                got = batch.trajectory.logprob[lane, len(prompt) : end]
                 assert one.logprobs is not None
                 assert torch.equal(got, one.logprobs[0]) or not apart
                 torch.testing.assert_close(got, one.logprobs[0], rtol=0, atol=1e-4)

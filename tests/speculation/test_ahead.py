@@ -157,7 +157,7 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
     for b, text in enumerate(alone):
         length = batch.sequences[b].known
         assert torch.equal(batch.tokens[b, :length], text[:length])
-        assert batch.sequences[b].nfe == batch.sequences[b].generated
+        assert batch.sequences[b].nfe == batch.sequences[b].decoded
 
 
 def test_a_bad_row_behind_an_end_does_not_matter(taped: list[Graphs]) -> None:
