@@ -13,8 +13,8 @@ from tape import PROMPTS
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.decoding import ENGINE_FIELDS, inputs, padding, runner
 from dparallel_ext.decoding import batch as batches
-from dparallel_ext.decoding import inputs, padding, runner
 from dparallel_ext.decoding.graphs import Graphs
 
 pytest_plugins = ["taping"]
@@ -108,12 +108,13 @@ class Told:
                 {"selector": "quota", "threshold": 4},
                 {"threshold": 2.0, "temperature": 0.7, "seed": 3},
                 {"threshold": 2.0, "stop": [[7], [11, 12]]},
-                {"threshold": 2.0, "active_blocks": 3},
+                {"threshold": 2.0, "max_commit": 2, "active_blocks": 3, "activate_at": 0.5},
                 {"rule": "edit:0.03,0.05,4"},
             )
         ),
         ("llada_tiny_a", {"rule": "soft:0.05,0.9,6"}),
         ("llada_tiny_a", {"threshold": 2.0, "sub_block_length": 4}),
+        ("llada_tiny_a", {"rule": "edit:0.03,0.05,4", "sub_block_length": 4}),
         ("sdar_tiny_a", {"rule": "prophet:6"}),
         ("sdar_tiny_a", {"threshold": 2.0, "eos_id": 5}),
         ("dream_tiny_a", {"threshold": 2.0, "eos_id": 5}),
@@ -136,7 +137,7 @@ def test_what_is_prepared_is_what_would_be_made(
         dx.decode(model, PROMPTS, cache=cache, **settings)
     told.clear()
     with dx.Engine(model, lanes=2, max_length=80, block_length=8) as engine:
-        own = {key: way[key] for key in way if key not in ("active_blocks", "sub_block_length", "steps")}
+        own = {key: way[key] for key in way if key not in ENGINE_FIELDS}
         with engine.core.lock:  # no pass may run between, or the counts depend on the machine's pace
             handles = [engine.submit(p, gen_length=g, **own) for p in PROMPTS for g in (8, 24)]
         for handle in handles:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.decoding.decode import start_batch
+from dparallel_ext.decoding.batch import Batch
+from dparallel_ext.decoding.decode import run, start_batch
 from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.models import Model
 
@@ -217,6 +218,28 @@ def test_a_completed_block_is_named(name: str) -> None:
             beyond += sum(not batch.sequences[b].between_blocks for b in finished)
             batch.enter(finished)
     assert beyond > 0
+
+
+@pytest.mark.parametrize("name", ["sdlm", "wedlm"])
+def test_final_keys_are_the_sequences_own_at_once(name: str) -> None:
+    """An engine shares the sequence's pages after a pass, and a sequence that is done has no pass more."""
+    config, behind = dx.DecodeConfig(gen_length=30, block_length=4, rule="one"), 0
+
+    def keys(batch: Batch, count: int) -> Tensor:
+        cache, at = batch.kv_cache, torch.arange(count)
+        assert cache is not None
+        return cache.slots[:, :, cache.block_table[0, at // cache.page_size], :, at % cache.page_size]
+
+    with torch.inference_mode():
+        plain, batch = (start_batch(MODELS[name], [ids(9, seed=1)], config, draft_size=n) for n in (0, 3))
+        run(plain, None, False, "")
+        while batch.live:
+            finished, sequence = batch.step(), batch.sequences[0]
+            final = sequence.num_cached
+            torch.testing.assert_close(keys(batch, final), keys(plain, final))
+            behind += sequence.accepted > 0
+            batch.enter(finished)
+    assert behind > 3
 
 
 @pytest.mark.parametrize("name", ["sdlm", "wedlm"])
