@@ -80,11 +80,18 @@ class Packing:
             self._append(tensor if tensor.ndim == 1 else tensor.reshape(-1))
             self.shapes.append(tuple(tensor.shape))
 
-    def pack(self) -> tuple[Tensor, Shapes]:
-        """All tensors in one (n,) int64, and their shapes."""
+    def pack(self, device: torch.device | None = None) -> tuple[Tensor, Shapes]:
+        """All tensors in one (n,) int64 on the CPU, and their shapes.
+
+        device: where it is copied to. For a GPU it is in pinned memory: else the copy may wait for earlier
+        work there.
+        """
         self._end_last()
         parts = self._parts or [torch.empty(0, dtype=torch.int64, device="cpu")]
-        return torch.cat(parts), tuple(self.shapes)
+        packed = torch.cat(parts)
+        if device is not None and device.type == "cuda":
+            packed = packed.pin_memory()
+        return packed, tuple(self.shapes)
 
     def _append(self, part: Tensor) -> None:
         self._end_last()

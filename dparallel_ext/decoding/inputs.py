@@ -101,9 +101,7 @@ class InputPacker:
         packing.close(len(eos), 2, len(sequences))
         by_rule = any(group.rule is not None for group in groups)
         self._put_windows(packing, sequences, work, by_rule)
-        inputs, shapes = packing.pack()
-        if self.tokens.device.type == "cuda":
-            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
+        inputs, shapes = packing.pack(self.tokens.device)
         record = any(sequences[b].settings.record for b in work)
         return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, groups)
 

@@ -227,10 +227,9 @@ class RecordedSession(DraftSession):
         self, packing: Packing, numbers: tuple[int, ...], groups: tuple[SamplingGroup, ...]
     ) -> Tensor:
         """The result of a pass with these inputs. numbers, groups: see `DraftKey`."""
-        inputs, shapes = packing.pack()
-        key, device = DraftKey(shapes, numbers, groups), self.model.device
-        if device.type == "cuda":
-            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier work
+        device = self.model.device
+        inputs, shapes = packing.pack(device)
+        key = DraftKey(shapes, numbers, groups)
         compute = functools.partial(self._compute, key)
         graph_key = recorded_key(key, self._recorded_rows)
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)

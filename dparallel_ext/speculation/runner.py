@@ -290,9 +290,7 @@ class CausalRunner:
         else:
             packing.close(0, 0)
         packing.tensors(joined)
-        inputs, shapes = packing.pack()
-        if self.device.type == "cuda":
-            inputs = inputs.pin_memory()  # else the copy to the device may wait for earlier passes
+        inputs, shapes = packing.pack(self.device)
         return inputs, PassKey(
             shapes,
             max_q_len,
