@@ -49,9 +49,10 @@ from .sequence import IDLE, SequenceSettings, SequenceState
 
 @dataclass(frozen=True)
 class RankMemory(Rule):
-    """Commits by the policy row, and remembers each position's token and score (the best commits first).
+    """Commits by the policy row, and remembers each position's token and score: the best commits first, and
+    of equal ones the first position.
 
-    leading: it commits as `Leading` does, the first position first.
+    leading: it commits as `Leading` does, the first position first: the scores stay 0.
     """
 
     score: str
@@ -64,7 +65,6 @@ class RankMemory(Rule):
     def decide(self, stats: RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
         where.remember(state[0], stats.token)
         if self.leading:
-            where.remember(state[1], -where.column)
             return Leading().decide(stats, where, ())
         score: Tensor = getattr(stats, self.score)
         where.remember(state[1], -score if self.score == "entropy" else score)
