@@ -97,21 +97,16 @@ class Schedule:
         return self.onward or (self.shift and self.block_causal)
 
     @property
-    def in_parts(self) -> bool:
-        """Whether blocks are not filled as a whole."""
-        return self.sub_block_length < self.block_length or self.prefill_predicts_next
-
-    @property
-    def how_filled(self) -> str:
-        """How blocks are filled that are not filled as a whole, for error texts."""
+    def in_parts(self) -> str | None:
+        """How blocks are filled that are not filled as a whole, in words; None: they are."""
         if self.sub_block_length < self.block_length:
             return f"these are filled {self.sub_block_length} by {self.sub_block_length}"
-        return "here the block before begins each block"
+        return "here the block before begins each block" if self.prefill_predicts_next else None
 
     @property
     def first_mask_matters(self) -> bool:
         """Whether the next pass depends on the position of the first mask."""
-        return self.in_parts or self.active_blocks > 1
+        return self.in_parts is not None or self.active_blocks > 1
 
     def full(self, s: SequenceState) -> bool:
         """Whether the next pass computes the whole sequence."""
@@ -299,8 +294,7 @@ class Sliding(Schedule):
 
     known_first = True
     most_open = 2
-    in_parts = True
-    how_filled = "here a window slides over them"
+    in_parts = "here a window slides over them"
     shared = True
 
     def computed(self, s: SequenceState) -> tuple[int, int]:

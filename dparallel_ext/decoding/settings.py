@@ -91,7 +91,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     if config.active_blocks > 1 and schedule.in_parts:
         raise ValueError(
             f"active_blocks: expected 1, got {config.active_blocks}: several need blocks that are filled as "
-            f"a whole, and {schedule.how_filled}"
+            f"a whole, and {schedule.in_parts}"
         )
     return ResolvedConfig(cache, schedule, mask_id)
 
@@ -218,7 +218,7 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
         if schedule.known_first and rule.reads != "masked":
             raise ValueError(
                 f"rule: {type(rule).__name__} reads more than the masks of its window, which does not go "
-                f"with {type(model).__name__}: {schedule.how_filled}"
+                f"with {type(model).__name__}: {schedule.in_parts}"
             )
         check_decodable("rule", rule.tokens, vocabulary(model), resolved.mask_id)
         if (rule.hidden or rule.soft) and not isinstance(model, Model):
@@ -232,7 +232,7 @@ def check_settings(model: Any, settings: Sequence[SequenceSettings], resolved: R
     steps = next((setting.steps for setting in settings if setting.steps is not None), None)
     if steps is not None and schedule.in_parts:
         raise ValueError(
-            f"steps: the fixed schedule is for whole blocks, and {schedule.how_filled}, so expected "
+            f"steps: the fixed schedule is for whole blocks, and {schedule.in_parts}, so expected "
             f"None, got {steps}"
         )
 

@@ -206,7 +206,7 @@ def test_a_stream_and_an_end(llada: models.Model) -> None:
         ({"threshold": None, "rule": "credit+steps:40"}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "rule": "edit:0.9,0.9"}, "active_blocks: several need a threshold or a rule"),
         ({"threshold": None, "rule": "sched:7,2+entropy:1"}, "active_blocks: several need a threshold"),
-        ({"sub_block_length": 4}, "active_blocks: .* several need blocks that are filled as a whole"),
+        ({"sub_block_length": 4}, "active_blocks: .* filled as a whole, and these are filled 4 by 4"),
     ],
 )
 def test_what_does_not_go_together(llada: models.Model, change: dict[str, Any], message: str) -> None:
