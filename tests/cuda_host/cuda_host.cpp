@@ -19,6 +19,7 @@ namespace cuda_host {
 namespace {
 
 constexpr unsigned kTeam = Epoch::kTeam, kMostTeams = 1024 / kTeam;  // threads; of a block
+constexpr size_t kMostShared[] = {99 * 1024, 227 * 1024};  // of a block, without and with clusters
 // State of a thread; else the barrier waited at: 0 the block's, then the teams', then the warps'.
 constexpr int kReady = -1, kDone = -2, kAtCluster = -3;
 
@@ -388,6 +389,9 @@ void* shared_memory(const void* key, size_t bytes) {
   if (memory == nullptr) {
     memory.reset(new char[bytes]);
     shared.size = bytes;
+    size_t all = 0;
+    for (const auto& [_, part] : current->shared) all += part.size;
+    if (all > kMostShared[has_clusters()]) fail("more shared memory than a block may have");
     shadow.forget(reinterpret_cast<uintptr_t>(memory.get()), bytes);  // another block's, once
     std::memset(memory.get(), 0xff, bytes);  // NaN to whoever reads it before it is written
   }

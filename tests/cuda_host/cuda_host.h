@@ -3,12 +3,13 @@
 // order drawn from a seed. One to eight blocks, drawn for each launch, are in flight at once, their
 // fibers interleaved, some blocks slower than others; they start in an order drawn too. Shared
 // memory is each block's own, of exact size and full of NaN at first; blocks of a cluster are in
-// flight together and may read one another's until they leave. A barrier that not all
-// threads reach, a misaligned vector load and a partial shuffle mask abort with a message. Kernels
-// are compiled with -fsanitize=thread, and so tell of each access: one beyond its memory aborts
-// where the program has the address sanitizer. Where races are looked for, threads also switch at
-// any access, and a race aborts: see races.h. A thread of an early launch that does not wait for
-// the kernels before, or that first reads or writes memory that may be theirs, aborts, too.
+// flight together and may read one another's until they leave. A barrier that not all threads
+// reach, a misaligned vector load, a partial shuffle mask and more shared memory than a block may
+// have abort with a message. Kernels are compiled with -fsanitize=thread, and so tell of each
+// access: one beyond its memory aborts where the program has the address sanitizer. Where races are
+// looked for, threads also switch at any access, and a race aborts: see races.h. A thread of an
+// early launch that does not wait for the kernels before, or that first reads or writes memory that
+// may be theirs, aborts, too.
 #pragma once
 
 #include <cmath>

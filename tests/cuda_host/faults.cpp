@@ -111,6 +111,15 @@ bool agree(size_t most) {
   return true;
 }
 
+// A block of all the shared memory that there is, or of a number more.
+__global__ void crowded(bool out) {
+  DPARALLEL_LARGE_SHARED(all, char[227 * 1024]);
+  all[threadIdx.x] = 0;
+  if (!out) return;
+  DPARALLEL_SHARED(number, int);
+  number = 0;
+}
+
 // Two teams reverse what is theirs, or, where they are confused, one what the other's is.
 __global__ void of_team(int* out, bool confused) {
   DPARALLEL_SHARED(value, int[256]);
@@ -442,6 +451,8 @@ int main(int count, char** argv) {
                : 1;
   } else if (name == "roomy" || name == "room_changes") {
     return agree(name == "roomy" ? 80 : 81) ? 0 : 1;
+  } else if (name == "crowded" || name == "crowded_out") {
+    DPARALLEL_LAUNCH(crowded, 1, 32, nullptr, name == "crowded_out");
   } else if (name == "overrun") {
     std::vector<float> data(64), out(64);
     DPARALLEL_LAUNCH(overrun, 1, 64, nullptr, data.data(), out.data());

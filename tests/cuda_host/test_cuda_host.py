@@ -112,6 +112,7 @@ def test_ops_of_these_kernels_pass_the_tests_of_every_device(tmp_path: Path) -> 
         ("written_too_soon", "a write before the kernels before are done"),
         ("never_waits", "a thread of an early launch that does not wait"),
         ("room_changes", "the most shared memory of a kernel changes"),
+        ("crowded_out", "more shared memory than a block may have"),
         ("no_blocks", "a launch of no blocks"),
     ],
 )
@@ -170,7 +171,7 @@ def test_a_sound_kernel_is_not_accused(programs: Path) -> None:
     for looks in ([], ["--races"]):
         for sound in (
             "copied", "peers", "teams", "counted", "owned", "moved", "ranked", "peaked", "linked", "gathered",
-            "early", "roomy", "too_many_blocks",
+            "early", "roomy", "crowded", "too_many_blocks",
         ):  # fmt: skip
             assert run(programs / "faults", *looks, sound).returncode == 0
         for resident in (1, 2, 8, 0):
