@@ -196,8 +196,7 @@ template <class T, int W, bool kNorms>
 int launch(const KvWriteArgs& args, void* stream) {
   const int64_t heads = args.q_heads + args.k_layout.heads, units = args.k_layout.head_dim / 2 / W;
   const int64_t items = args.count * heads * (kNorms && W == 1 ? 32 : units);
-  if (items > INT32_MAX)
-    return static_cast<int>(cudaErrorInvalidValue);  // 8 GB of q and k, at least
+  if (items > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
   const int64_t grid = (items + kWriteThreads - 1) / kWriteThreads;
   return DPARALLEL_LAUNCH_EARLY((kv_write_kernel<T, W, kNorms>), grid, kWriteThreads, stream, args,
                                 static_cast<uint32_t>(units),

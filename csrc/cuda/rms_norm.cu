@@ -135,6 +135,7 @@ int launch(const RmsNormArgs& args, void* stream) {
 
 int rms_norm(const RmsNormArgs& args, void* stream) {
   if (args.count == 0) return 0;
+  if (args.count > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);  // see offset_of
   return dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     const RowStrides &x = args.x_rows, &d = args.delta_rows;

@@ -37,8 +37,7 @@ struct Elements {
   static __device__ __forceinline__ void round(float (&x)[W]) { widen(narrow(x), x); }
 };
 
-// Where a row begins, by a division of 32 bits: a grid has fewer blocks than 2^31, and no more rows
-// than blocks times warps.
+// Where a row begins, by a division of 32 bits: launches are of fewer rows than 2^31.
 __device__ __forceinline__ int64_t offset_of(const RowStrides& rows, uint32_t row) {
   const auto inner = static_cast<uint32_t>(rows.inner_rows);
   if (row < inner) return row * rows.inner;

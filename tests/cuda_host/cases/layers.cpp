@@ -49,6 +49,8 @@ void rms_norm_case() {
   launched(cuda::rms_norm(args, nullptr));
   near(out2, out, "out");
   near(sum2, sum, "sum");
+  args.count = int64_t{1} << 32;
+  REQUIRE(cuda::rms_norm(args, nullptr) == cudaErrorInvalidValue, "more rows than have numbers");
 }
 
 void swiglu_case() {
