@@ -56,7 +56,8 @@ def generate(
         prompt: (B, P) int64.
         threshold: commit all positions with H <= threshold (`selector` "entropy", dParallel) or with
             p >= threshold (`selector` "confidence", Fast-dLLM), and the best one in any case. None: the fixed
-            schedule of `steps`.
+            schedule of `steps`, which ranks by p, and in the functions with a cache by `selector`: by the
+            entropy in dParallel's, by p in Fast-dLLM's.
         mask_id: default: the model's own if known, else LLaDA's, as published.
         remasking: "low_confidence", or "random", which ranks by random numbers from torch's generator.
         attention_mask: (B, P) bool or whole numbers, 0 where `prompt` is padded; padding stays in its place.
