@@ -20,6 +20,9 @@ class RND1(Model):
 
     The published sampler fills the whole response as one block, the tokens of the lowest entropy first:
     `decode(model, prompt, gen_length=n, block_length=n, steps=s, score="entropy")`. Where it differs:
+    - The published `generate` fills one token less than max_new_tokens, and has a padding token behind them
+      (the end token with add_eos_at_end), which the model sees. So does `decode` with `infill=True` and
+      gen_length 0, where the prompt has the n masks and that token behind it.
     - After i of s passes it has filled n * i / s tokens, rounded up. `decode` has LLaDA's counts, which begin
       with the larger ones; they are the same where s divides n. But the published product is of float32, and
       where it falls short of a whole number, as for n = s = 100, a pass fills one token more, and the next

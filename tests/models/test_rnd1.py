@@ -81,12 +81,13 @@ def test_a_checkpoint_has_the_logits_of_qwen3_s_layers_without_a_mask(
     assert json.loads((tmp_path / "again" / "config.json").read_text())["rope_scaling"] is False
 
 
-def published(theirs: Any, prompt: Tensor, gen_length: int, steps: int) -> tuple[Tensor, int]:
-    """The published sampler, greedy and at temperature 1, for one prompt (1, P): (P + gen_length,), passes.
+def published(theirs: Any, prompt: Tensor, count: int, behind: list[int], steps: int) -> tuple[Tensor, int]:
+    """The published sampler, greedy and at temperature 1, for a prompt (P,), `count` masks and the tokens
+    behind them: what becomes of all, and passes.
 
-    Pass i of `steps` leaves masks with the largest entropies, floor(gen_length * (1 - i / steps)) of them.
+    Pass i of `steps` leaves masks with the largest entropies, floor(count * (1 - i / steps)) of them.
     """
-    x, masked, passes = torch.nn.functional.pad(prompt[0], (0, gen_length), value=MASK), None, 0
+    x, masked, passes = torch.cat((prompt, torch.tensor([MASK] * count + behind))), None, 0
     for left in range(steps - 1, -1, -1):
         masked = x == MASK
         if not masked.any():
@@ -94,24 +95,29 @@ def published(theirs: Any, prompt: Tensor, gen_length: int, steps: int) -> tuple
         logits = logits_of(theirs, x[None])[0].double().roll(1, 0)  # a row is for the token after it
         passes += 1
         entropy = torch.distributions.Categorical(logits=logits).entropy().where(masked, -torch.inf)
-        kept = entropy.topk(int(gen_length * (left / steps))).indices
+        kept = entropy.topk(int(count * (left / steps))).indices
         masked[kept] = False
         x = x.where(~masked, logits.argmax(-1))
     return x, passes
 
 
-@pytest.mark.parametrize(("gen_length", "steps"), [(12, 12), (12, 4), (24, 6), (16, 1)])
+@pytest.mark.parametrize(("count", "steps"), [(12, 12), (12, 4), (24, 6), (16, 1)])
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_and_passes_are_those_of_the_published_sampler(
-    theirs: Any, folder: Path, gen_length: int, steps: int, seed: int
+    theirs: Any, folder: Path, count: int, steps: int, seed: int
 ) -> None:
+    """Also with the padding token that the published `generate` has behind its masks."""
     model, prompts = models.load(folder), [ids(5, seed=seed), ids(9, seed=seed + 10)]
-    settings: dict[str, Any] = {"gen_length": gen_length, "block_length": gen_length, "steps": steps}
-    out = dx.decode(model, prompts, score="entropy", **settings)
-    for b, prompt in enumerate(prompts):
-        expected, passes = published(theirs, prompt[None], gen_length, steps)
-        assert out.responses[b].tolist() == expected[len(prompt) :].tolist()
-        assert int(out.nfe[b]) == passes == steps
+    settings: dict[str, Any] = {"block_length": count, "steps": steps, "score": "entropy"}
+    texts = [torch.cat((prompt, torch.tensor([MASK] * count + [0]))) for prompt in prompts]
+    alone = dx.decode(model, prompts, gen_length=count, **settings)
+    padded = dx.decode(model, texts, gen_length=0, infill=True, **settings)
+    for behind, out in ([], alone), ([0], padded):
+        for b, prompt in enumerate(prompts):
+            expected, passes = published(theirs, prompt, count, behind, steps)
+            assert out.sequences[b, : len(expected)].tolist() == expected.tolist()
+            assert int(out.nfe[b]) == passes == steps
+    assert any(a.tolist() != b.tolist() for a, b in zip(alone.responses, padded.responses, strict=True))
 
 
 @torch.no_grad()
