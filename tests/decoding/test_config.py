@@ -226,6 +226,8 @@ def test_what_depends_on_the_call_is_checked_there(fields: dict[str, Any], messa
         ("generator", "got an unexpected keyword argument 'generator'. Did you mean 'seed'?"),
         ("alg", "got an unexpected keyword argument 'alg'. Did you mean 'selector'?"),
         ("use_cache", "got an unexpected keyword argument 'use_cache'. Did you mean 'cache'?"),
+        ("stop_token", "got an unexpected keyword argument 'stop_token'. Did you mean 'eos_id'?"),
+        ("max_post_steps", "got an unexpected keyword argument 'max_post_steps'. Did you mean 'rule'?"),
         ("num_beams", "got an unexpected keyword argument 'num_beams'$"),
     ],
 )
