@@ -181,6 +181,10 @@ def test_the_chunks_of_a_stream(client: OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert (chunks[-1].choices, chunks[-1].usage) == ([], usage)
     assert all(chunk.usage is None for chunk in chat(client, stream=True))
+    options = {"include_usage": True, "continuous_usage_stats": True}  # as GuideLLM's
+    counts = [chunk.usage.completion_tokens for chunk in chat(client, stream=True, stream_options=options)]
+    assert (counts, counts[0], counts[-1]) == (sorted(counts), 0, usage.completion_tokens)
+    assert 0 < counts[2] < counts[-1]
 
 
 def test_a_stream_on_the_wire(served: Here) -> None:

@@ -120,6 +120,9 @@ def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
         (same,) = streamed.message.tool_calls or ()
         assert (same.function.name, same.function.arguments) == (call.function.name, call.function.arguments)
         assert (streamed.message.content, streamed.finish_reason) == ("Yes.", "tool_calls")
+        messages = [{"role": "user", "content": "?"}, streamed.message]
+        messages.append({"role": "tool", "tool_call_id": same.id, "content": "so"})
+        assert client.chat.completions.create(messages=messages, **asked).choices[0].message.tool_calls
         spelled = chat(client, "?", **asked, tool_choice="none").choices[0]
         assert spelled.message.tool_calls is None
         assert ("<tool_call>" in spelled.message.content) is not special

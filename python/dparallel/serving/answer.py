@@ -53,7 +53,9 @@ class AnswerWriter:
             "created": int(time.time()),
             "model": request.model,
         }
-        self.usage = bool(request.stream_options and request.stream_options.include_usage)
+        options = request.stream_options
+        self.usage = bool(options and options.include_usage)
+        self.continuous = bool(options and options.continuous_usage_stats)
         self.calls = self._calls(service)
 
     def _calls(self, service: Service) -> Sequence[CallText | PossibleCalls] | None:
@@ -106,6 +108,8 @@ class AnswerWriter:
         return message
 
     def event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> str:
+        if self.continuous and used is None:
+            used = self.call.usage()
         return sse({**self.frame, "choices": choices, **({"usage": used} if self.usage else {})})
 
     def part(

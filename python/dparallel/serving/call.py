@@ -179,15 +179,19 @@ class Call:
                 yield Piece(index, piece, scores=scores)
 
     def usage(self) -> dict[str, Any]:
-        """The "usage" of a finished call. A prompt counts once, however many choices it has."""
-        done = [choice.completion for choice in self.choices if choice.completion is not None]
-        prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in self.choices[:: self.each])
-        tokens, passes = sum(choice.text.count for choice in self.choices), sum(handle.nfe for handle in done)
+        """The "usage" of a call so far, with the passes of finished choices. A prompt counts once, however
+        many choices it has."""
+        firsts = self.choices[:: self.each]
+        prompt = sum(len(choice.prompt) + len(choice.suffix) for choice in firsts)
+        tokens = sum(choice.text.count for choice in self.choices)
+        done = [(one.completion, one.text.count) for one in self.choices if one.completion is not None]
+        passes = sum(completion.nfe for completion, _ in done)
+        reused = sum(one.completion.reused for one in firsts if one.completion is not None)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": tokens,
             "total_tokens": prompt + tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(handle.reused for handle in done[:: self.each])},
+            "prompt_tokens_details": {"cached_tokens": reused},
             "forward_passes": passes,
-            "tokens_per_pass": round(tokens / passes, 3) if passes else 0.0,
+            "tokens_per_pass": round(sum(count for _, count in done) / passes, 3) if passes else 0.0,
         }

@@ -82,6 +82,8 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     neutral, within = STREAM_OPTIONS, "stream_options"
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`, each event has the usage so far."""
 
 
 class JsonSchema(Strict):
@@ -313,6 +315,8 @@ class ToolCall(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = None
+    """Its place among the message's calls, in messages that a client has put together from a stream."""
 
 
 class TextPart(BaseModel):

@@ -108,7 +108,7 @@ OF_CHATS: Neutral = {
     "top_logprobs": (0,),
 }
 COMPLETION: Neutral = {**REQUEST, **OF_CHATS, "add_special_tokens": (True,), "chat_template_kwargs": ({},)}
-STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MESSAGE: Neutral = {
     "annotations": ([],),
     "partial": (False,),
