@@ -123,10 +123,10 @@ PART: Neutral = {"annotations": ([],), "type": ("text",)}
 """Fields of a part of a message's content, besides its text."""
 
 SCORES = (
-    "log-likelihoods of a given text are computed by lm_eval --model dparallel, see "
+    "log-likelihoods of a given text under diffusion models are computed by lm_eval --model dparallel, see "
     "dparallel.integrations.lm_eval"
 )
-HINTS = {"prompt_logprobs": SCORES}
+HINTS = {"prompt_logprobs": f"completions of autoregressive models have echo with logprobs; {SCORES}"}
 """Unsupported parameter -> where to find what it asks for."""
 
 
