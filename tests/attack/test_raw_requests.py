@@ -157,6 +157,7 @@ NAMES = (
     "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "stream",
     "stream_options",
     "stream_drafts", "policy", "logprobs", "top_logprobs", "echo", "tools", "logit_bias", "response_format",
+    "tool_choice", "parallel_tool_calls",
     "chat_template_kwargs", "user", "metadata", "min_p", "unheard_of", "", "__class__", "\ud800",
 )  # fmt: skip
 

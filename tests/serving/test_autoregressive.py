@@ -15,9 +15,9 @@ import torch
 from asking import MODEL, PROMPTS, VOCABULARY, bad_request, joined
 from dparallel import registry, tokenizer
 from dparallel.cli import app
-from dparallel.serving import runner
+from dparallel.serving import runner, service
 from drafters import model_of, riding
-from openai import OpenAI
+from openai import InternalServerError, OpenAI
 from server_here import Here, serving
 from typer.testing import CliRunner
 
@@ -207,7 +207,9 @@ def test_text_offsets_are_places_in_the_text(client: OpenAI, loaded: tuple[Any, 
     assert passed_over
 
 
-def test_echo_scores_the_prompt(client: OpenAI, loaded: tuple[Any, Any], here: Here) -> None:
+def test_echo_scores_the_prompt(
+    client: OpenAI, loaded: tuple[Any, Any], here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As lm-evaluation-harness asks for it, with texts and with ids, whole and streaming."""
     model, tokens = loaded
     texts, ids = PROMPTS[:3], [tokens.encode(prompt).ids for prompt in PROMPTS[:3]]
@@ -242,6 +244,11 @@ def test_echo_scores_the_prompt(client: OpenAI, loaded: tuple[Any, Any], here: H
     assert (plain.choices[0].text, plain.choices[0].finish_reason) == (texts[0], "length")
     assert (plain.choices[0].logprobs, plain.usage.completion_tokens) == (None, 0)
     assert not here.faults()
+    monkeypatch.setattr(service, "token_scores", lambda model, ids: 1 / 0)
+    with pytest.raises(InternalServerError, match="the model failed on this request"):
+        ask(client, texts[0], **scored)
+    assert any("ZeroDivisionError" in line for line in here.faults())
+    here.log.lines.clear()
 
 
 def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dparallel_ext import Completion, DraftEvent, Handle
 
 from .. import text
-from .errors import ApiError, stopping
+from .errors import ApiError, failed, stopping
 from .metrics import ModelMetrics
 
 log = logging.getLogger("uvicorn.dparallel")
@@ -141,7 +141,7 @@ class Call:
                 raise event
             if isinstance(event, BaseException):
                 log.error("a request failed", exc_info=event)
-                raise ApiError(500, "the model failed on this request", code="internal_error")
+                raise failed()
             choice = self.choices[index]
             if isinstance(event, Newest):
                 if choice.draft is event:

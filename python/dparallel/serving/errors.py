@@ -76,6 +76,11 @@ def full(message: str, wait: int) -> ApiError:
     return ApiError(429, message, code="full", headers={"Retry-After": str(wait)})
 
 
+def failed() -> ApiError:
+    """The error of a request on which the model raised."""
+    return ApiError(500, "the model failed on this request", code="internal_error")
+
+
 def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 

@@ -20,8 +20,8 @@ from .. import page, registry, structured, text
 from ..configs import parse_policy, policy_of, seed_of, without_ends
 from ..sandbox import Sandbox
 from ..token_scores import TokenScores, token_scores
-from .call import Call, Choice, Score
-from .errors import ApiError, full, in_time, stopping
+from .call import Call, Choice, Score, log
+from .errors import ApiError, failed, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatMessage, ChatRequest, CompletionRequest, Form, Options
 from .settings import ServerSettings
@@ -309,10 +309,13 @@ class ModelService:
             async with self.scoring:  # so that prompts, which wait for each other, use the engine one by one
                 scoring = self.engine.run(functools.partial(token_scores, self.engine.model, ids))
                 return await in_time(asyncio.wrap_future(scoring), self.service.aborted)
-        except RuntimeError as error:
-            if not self.engine.closed:
-                raise
-            raise ApiError(503, str(error), code="closed") from error
+        except ApiError:
+            raise
+        except Exception as error:
+            if self.engine.closed:
+                raise ApiError(503, str(error), code="closed") from error
+            log.error("a prompt could not be scored", exc_info=error)
+            raise failed() from error
 
     def _kept(self, request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
         """Special tokens that are text in the answers. Raises ApiError if the model may call functions, and
