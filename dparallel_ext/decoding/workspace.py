@@ -91,7 +91,7 @@ class Workspace:
     size: int = 0
     """Bytes of its cache."""
     session: Any = None
-    """The `speculation.DraftSession` that recorded passes read, if there is a drafter."""
+    """The `speculation.DraftSession` whose tensors recorded passes read, if there is one."""
 
     @classmethod
     def of(cls, tokens: Tensor, kv_cache: KVCache | None, *, graphs: bool = False) -> Workspace:

@@ -101,8 +101,7 @@ class CausalBatch:
         """(lanes, width) int64 on the CPU, where drafters and the search for stop sequences read them."""
         self.trajectory = Trajectory.blank(self.tokens)
         """On the CPU; written for sequences whose settings record it."""
-        self.device = device = model.device
-        owner = None if isinstance(drafter, Apart) else drafter
+        device, owner = model.device, None if isinstance(drafter, Apart) else drafter
         space = None
         if kv_cache is None and graphs:
             space = Workspace.take(model, lanes, width, UNKNOWN, cached=True, drafter=owner)
@@ -113,29 +112,26 @@ class CausalBatch:
             )
         assert space.kv_cache is not None
         self._workspace: Workspace | None = space
-        self.kv_cache, self.graphs = space.kv_cache, space.graphs
+        self.kv_cache = space.kv_cache
         self.sequences: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
         self.draft_forwards = 0
         self.counts = AcceptanceCounts([], [])
         self._most = 0 if drafter is None else drafter.most
-        self._session: DraftSession | None = space.session
-        if self._session is not None:
+        self._session: DraftSession = DraftSession() if space.session is None else space.session
+        """Without a drafter, a session that drafts nothing."""
+        if space.session is not None:
             self._session.begin()
         elif drafter is not None:
             self._session = drafter.session(model, self.kv_cache, lanes, graphs=graphs)
             check_session(drafter, self._session, model)
+        space.session = None if owner is None else self._session
         self._keeps_streams = isinstance(self._session, KeepsStreams)
-        self._owned = self._session if owner is not None else None
-        """The drafter's session, if recorded passes read its tensors."""
-        self._riders = None if self._session is None else self._session.riders
         self._sizer: Sizer = Fixed(self._most) if sizer is None else sizer
         self._suppress = space.suppress
         may = drafter is None and not batch_invariant and padding.runs_ahead(device)
         self._ahead = ahead if may else 0
-        self._runner = CausalRunner(
-            model, self._ids, width, space, self._session, self._owned, follows=self._ahead > 0
-        )
+        self._runner = CausalRunner(model, self._ids, width, space, self._session, follows=self._ahead > 0)
         self._issued: collections.deque[Issued] = collections.deque()
         """Passes whose results have not been read, the oldest first."""
 
@@ -145,8 +141,7 @@ class CausalBatch:
         This batch is over then: its tensors belong to the next.
         """
         space, self._workspace = self._workspace, None
-        if space is not None and (self._owned is None or self._owned.recorded):
-            space.session = self._owned
+        if space is not None and (space.session is None or space.session.recorded):
             space.keep(self.model)
 
     def admit(
@@ -167,7 +162,7 @@ class CausalBatch:
             first,
             length,
             settings,
-            settings.sampling(self._suppress(settings.suppress, device=self.device)),
+            settings.sampling(self._suppress(settings.suppress, device=self.model.device)),
             known=first,
             num_cached=num_cached,
             kept=gen_length,
@@ -179,8 +174,7 @@ class CausalBatch:
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
         self.trajectory.clear(lane)
-        if self._session is not None:
-            self._session.reset(lane)
+        self._session.reset(lane)
         return sequence
 
     @property
@@ -233,28 +227,25 @@ class CausalBatch:
             of_group = self._verify({b: drafts[b] for b in group}, tree)
             results |= {b: Drafted(sizes.get(b, 0), drafts[b], of_group[b]) for b in group}
             self.forwards += 1
-        if self._session is not None:
-            # Before any sequence changes, since a drafter may raise.
-            for b, (size, draft, emitted) in results.items():
-                self._session.guessed(b, emitted.riders, emitted.guessed)
-                # A draft of riders alone does not show how many guesses are accepted.
-                if size and (draft.tokens or not draft.riders):
-                    self._sizer.learn(size, len(emitted.tokens) - 1)
+        # Before any sequence changes, since a drafter may raise.
+        for b, (size, draft, emitted) in results.items():
+            self._session.guessed(b, emitted.riders, emitted.guessed)
+            # A draft of riders alone does not show how many guesses are accepted.
+            if size and (draft.tokens or not draft.riders):
+                self._sizer.learn(size, len(emitted.tokens) - 1)
         return results
 
     def _sizes(self, live: Sequence[int]) -> dict[int, int]:
         """The most rows of each draft, by lane. A lane whose prompt is computed has none, or riders alone."""
-        if self._session is None:
-            return {}
         size = min(self._sizer.size(len(live)), self._most)
-        asked = [b for b in live if self._riders is not None or not self.sequences[b].prefills]
+        asked = [b for b in live if self._session.riders is not None or not self.sequences[b].prefills]
         # One token less than there is room for: the pass adds the model's own choice.
         sizes = {b: min(size, self.sequences[b].room - 1) for b in asked}
         return {b: most for b, most in sizes.items() if most > 0}
 
     def _drafts(self, sizes: dict[int, int]) -> dict[int, Draft]:
         """The drafts of the lanes in `sizes`."""
-        if self._session is None or not sizes:
+        if not sizes:
             return {}
         sequences = [(b, self.sequences[b]) for b in sizes]
         views = [
@@ -279,13 +270,13 @@ class CausalBatch:
                     raise ValueError(f"drafter: expected a list of drafts, got {type(proposed).__name__}")
                 drafts += proposed
         prefilling = [b for b in sizes if self.sequences[b].prefills]
-        most_riders = 0 if self._riders is None else self._riders.most
+        riders = self._session.riders
         check_drafts(
             drafts,
             list(sizes),
             list(sizes.values()),
             self.model.shape,
-            most_riders,
+            0 if riders is None else riders.most,
             prefilling,
             self._keeps_streams,
         )

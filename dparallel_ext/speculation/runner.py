@@ -197,8 +197,7 @@ class CausalRunner:
     Args:
         ids, width: the memory of the sequences' tokens, `width` for each lane.
         space: the cache and the graphs of the passes.
-        session: the drafter's, if there is one.
-        owned: the same, if recorded passes read its tensors.
+        session: the drafter's.
         follows: whether passes are issued before the host knows the tokens of the pass before.
     """
 
@@ -208,8 +207,7 @@ class CausalRunner:
         ids: array[int],
         width: int,
         space: Workspace,
-        session: DraftSession | None,
-        owned: DraftSession | None,
+        session: DraftSession,
         *,
         follows: bool,
     ) -> None:
@@ -217,8 +215,10 @@ class CausalRunner:
         self.model, self.device = model, model.device
         self._ids, self._width = ids, width
         self.kv_cache, self.graphs = space.kv_cache, space.graphs
-        self._session, self._owned = session, owned
-        self._riders = None if session is None else session.riders
+        self._session = session
+        self._owned = space.session
+        """The same, if recorded passes read its tensors; else None."""
+        self._riders = session.riders
         self._recorded_rows = padding.recorded_rows(model)
         self._pad_to: PadTo = padding.row_padding(model)
         self._last = space.tokens[:, 0] if follows else None
@@ -346,8 +346,7 @@ class CausalRunner:
         if key.tree:
             source_slots, target_slots = self._moves(path, bases, table)
             kv_move(self.kv_cache.slots, source_slots, target_slots)
-            if self._session is not None:
-                self._session.moved(source_slots, target_slots)
+            self._session.moved(source_slots, target_slots)
         if key.tree or key.riders:
             results.append(path.flatten())
         if key.riders:
@@ -368,7 +367,7 @@ class CausalRunner:
         joined: Sequence[Tensor],
     ) -> Tensor:
         """(M, V): the logits of the rows `source` (M,) of the pass, which the drafter's session observes."""
-        taps = Taps(() if self._session is None else self._session.taps)
+        taps = Taps(self._session.taps)
         with own_precision(self.model, self.device):
             if key.riders:
                 assert self._riders is not None
@@ -381,9 +380,8 @@ class CausalRunner:
             else:
                 x = self.model.step(ids, self.kv_cache, metadata, taps=taps)
             logits: Tensor = self.model.head(x[source])
-            if self._session is not None:
-                tapped = tuple(taps[layer] for layer in self._session.taps)
-                self._session.observe(Observation(metadata, ids, tapped, source, logits))
+            tapped = tuple(taps[layer] for layer in self._session.taps)
+            self._session.observe(Observation(metadata, ids, tapped, source, logits))
         return logits
 
     def _moves(self, path: Tensor, bases: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
