@@ -71,7 +71,7 @@ class Batch:
         if space is None:
             tokens = torch.empty((lanes, width), dtype=torch.int64, device=device)
             space = Workspace.of(tokens, kv_cache, graphs=graphs and native)
-        self._workspace: Workspace | None = space
+        self._workspace = space
         self.tokens = space.tokens.fill_(pad_id)[:, :width]  # a workspace may be wider
         self.kv_cache, self.trajectory = space.kv_cache, space.trajectory
         self.runner = Runner(model, space, mask_id, schedule)
@@ -81,9 +81,7 @@ class Batch:
 
         This batch is over then: its tensors belong to the next.
         """
-        space, self._workspace = self._workspace, None
-        if space is not None:
-            space.keep(self.model)
+        self._workspace.keep(self.model)
 
     def admit(
         self,

@@ -145,10 +145,13 @@ class Workspace:
         return self.suppressed[key]
 
     def keep(self, model: Model) -> None:
-        """Keep it with the model for `take`, if that made it; the caller must not use it any more."""
+        """Keep it with the model for `take`, if that made it and the session can go on; the caller must not
+        use it any more."""
         for rule in [rule for rule in self.states if not rule.recorded]:
             del self.states[rule]  # a function may hold on to the model
-        size = self.size + (0 if self.session is None else self.session.size)
+        session = self.session
+        size = self.size + (0 if session is None else session.size)
         records = self.graphs is not None and self.graphs.recorder is not None
-        if self.key is not None and records and size <= model_store.BYTES:
+        goes_on = records and (session is None or session.recorded)
+        if self.key is not None and goes_on and size <= model_store.BYTES:
             model_store.put(model, self.key, self, size)

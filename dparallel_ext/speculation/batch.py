@@ -111,7 +111,7 @@ class CausalBatch:
                 torch.zeros((lanes, 1), dtype=torch.int64, device=device), kv_cache, graphs=graphs
             )
         assert space.kv_cache is not None
-        self._workspace: Workspace | None = space
+        self._workspace = space
         self.kv_cache = space.kv_cache
         self.sequences: list[CausalSequence] = [IDLE] * lanes
         self.forwards = 0
@@ -136,13 +136,8 @@ class CausalBatch:
         """Passes whose results have not been read, the oldest first."""
 
     def keep(self) -> None:
-        """Leave the workspace to the model's next batch of this size, if the drafter's session can go on too.
-
-        This batch is over then: its tensors belong to the next.
-        """
-        space, self._workspace = self._workspace, None
-        if space is not None and (space.session is None or space.session.recorded):
-            space.keep(self.model)
+        """Leave the workspace to the model's next batch of this size, see `Batch.keep`."""
+        self._workspace.keep(self.model)
 
     def admit(
         self,
