@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
@@ -18,7 +17,7 @@ from ..models import check_call, for_decoding, ids_device, warn_beyond
 from .batch import Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
-from .self_speculation import SelfSpeculation, check_draft, states_to_guess
+from .self_speculation import SelfSpeculation, batch_class, check_draft, states_to_guess
 from .sequence_settings import SequenceSettings
 from .settings import ResolvedConfig, check_model, check_settings, make_settings, vocabulary
 from .workspace import Trajectory
@@ -221,7 +220,6 @@ def start_batch(
     resolved, settings, guesses = resolve(model, config, len(prompts), draft_size)
     counts = arguments.per_sequence("gen_length", config.gen_length, len(prompts), 0)
     mask_id = resolved.mask_id
-    kind: Any = functools.partial(SelfSpeculation, draft_size=guesses) if guesses else Batch
     arguments.check_ids("prompt", prompts, vocabulary(model))  # before they move: ids on the CPU need no wait
     masked: list[list[int]] = [[] for _ in prompts]
     if config.infill:
@@ -232,7 +230,7 @@ def start_batch(
         resolved.schedule.length(len(prompt), count) for prompt, count in zip(prompts, counts, strict=True)
     ]
     warn_beyond(model, max(lengths, default=0))
-    batch: Batch = kind(
+    batch = batch_class(guesses)(
         model,
         len(prompts),
         max(lengths, default=0),

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,6 +116,11 @@ def check_draft(settings: Sequence[SequenceSettings], schedule: Schedule) -> Non
             )
     if schedule.active_blocks > 1:
         raise ValueError(f"draft_size: goes with active_blocks=1 alone, got {schedule.active_blocks}")
+
+
+def batch_class(draft_size: int) -> Callable[..., Batch]:
+    """The class of batches whose passes guess up to `draft_size` states, called with all other arguments."""
+    return functools.partial(SelfSpeculation, draft_size=draft_size) if draft_size else Batch
 
 
 def new_cache(

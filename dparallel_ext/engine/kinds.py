@@ -3,7 +3,6 @@ model, or a masked diffusion model with a verifier."""
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +71,6 @@ class ModelKind(ABC):
     """The size of shared pages is a multiple of it, in positions."""
     unshared: str | None = None
     """Why requests cannot share pages; None: they can."""
-    keeps = True
-    """Whether keys and values outlive a pass."""
 
     @abstractmethod
     def check(self, fields: Mapping[str, Any]) -> None:
@@ -93,7 +90,7 @@ class ModelKind(ABC):
 
     def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
         """The cache of a batch, with `pages` pages for requests; block_table: (lanes, P) int64."""
-        return self.models[0].new_cache(pages, page_size, block_table, kept=self.keeps)
+        return self.models[0].new_cache(pages, page_size, block_table)
 
     @abstractmethod
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> AnyBatch: ...
@@ -123,7 +120,6 @@ class Diffusion(ModelKind):
         if not self._schedule.shared:
             blocks = f"blocks of {type(model).__name__} that count from the end of each prompt"
             self.unshared = blocks if self.cache == "block" else f"cache {self.cache!r}"
-        self.keeps = self.cache != "none"
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """A diffusion model uses every field."""
@@ -149,16 +145,11 @@ class Diffusion(ModelKind):
         return RequestPlan(ids, gen_length, layout.length, reusable, settings, masked)
 
     def new_cache(self, pages: int, page_size: int, block_table: Tensor) -> KVCache:
-        if not self._draft_size:
-            return super().new_cache(pages, page_size, block_table)
         size = self._draft_size
         return self_speculation.new_cache(self._model, self._schedule, size, pages, page_size, block_table)
 
     def make_batch(self, lanes: int, width: int, kv_cache: KVCache) -> diffusion.Batch:
-        kind: Any = diffusion.Batch
-        if self._draft_size:
-            kind = functools.partial(self_speculation.SelfSpeculation, draft_size=self._draft_size)
-        batch: diffusion.Batch = kind(
+        return self_speculation.batch_class(self._draft_size)(
             self._model,
             lanes,
             width,
@@ -170,7 +161,6 @@ class Diffusion(ModelKind):
             graphs=self.config.graphs,
             kv_cache=kv_cache,
         )
-        return batch
 
     def admit(self, batch: diffusion.Batch, lane: int, plan: RequestPlan, num_cached: int) -> SequenceState:
         prompt = plan.prompt.to(batch.tokens.device)
