@@ -401,7 +401,7 @@ class EngineCore:
             draft_nfe = sequence.draft_nfe
             if record and sequence.stopped and len(tokens) < request.plan.asked:
                 column = sequence.columns[len(tokens)]
-                values = self.batch.tokens[request.lane], self.batch.logprobs[request.lane]
+                values = self.batch.tokens[request.lane], self.batch.trajectory.logprob[request.lane]
                 end = int(values[0][column]), float(values[1][column])
         return Completion(
             tokens=tokens,
