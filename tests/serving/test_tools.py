@@ -23,6 +23,11 @@ MISTRAL = "{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}"
 LLAMA = """{{ 'Respond in the format {"name": function name, "parameters": dictionary of argument name' }}"""
 TOOLS: list[Any] = [{"type": "function", "function": {"name": name}} for name in ("add", "hat-s")]
 TOOLS[0]["function"]["parameters"] = {"type": "object", "properties": {"n": {"type": "integer"}}}
+SCHEMAS = {
+    "add": {"properties": {"n": {"type": "integer"}, "s": {"anyOf": [{"type": "string"}, {"type": "null"}]}}},
+    "hat-s": {},
+}
+CODER = "{{ '<tool_call>\\n<function=example>\\n<parameter=a>' }}"
 ADD, HATS = ("add", {"n": 1, "s": "é}"}), ("hat-s", {})
 
 Calls = Sequence[tuple[str, Any]]
@@ -32,7 +37,7 @@ def written(template: str, parts: Sequence[str], most: int | None = None) -> tup
     """Text and calls of an answer that comes in these parts."""
     style = call_style(template)
     assert style is not None
-    said, text, calls = PossibleCalls(style, ["add", "hat-s"], most), "", []
+    said, text, calls = PossibleCalls(style, SCHEMAS, most), "", []
     for part in [said.put(part) for part in parts] + [said.put("", last=True)]:
         text += part.text
         for call in part.calls:
@@ -60,6 +65,22 @@ def written(template: str, parts: Sequence[str], most: int | None = None) -> tup
         (QWEN, "<tool_call>" + "[" * 10**5, "<tool_call>" + "[" * 10**5, []),
         (MISTRAL, '[TOOL_CALLS]add[ARGS]{"n": 1, "s": "é}"}[TOOL_CALLS]hat-s{}', "", [ADD, HATS]),
         (MISTRAL, 'x[TOOL_CALLS] [{"name": "hat-s"}, {"name": "other"}]', "x", [HATS, ("other", {})]),
+        (
+            CODER,
+            "So <tool_call>\n<function=add>\n<parameter=n>\n1\n</parameter>\n"
+            "<parameter=s>\né}\n</parameter>\n</function>\n</tool_call>\n<tool_call><function=hat-s>\n</function></tool_call>",
+            "So",
+            [ADD, HATS],
+        ),
+        (
+            CODER,
+            "<tool_call>\n<function=hat-s>\n<parameter=a>\n[1,\n 2]\n</parameter>\n"
+            "<parameter=b>True</parameter>\n<parameter=c>\n\nx y\n\n</parameter>\n</function>",
+            "",
+            [("hat-s", {"a": [1, 2], "b": True, "c": "\nx y\n"})],
+        ),
+        (CODER, "<tool_call><function=a>n=1</tool_call>", "<tool_call><function=a>n=1</tool_call>", []),
+        (QWEN, f"<tool_call>a{' ' * 10**6}</tool_call>", f"<tool_call>a{' ' * 10**6}</tool_call>", []),
         (LLAMA, '{"name": "hat-s", "parameters": {}}; {"name": "hat-s", "parameters": {}}', "", [HATS, HATS]),
         (LLAMA, '<|python_tag|>{"name": "hat-s", "parameters": {}}', "", [HATS]),
         (LLAMA, '{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', []),
@@ -77,7 +98,7 @@ def test_calls_are_read_however_they_come(template: str, text: str, said: str, c
 
 
 def test_a_template_shows_the_style() -> None:
-    for template in ("", "{{ tools }}", "<tool_call>\n<function=a>", "<tool_call>{{ name }}<arg_key>"):
+    for template in ("", "{{ tools }}", "<tool_call>{{ name }}<arg_key>"):
         assert call_style(template) is None
 
 

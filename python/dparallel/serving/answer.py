@@ -68,9 +68,8 @@ class AnswerWriter:
         style = service.model(request.model).call_style
         if not request.may_call or style is None:
             return None
-        names = [tool.function.name for tool in request.tools or ()]
         most = 1 if request.parallel_tool_calls is False else None
-        return [PossibleCalls(style, names, most) for _ in self.call.choices]
+        return [PossibleCalls(style, request.schemas, most) for _ in self.call.choices]
 
     def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
         """The entry "logprobs" for the next tokens of a choice."""

@@ -420,11 +420,11 @@ class ChatRequest(Options):
         """The functions of which the response is to call one: the schemas of their arguments."""
         choice = self.tool_choice
         if isinstance(choice, ToolName):
-            return {choice.function.name: self._schemas[choice.function.name]}
-        return self._schemas if choice == "required" else {}
+            return {choice.function.name: self.schemas[choice.function.name]}
+        return self.schemas if choice == "required" else {}
 
     @property
-    def _schemas(self) -> dict[str, dict[str, Any]]:
+    def schemas(self) -> dict[str, dict[str, Any]]:
         """The schemas of each function's arguments."""
         functions = [tool.function for tool in self.tools or ()]
         return {each.name: each.parameters or NO_ARGUMENTS for each in functions}
@@ -434,7 +434,7 @@ class ChatRequest(Options):
         """The form that the response is to have."""
         form = super().form
         if form is not None and self.may_call:
-            return form._replace(calls=json.dumps([self.parallel_tool_calls is False, self._schemas]))
+            return form._replace(calls=json.dumps([self.parallel_tool_calls is False, self.schemas]))
         return Form("calls", json.dumps(self.calls)) if self.calls else form
 
     @property

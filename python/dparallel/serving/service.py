@@ -330,8 +330,8 @@ class ModelService:
                 "and the name of a function are supported"
             )
             raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
-        if request.form is not None and not (self.call_style.end or self.call_style.bare):
-            message = "not beside tools that may be called, whose calls the model begins with a special token"
+        if request.form is not None and not self.call_style.formed:
+            message = f"not beside tools that may be called as {self.name!r} calls them, which has no form"
             raise ApiError(400, f"{request.form_name}: {message}", param=request.form_name)
         return self.call_style.kept
 

@@ -106,6 +106,8 @@ class CallStyle(NamedTuple):
     """"": up to the next call, or the end of the text."""
     kept: tuple[str, ...]
     """Tokens that are text in answers, though they may be special."""
+    formed: bool = True
+    """Whether a call has a regular expression, by `written`."""
     bare: bool = False
     """Whether a text that is JSON is a call too, without `begin`."""
 
@@ -123,21 +125,30 @@ class CallStyle(NamedTuple):
 
 def call_style(template: str) -> CallStyle | None:
     """The style that a chat template shows; None where it shows none that is read."""
-    other = ("<function=", "<arg_key>")  # Qwen3-Coder's and GLM's, which are no JSON
-    if "<tool_call>" in template and not any(mark in template for mark in other):
-        return CallStyle("<tool_call>", "</tool_call>", ("<tool_call>", "</tool_call>"))  # Qwen's, Hermes'
+    if "<tool_call>" in template and "<arg_key>" not in template:  # not GLM's
+        marks = "<tool_call>", "</tool_call>"
+        return CallStyle(
+            *marks, marks, formed="<function=" not in template
+        )  # Qwen's and Hermes', Qwen3-Coder's
     if "[TOOL_CALLS]" in template:  # Mistral's
-        return CallStyle("[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]"))
+        return CallStyle("[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]"), formed=False)
     if re.search(r'"parameters\\*": dictionary of argument name', template):  # Llama 3's
         return CallStyle("<|python_tag|>", "", ("<|python_tag|>",), bare=True)
     return None
 
 
-def read_calls(text: str) -> list[tuple[str, str]]:
+def read_calls(text: str, schemas: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The names of functions and the JSON of their arguments in the text of some calls: JSON objects with
-    "name" and "arguments" or "parameters", a list of these, or a name followed by JSON. Raises ValueError for
-    another text."""
-    named = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(\{.*)", text, re.DOTALL)
+    "name" and "arguments" or "parameters", a list of these, a name followed by JSON, or tags as of
+    Qwen3-Coder.
+
+    schemas: of the functions' arguments, whose types values in tags have. Raises ValueError for another text.
+    """
+    text = text.strip()
+    if tagged := re.match(r"<function=([^>\s]+)>", text):
+        tags = text[tagged.end() :].removesuffix("</function>")
+        return [(tagged[1], _dumped(_tagged(tags, schemas.get(tagged[1]))))]
+    named = re.match(r"([\w.-]+)\s*(?:\[ARGS\]\s*)?(\{.*)", text, re.DOTALL)
     values = _values(named[2] if named else text)
     if named:
         given = [{"name": named[1], "arguments": value} for value in values]
@@ -150,10 +161,50 @@ def read_calls(text: str) -> list[tuple[str, str]]:
             (arguments,) = _values(arguments)
         if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"expected a call, got {text!r:.80}")
-        calls.append((call["name"], json.dumps(arguments, ensure_ascii=False)))
+        calls.append((call["name"], _dumped(arguments)))
     if not calls:
         raise ValueError("expected a call, got none")
     return calls
+
+
+TAG = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+
+
+def _tagged(text: str, schema: Any) -> dict[str, Any]:
+    """Arguments in tags. Raises ValueError for another text."""
+    if TAG.sub("", text).strip():
+        raise ValueError(f"expected arguments in tags, got {text!r:.80}")
+    types = schema.get("properties") if isinstance(schema, dict) else None
+    types = types if isinstance(types, dict) else {}
+    return {name: _of_kinds(value, _kinds(types.get(name))) for name, value in TAG.findall(text)}
+
+
+def _kinds(schema: Any) -> list[Any]:
+    """The types that a schema names for a value."""
+    if not isinstance(schema, dict):
+        return []
+    kind, several = schema.get("type"), schema.get("anyOf")
+    parts = several if isinstance(several, list) else []
+    return [
+        *(kind if isinstance(kind, list) else [kind]),
+        *(found for part in parts for found in _kinds(part)),
+    ]
+
+
+def _of_kinds(text: str, kinds: Sequence[Any]) -> Any:
+    """The value that a text without quotes stands for: a string where it may be one, else JSON, or Python's
+    words for it, if it is any."""
+    if "string" in kinds and not ("null" in kinds and text in ("null", "None")):
+        return text
+    try:
+        (value,) = _values({"True": "true", "False": "false", "None": "null"}.get(text.strip(), text))
+    except ValueError:
+        return text
+    return value
+
+
+def _dumped(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _values(text: str) -> list[Any]:
@@ -174,14 +225,14 @@ class PossibleCalls:
     A call counts once it is complete; text that is no call stays text. Blanks beside calls are left out.
 
     Args:
-        functions: the names of the functions.
+        schemas: the schemas of the functions' arguments, by the functions' names.
         most: the most calls; further ones are left out. None: any number.
     """
 
     content = ""
 
-    def __init__(self, style: CallStyle, functions: Sequence[str], most: int | None) -> None:
-        self._style, self._functions, self._most = style, functions, most
+    def __init__(self, style: CallStyle, schemas: Mapping[str, Any], most: int | None) -> None:
+        self._style, self._schemas, self._most = style, schemas, most
         self._held, self._inside = "", False
         self._blank = ""  # in front of the call that is being written
         self._bare = style.bare
@@ -221,10 +272,10 @@ class PossibleCalls:
     def _read(self, body: str, foreign: bool = True) -> list[dict[str, Any]] | None:
         """The entries of the calls of a text; None if it has none. foreign: of other functions, too."""
         try:
-            found = read_calls(body)
+            found = read_calls(body, self._schemas)
         except ValueError:
             return None
-        if not foreign and any(name not in self._functions for name, _ in found):
+        if not foreign and any(name not in self._schemas for name, _ in found):
             return None
         entries = []
         for name, arguments in found[: None if self._most is None else self._most - self.count]:
