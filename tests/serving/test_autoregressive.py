@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +20,7 @@ from dparallel.cli import app
 from dparallel.serving import runner, service
 from drafters import model_of, riding
 from openai import InternalServerError, OpenAI
-from server_here import Here, serving
+from server_here import Here, post, serving
 from typer.testing import CliRunner
 
 import dparallel_ext as dx
@@ -249,6 +251,20 @@ def test_echo_scores_the_prompt(
         ask(client, texts[0], **scored)
     assert any("ZeroDivisionError" in line for line in here.faults())
     here.log.lines.clear()
+    begun = [threading.Event() for _ in texts]
+
+    def slow(model: Any, ids: list[int]) -> Any:
+        begun.pop().set()
+        time.sleep(0.2)
+
+    first = begun[-1]
+    monkeypatch.setattr(service, "token_scores", slow)
+    body = json.dumps({"model": "causal", "prompt": texts, **scored}).encode()
+    with here.connect() as wire:
+        wire.sendall(post("/v1/completions", body))
+        assert first.wait(20)
+    here.settles()
+    assert len(begun) == 2  # prompts of a client that has left are not scored
 
 
 def test_the_model_and_what_is_measured(client: OpenAI, here: Here) -> None:

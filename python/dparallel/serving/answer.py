@@ -18,7 +18,7 @@ from dparallel_ext import DraftEvent
 
 from .. import text
 from .call import Call, Score
-from .errors import ApiError
+from .errors import ApiError, client_left
 from .logprobs import chat_logprobs, completion_logprobs, finite
 from .protocol import ChatRequest, CompletionRequest, ToolName
 from .service import Service
@@ -158,9 +158,8 @@ class AnswerWriter:
         scores: list[list[Score]] = [[] for _ in call.choices]
 
         async def gone() -> None:
-            while (await http.receive())["type"] != "http.disconnect":
-                pass
-            call.fail(ApiError(499, "the client left"))
+            await left(http)
+            call.fail(client_left())
 
         watching = asyncio.ensure_future(gone())
         try:
@@ -183,9 +182,15 @@ class AnswerWriter:
         return {**self.frame, "choices": choices, "usage": call.usage()}
 
 
+async def left(http: Request) -> None:
+    """Wait until the client leaves."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
     """The response to either endpoint, whole or streaming."""
-    call = await service.model(request.model).call(request)
+    call = await service.model(request.model).call(request, lambda: left(http))
     written = AnswerWriter(service, request, call)
     if request.stream:
         return EventStream(call, written.events())

@@ -81,6 +81,10 @@ def failed() -> ApiError:
     return ApiError(500, "the model failed on this request", code="internal_error")
 
 
+def client_left() -> ApiError:
+    return ApiError(499, "the client left")
+
+
 def stopping() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
 

@@ -8,7 +8,7 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from ..configs import parse_policy, policy_of, seed_of, without_ends
 from ..sandbox import Sandbox
 from ..token_scores import TokenScores, token_scores
 from .call import Call, Choice, Score, log
-from .errors import ApiError, failed, full, in_time, stopping
+from .errors import ApiError, client_left, failed, full, in_time, stopping
 from .metrics import Metrics
 from .protocol import ChatMessage, ChatRequest, CompletionRequest, Form, Options
 from .settings import ServerSettings
@@ -223,8 +223,11 @@ class ModelService:
             raise ValueError("messages: expected one from the user")
         return await self._ids("messages", asked[-1:], special=True)
 
-    async def call(self, request: ChatRequest | CompletionRequest) -> Call:
-        """Check the request and submit it to the engine. Raises ApiError."""
+    async def call(
+        self, request: ChatRequest | CompletionRequest, left: Callable[[], Awaitable[None]]
+    ) -> Call:
+        """Check the request and submit it to the engine. left: waits until the client leaves. Raises
+        ApiError."""
         each, param = request.n or 1, request.asked
         self._check_kind(request)
         kept = self._kept(request)
@@ -257,12 +260,19 @@ class ModelService:
         with self._engine_errors(param, request.form_name):
             config = self._config(request, automaton)
         if isinstance(request, CompletionRequest) and request.echo:
-            await self._echo(request, choices, each)
+            self._check_room(len(choices))
+            echoing = asyncio.ensure_future(self._echo(request, choices, each))
+            leaving = asyncio.ensure_future(left())
+            try:
+                await asyncio.wait({echoing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not echoing.done():
+                    raise client_left()
+                echoing.result()
+            finally:
+                echoing.cancel()
+                leaving.cancel()
         # All of them or none, and nobody else submits to this engine.
-        stats = self.engine.stats
-        if stats.active + stats.waiting + len(choices) > self.engine.lanes + self.engine.max_waiting:
-            raise full("too many requests wait already", self.metrics.wait())
-
+        self._check_room(len(choices))
         mask_id = self.engine.mask_id
 
         def submit(choice: Choice, tell: Callable[[DraftEvent], None]) -> Handle:
@@ -278,6 +288,12 @@ class ModelService:
                 )
 
         return Call(self.service.aborted, self.metrics, choices, each, submit)
+
+    def _check_room(self, count: int) -> None:
+        """Raise ApiError unless the engine has places for so many responses."""
+        stats = self.engine.stats
+        if stats.active + stats.waiting + count > self.engine.lanes + self.engine.max_waiting:
+            raise full("too many requests wait already", self.metrics.wait())
 
     async def _echo(self, request: CompletionRequest, choices: Sequence[Choice], each: int) -> None:
         """Put each prompt in front of its choices, with its log-probabilities if they are requested."""
