@@ -270,6 +270,7 @@ def test_the_end_of_a_with_block(
             raise error("in the block")
     engine.close()  # and wait, if that was interrupted
     assert closed[:2] == {None: [False, False], "while it waits": [False, True]}.get(raises, [True, False])
+    engine.thread.join(60)  # Python may still be putting it away
     assert not engine.thread.is_alive()
     assert done.result().finish_reason == "length"
     for handle in (running, waiting):

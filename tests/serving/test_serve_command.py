@@ -186,6 +186,7 @@ def test_what_fails_leaves_no_engine_behind(monkeypatch: pytest.MonkeyPatch, fai
     assert len(made) == 1 + (fails == "the server")
     for engine in made:
         assert engine.closed
+        engine.thread.join(60)  # Python may still be putting it away
         assert not engine.thread.is_alive()
         assert engine.stats.active == engine.stats.waiting == 0
 
