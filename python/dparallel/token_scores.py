@@ -37,7 +37,7 @@ def token_scores(model: Model, ids: Sequence[int]) -> TokenScores:
         return scores
     cache = model.new_cache(1, length, kept=False)
     metadata = cache.metadata([Span(0, 0, length, length)], pad_to, causal=True).to(device)
-    tokens, targets = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
+    tokens, targets = torch.tensor([ids[:-1], ids[1:]], device="cpu")
     tokens = F.pad(tokens, (0, len(metadata.positions) - length))
     rows = rows_of_chunk(None, model.lm_head.weight)
     with own_precision(model, device):

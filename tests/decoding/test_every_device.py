@@ -15,6 +15,7 @@ import torch
 import wedlm
 from conftest import golden
 from dparallel import likelihood
+from dparallel.token_scores import token_scores
 from dparallel.training import filter as filters
 from dparallel.training.drafters import settings_of
 from dparallel.training.drafters.common import Target
@@ -163,7 +164,9 @@ def scored(device: str) -> Any:
     answers = [(torch.arange(3, 20), 4), (torch.arange(5, 30), 9)]
     given: Any = {"block_length": 8, "cache": "dual", "progress": False}
     records, _ = filters.record(model, answers, batch=2, **given)
-    return [(round(each.logprob, 3), each.greedy) for each in found], records.right
+    text = token_scores(moved(drafters.MODEL, device), range(1, 30))
+    of_text = torch.tensor([text.logprobs, text.best_logprobs], device="cpu"), text.best
+    return [(round(each.logprob, 3), each.greedy) for each in found], records.right, of_text
 
 
 def called(device: str) -> Any:
