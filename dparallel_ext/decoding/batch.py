@@ -164,13 +164,12 @@ class Batch:
         """Complete sequence b early: all from its front block's first mask to its last mask becomes
         padding."""
         sequence = self.sequences[b]
-        if not sequence.done:
-            start, end = sequence.ahead, sequence.columns[-1] + 1
-            self.tokens[b, start:end].fill_(self.pad_id)
-            if sequence.settings.record:
-                # Passes may have committed some of them, in blocks behind the front one.
-                self.trajectory.clear(b, start, end)
-            sequence.block_index, sequence.open = len(sequence.blocks), ()
+        start, end = sequence.ahead, sequence.columns[-1] + 1
+        self.tokens[b, start:end].fill_(self.pad_id)
+        if sequence.settings.record:
+            # Passes may have committed some of them, in blocks behind the front one.
+            self.trajectory.clear(b, start, end)
+        sequence.block_index, sequence.open = len(sequence.blocks), ()
 
     def _fill(self, b: int, start: int, end: int) -> None:
         """Replace the masks in columns [start, end) by padding."""
