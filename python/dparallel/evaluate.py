@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -38,25 +38,14 @@ def evaluate(
     policy: str,
     *,
     config: dx.DecodeConfig | None = None,
-    problems: int | Problems = 500,
-    seed: int = 0,
-    batch: int = 100,
-    chat: bool | None = None,
     draft_size: int | None = None,
-    loading: registry.Loading | None = None,
-    loaded: tuple[Any, Any] | None = None,
-    answers: list[Answer] | None = None,
-    recording: Recording | None = None,
+    **asked: Unpack[Asked],
 ) -> dict[str, Any]:
-    """Decode `problems`, or so many held-out ones of the built-in task, the same for every call with one
-    `seed`, and check the answers.
+    """Decode problems with a policy, and check the answers.
 
-    Every sequence is decoded to its full length, so that numbers of passes can be compared. `policy` is the
-    rule; `config` has all other fields, except `SET_HERE`.
-    `chat`: put problems into the checkpoint's chat template; default: if it has one. With `loaded`, a model
-    and its tokenizer, there is no template unless `chat` is true, which takes that of `model_name`.
-    `draft_size`: see `decode`. `answers`: a list that receives whole responses, in the order of the problems.
-    `recording`: receives the answers to the first `RECORDED` problems.
+    Every sequence is decoded to its full length, so that numbers of passes can be compared, and answers are
+    whole responses. `policy` is the rule; `config` has all other fields, except `SET_HERE`. `draft_size`: see
+    `decode`. `asked`: see `Asked`.
 
     Returns model, policy, config (other fields that differ from the defaults), threshold, problems, seed,
     accuracy, accuracy_interval (Wilson's, 95 %), nfe_mean (passes per answer), nfe_to_eos (passes until the
@@ -69,7 +58,7 @@ def evaluate(
     threshold = parse_policy(policy).get("threshold")
     config = (config or dx.DecodeConfig()).with_rule(policy)
     changed = changed_fields(config) | drafted_by(draft_size)
-    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    task = _task(model_name, config, **asked)
     model, length = task.model, task.length
     config = config.replace(gen_length=length, record=True)
     cache, schedule, _ = check_model(config, model, "none")
@@ -79,7 +68,7 @@ def evaluate(
     def decode(part: Sequence[Encoded]) -> dx.DecodeOutput:
         return dx.decode(model, _ids(part), _seeded(config, part), draft_size=draft_size)
 
-    for part, out in _answered(decode, task, how, totals, recording, answers, beyond_end=True):
+    for part, out in _answered(decode, task, how, totals, beyond_end=True):
         canvases += 0 if out.canvases is None else int(out.canvases.sum())
         assert out.trajectory is not None
         for i, (each, response) in enumerate(zip(part, out.responses, strict=True)):
@@ -100,6 +89,27 @@ def ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+class Asked(TypedDict, total=False):
+    """The problems of a measurement and how they are put, and what else receives the answers."""
+
+    problems: int | Problems
+    """A number: so many held-out ones of the built-in task. Default: 500."""
+    seed: int
+    """Of held-out problems, the same for every call with one seed. Default: 0."""
+    batch: int
+    """The most problems that are decoded together. Default: 100."""
+    chat: bool | None
+    """Put problems into the checkpoint's chat template; default: if it has one, but with `loaded` none."""
+    loading: registry.Loading | None
+    """How the model is loaded."""
+    loaded: tuple[Any, Any] | None
+    """The model and its tokenizer; a template is still that of the model's name."""
+    answers: list[Answer] | None
+    """Receives the answers, in the order of the problems."""
+    recording: Recording | None
+    """Receives the answers to the first `RECORDED` problems."""
+
+
 class Task(NamedTuple):
     """Problems and the model that answers them."""
 
@@ -113,6 +123,9 @@ class Task(NamedTuple):
     length: int
     """Tokens of a response."""
     batch: int
+    answers: list[Answer] | None
+    recording: Recording | None
+    """See `Asked`."""
 
 
 RECORDED = 3
@@ -124,14 +137,17 @@ SET_HERE = ("gen_length", "record", "logprobs")
 def _task(
     name: str,
     config: dx.DecodeConfig,
-    problems: int | Problems,
-    seed: int,
-    batch: int,
-    chat: bool | None,
-    loading: registry.Loading | None,
-    loaded: tuple[Any, Any] | None,
+    *,
+    problems: int | Problems = 500,
+    seed: int = 0,
+    batch: int = 100,
+    chat: bool | None = None,
+    loading: registry.Loading | None = None,
+    loaded: tuple[Any, Any] | None = None,
+    answers: list[Answer] | None = None,
+    recording: Recording | None = None,
 ) -> Task:
-    """The checked arguments of `evaluate` and its like, with the model loaded."""
+    """The checked arguments of `evaluate` and its like, with the model loaded; see `Asked`."""
     for key in SET_HERE:
         if (value := getattr(config, key)) != DEFAULTS[key]:
             raise ValueError(
@@ -145,7 +161,8 @@ def _task(
     model, tokenizer = loaded or (loading or registry.Loading()).load(name)
     model = dx.models.for_decoding(model)
     encode = registry.encoder_of(name, model, tokenizer, template, length)
-    return Task(problems, name, model, tokenizer, encode, template is not None, length, batch)
+    in_chat = template is not None
+    return Task(problems, name, model, tokenizer, encode, in_chat, length, batch, answers, recording)
 
 
 @dataclass
@@ -213,19 +230,11 @@ def evaluate_drafter(
     *,
     draft_size: int | None = None,
     config: dx.DecodeConfig | None = None,
-    problems: int | Problems = 500,
-    seed: int = 0,
-    batch: int = 100,
-    chat: bool | None = None,
-    loading: registry.Loading | None = None,
-    loaded: tuple[Any, Any] | None = None,
-    answers: list[Answer] | None = None,
-    recording: Recording | None = None,
+    **asked: Unpack[Asked],
 ) -> dict[str, Any]:
     """`evaluate` an autoregressive model, each answer to its end, with a drafter (None: plain).
 
-    config: fields that `speculate` takes, except `SET_HERE`. answers: a list that receives the answers, in
-    the order of the problems. The other arguments are those of `evaluate`.
+    config: fields that `speculate` takes, except `SET_HERE`. asked: see `Asked`.
 
     Returns as `evaluate`: nfe_mean and nfe_to_eos are passes of the model per answer, tokens_per_forward
     counts the end among the tokens; policy is "plain" or the drafter's name, as it is given. Besides,
@@ -237,7 +246,7 @@ def evaluate_drafter(
     check_named(drafter)
     check_causal(vars(config))
     changed = drafter_fields(config, drafter, draft_size)
-    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    task = _task(model_name, config, **asked)
     model = task.model
     drafts = layers = 0
     drafted, accepted = list[int](), list[int]()
@@ -245,7 +254,7 @@ def evaluate_drafter(
     size = draft_size
     if size is None and loaded_drafter is not None:
         size = loaded_drafter.most  # for reproducible passes
-    config, totals = config.replace(gen_length=task.length, record=recording is not None), Totals()
+    config, totals = config.replace(gen_length=task.length, record=task.recording is not None), Totals()
 
     def decode(part: Sequence[Encoded]) -> dx.SpeculateOutput:
         seeded = _seeded(config, part)
@@ -254,7 +263,7 @@ def evaluate_drafter(
     how = settings_text(
         {"policy": f"{drafter} guesses ahead" if drafter else "a token a pass", "config": changed}
     )
-    for _, out in _answered(decode, task, how, totals, recording, answers):
+    for _, out in _answered(decode, task, how, totals):
         drafts, layers = drafts + int(out.draft_nfe.sum()), layers + int(out.layers.sum())
         drafted, accepted = (
             [sum(pair) for pair in itertools.zip_longest(old, new.tolist(), fillvalue=0)]
@@ -268,7 +277,7 @@ def evaluate_drafter(
         "accepted": accepted,
         "accepted_per_draft": sum(accepted) / drafted[0] if drafted else 0.0,
         "layers": ratio(layers, totals.generated * model.shape.layers),
-        "batch": batch,
+        "batch": task.batch,
     }
 
 
@@ -286,17 +295,15 @@ def _answered(
     task: Task,
     how: str,
     totals: Totals,
-    recording: Recording | None,
-    answers: list[Answer] | None = None,
     *,
     beyond_end: bool = False,
 ) -> Iterator[tuple[Sequence[Encoded], Decoded]]:
     """Decode the prompts in batches; yield each batch and its output, once it is in `totals`.
 
-    how: the decoding in words, for the recording. answers: receives the answers at the end, in the order of
-    the problems. beyond_end: the tokens behind the model's own ends are part of the answers.
+    how: the decoding in words, for the recording. beyond_end: the tokens behind the model's own ends are part
+    of the answers.
     """
-    by_number: dict[int, Answer] = {}
+    recording, by_number = task.recording, dict[int, Answer]()
     for part in _batches(task):
         out = decode(part)
         responses, kept = [response.tolist() for response in out.responses], out.kept.tolist()
@@ -322,8 +329,8 @@ def _answered(
                 words = TokenTexts(task.tokenizer)
                 recording.add(each.prompt.shown, answer_of(out, i, words, kept=kept[i], **shown))
         yield part, out
-    if answers is not None:
-        answers += [by_number[number] for number in range(len(by_number))]
+    if task.answers is not None:
+        task.answers.extend(by_number[number] for number in range(len(by_number)))
 
 
 def evaluate_adaptive(
@@ -332,35 +339,29 @@ def evaluate_adaptive(
     *,
     options: Fields | None = None,
     config: dx.DecodeConfig | None = None,
-    problems: int | Problems = 500,
-    seed: int = 0,
-    batch: int = 100,
-    chat: bool | None = None,
-    loading: registry.Loading | None = None,
-    loaded: tuple[Any, Any] | None = None,
-    recording: Recording | None = None,
+    **asked: Unpack[Asked],
 ) -> dict[str, Any]:
     """`evaluate` a diffusion model with a verifier, see `adaptive_decode`, each answer to its end.
 
     verifier: its name. options: mixture, window and lookahead, as far as they are given. config: the other
-    fields, except `SET_HERE`. The other arguments are those of `evaluate`.
+    fields, except `SET_HERE`. asked: see `Asked`.
 
     Returns as `evaluate`, with the verifier's name as policy: nfe_mean and nfe_to_eos are passes of the
     diffusion model per answer, to its end. Besides, verifier_mean: passes of the verifier per answer.
     """
     options, config = dict(options or {}), config or dx.DecodeConfig()
     changed = changed_fields(config) | options
-    task = _task(model_name, config, problems, seed, batch, chat, loading, loaded)
+    task = _task(model_name, config, **asked)
     model = task.model
     judge = registry.load_verifier(verifier, model, task.tokenizer)
-    config = config.replace(gen_length=task.length, record=recording is not None)
+    config = config.replace(gen_length=task.length, record=task.recording is not None)
 
     def decode(part: Sequence[Encoded]) -> dx.AdaptiveOutput:
         return dx.adaptive_decode(model, _ids(part), config=_seeded(config, part), verifier=judge, **options)
 
     how = settings_text({"policy": verifier, "config": changed})
     verified, totals = 0, Totals()
-    for _, out in _answered(decode, task, how, totals, recording):
+    for _, out in _answered(decode, task, how, totals):
         verified += int(out.verifier_nfe.sum())
     return {
         **_result(task, verifier, changed, totals),
