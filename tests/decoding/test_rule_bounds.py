@@ -128,6 +128,24 @@ def test_rows_that_no_rule_asks_for_are_not_read(llada: models.Model, rule: Any,
     assert torch.equal(found.nfe, expected.nfe)
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_pass_from_a_block_on_has_no_shifted_logits_for_its_first_column(cache: str) -> None:
+    """The position in front of it is not computed; the full pass at the block's beginning has it."""
+    seen: list[tuple[int, list[int]]] = []
+
+    class Looking(ReadsBlock):
+        def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+            columns = where.start[0] + where.read[0].nonzero()[:, 0]
+            seen.append((int(where.turn), columns.tolist()))
+            return Decision()
+
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 4, "threshold": 0.0, "cache": cache}
+    dx.decode(golden.model("dream_tiny_a"), PROMPTS[0], rule=Looking(), **settings)
+    first = len(PROMPTS[0])
+    expected = [(turn, start + (turn > 0)) for start in (first, first + 4) for turn in range(4)]
+    assert seen == [(turn, [*range(start, start + 4 - (turn > 0))]) for turn, start in expected]
+
+
 def test_a_rule_that_changes_what_it_is_given_ends_all_the_same(llada: models.Model) -> None:
     @dataclass(frozen=True)
     class Spoiling(Rule):
