@@ -142,6 +142,7 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
         for _ in range(2):
             assert batch.step() == [0, 1]
         assert batch.step([1]) == [1]
+        assert batch.step() == [0, 1]  # what was issued is for one of them
         admit(2)
         batch.release(1)
         admit(1)
