@@ -32,9 +32,7 @@
 //
 // Limits, as measured on an H200. Memory brings an SM some 32 bytes a nanosecond. The
 // multiplications of a line by 32 rows, with weights in 8 bits, take the tensor cores half of that
-// time, and the copies and reads of shared memory as much. With one ring for all eight warps a CTA
-// read 31 bytes a nanosecond; tiles of up to 384 rows did not help; with two CTAs on an SM, each
-// with half of the ring, CTAs of a cluster lay together on some SMs while other SMs were idle.
+// time, and the copies and reads of shared memory as much. docs/design.md says what was no faster.
 #pragma once
 
 #include "cluster.cuh"
@@ -44,7 +42,6 @@
 namespace dparallel::cuda {
 
 constexpr int kTeams = 2, kTeamThreads = 128, kProductThreads = kTeams * kTeamThreads;
-constexpr int kMultiple = 64;  // the inner dimension is a multiple of it
 // Bytes of shared memory: an SM's, less the share of small kernels, and that of a device with less.
 constexpr int kWhole = 224 * 1024, kSmall = 99 * 1024;
 constexpr int kMostHeight = 3;  // of a tile, in 64 rows
@@ -158,16 +155,19 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
   constexpr int kTurn = kTeamThreads / kPieces, kXTurn = kTeamThreads / kXPieces;
   const int own = t / kPieces, own_n = t / kXPieces, piece = t % kPieces, x_piece = t % kXPieces;
   const int64_t row_bytes = args.in * 16 / W::kNumbers;
-  int64_t first_row = first + own, turn_bytes = kTurn * row_bytes;
+  const auto row_at = [&](int at) {  // of the weights, of a row of the tile
+    if constexpr (End::kPaired) return at_end.pairs.row(first + at);
+    else return first + at;
+  };
+  int64_t turn_bytes = kTurn * row_bytes;
   int64_t skipped[kHeight] = {};  // after each 64 rows, where they are the last of a group
   if constexpr (End::kPaired) {
-    first_row = at_end.pairs.row(first + own);
     turn_bytes /= 2;
 #pragma unroll
     for (int h = 0; h < kHeight; ++h)
       if (at_end.pairs.ends(first + 64 * (h + 1))) skipped[h] = at_end.pairs.half * row_bytes;
   }
-  const auto* weight = static_cast<const char*>(args.weight) + first_row * row_bytes +
+  const auto* weight = static_cast<const char*>(args.weight) + row_at(own) * row_bytes +
                        static_cast<int64_t>(begin) * (16 * kPieces) + 16 * piece;
   const auto* x = static_cast<const Storage*>(args.x) + (first_n + own_n) * args.x_stride +
                   static_cast<int64_t>(begin) * kNumbers + 8 * x_piece;
@@ -293,26 +293,19 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
     const int at = slab * 64 + static_cast<int>(threadIdx.x) % 16 * 4;
     return {n, at, v < kUnits && n < count && at < left};
   };
-  const auto row_at = [&](int at) {
-    if constexpr (End::kPaired) return at_end.pairs.row(first + at);
-    else return first + at;
-  };
-  const auto put = [&](const Outputs& own, int64_t row, const float (&sum)[4],
-                       const typename End::Ahead& ahead) {
-    at_end.template put<T>(args, first_n, own.n, row, left - own.at, sum, ahead);
-  };
   const auto* bias = static_cast<const Storage*>(args.bias);
-  const float* scale = args.scale;
   int64_t beside = 0;  // from a row to the other of its pair
   if constexpr (End::kPaired) beside = at_end.pairs.half;
 #pragma unroll 1
   for (int u = rank; u < kUnits; u += kBatch / kSlabs * cluster) {
     float sum[kBatch][4] = {};
+    int64_t row[kBatch];  // of the weights
     typename End::Ahead ahead[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const Outputs own = outputs_of(u, k);
-      if (own.exist) ahead[k] = at_end.ahead(own.n, row_at(own.at));
+      row[k] = row_at(own.at);
+      if (own.exist) ahead[k] = at_end.ahead(own.n, row[k]);
     }
 #pragma unroll 1
     for (int r = 0; r < cluster; ++r) {
@@ -337,27 +330,27 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
           for (int j = 0; j < 4; ++j) sum[k][j] += more[j];
         }
     }
+    const auto put = [&](const Outputs& own, int k) {
+      at_end.template put<T>(args, first_n, own.n, row[k], left - own.at, sum[k], ahead[k]);
+    };
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const Outputs own = outputs_of(u, k);
       if (!own.exist) continue;
-      const int64_t row = row_at(own.at);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (own.at + j < left) {
-          const int64_t o = row + (End::kPaired ? j % 2 + j / 2 * beside : j);
+          const int64_t o = row[k] + (End::kPaired ? j % 2 + j / 2 * beside : j);
           const float added = bias != nullptr ? T::value(bias[o]) : 0.0f;
-          sum[k][j] = (scale != nullptr ? scale[o] : 1.0f) * sum[k][j] + added;
+          sum[k][j] = fmaf(args.scale != nullptr ? args.scale[o] : 1.0f, sum[k][j], added);
         }
-      if constexpr (kSlabs == 1) put(own, row, sum[k], ahead[k]);
+      if constexpr (kSlabs == 1) put(own, k);
     }
     if constexpr (kSlabs > 1) {
-      at_end.template norm<T>(row_at(outputs_of(u, 0).at), sum);
+      at_end.template norm<T>(row[0], sum);
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const Outputs own = outputs_of(u, k);
-        if (own.exist) put(own, row_at(own.at), sum[k], ahead[k]);
-      }
+      for (int k = 0; k < kBatch; ++k)
+        if (const Outputs own = outputs_of(u, k); own.exist) put(own, k);
     }
   }
   if (cluster > 1) leave_cluster();
@@ -366,9 +359,8 @@ __device__ __forceinline__ void product_tile(const LinearArgs& args, const End& 
 template <class T, class W, int kTiles, int kHeight, int kBytes, class End>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(LinearArgs args, End at_end, int cluster, int chunks) {
-  if constexpr (has_room<kBytes>()) {
+  if constexpr (has_room<kBytes>())
     product_tile<T, W, kTiles, kHeight, kBytes>(args, at_end, cluster, chunks);
-  }
 }
 
 // A warp takes a row of the weights, by FMA.
@@ -398,7 +390,7 @@ __global__ void __launch_bounds__(kProductThreads) product_plain_kernel(LinearAr
       for (int bits = 16; bits > 0; bits /= 2) sums[j] += __shfl_xor_sync(kFullWarp, sums[j], bits);
       if (lane == 0 && n + j < args.count)
         static_cast<Storage*>(args.out)[(n + j) * args.out_width + row] =
-            T::narrow(by * sums[j] + bias);
+            T::narrow(fmaf(by, sums[j], bias));
     }
   }
 }
@@ -441,17 +433,18 @@ template <class T, class W, int kTiles, int kHeight, int kBytes, class End>
 int launch_product(const LinearArgs& args, const End& at_end, int cluster, void* stream) {
   const int64_t tiles = (args.out_width + 64 * kHeight - 1) / (64 * kHeight);
   const int64_t chunks = (args.count + 8 * kTiles - 1) / (8 * kTiles);
-  const bool early =
-      args.constant && has_clusters_here<product_kernel<T, W, kTiles, kHeight, kBytes, End>>();
-  return DPARALLEL_LAUNCH_CLUSTERS((product_kernel<T, W, kTiles, kHeight, kBytes, End>),
-                                   tiles * chunks * cluster, static_cast<unsigned>(cluster),
-                                   kProductThreads,
-                                   LargeShared::of(sizeof(Ring<W, kTiles, kHeight, kBytes>)), early,
-                                   stream, args, at_end, cluster, static_cast<int>(chunks));
+  constexpr auto kernel = product_kernel<T, W, kTiles, kHeight, kBytes, End>;
+  constexpr auto shared = LargeShared::of(sizeof(Ring<W, kTiles, kHeight, kBytes>));
+  const bool early = args.constant && has_clusters_here<kernel>();
+  return DPARALLEL_LAUNCH_CLUSTERS(kernel, tiles * chunks * cluster, static_cast<unsigned>(cluster),
+                                   kProductThreads, shared, early, stream, args, at_end, cluster,
+                                   static_cast<int>(chunks));
 }
 
-template <class T, class W, int kTiles, class End>
+template <class T, class W, int kTiles = 4, class End>
 int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
+  if constexpr (kTiles == 4)
+    if (args.count > 32) return launch_product<T, W, 8>(args, at_end, cut, stream);
   if constexpr (End::kSlabs == 1) {
     if (cut.height == 1)
       return launch_product<T, W, kTiles, 1, kWhole>(args, at_end, cut.cluster, stream);
@@ -461,14 +454,8 @@ int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, vo
   return launch_product<T, W, kTiles, 2, kWhole>(args, at_end, cut.cluster, stream);
 }
 
-template <class T, class W, class End>
-int launch_product(const LinearArgs& args, const End& at_end, ProductCut cut, void* stream) {
-  return args.count <= 32 ? launch_product<T, W, 4>(args, at_end, cut, stream)
-                          : launch_product<T, W, 8>(args, at_end, cut, stream);
-}
-
 inline bool on_tensor_cores(const LinearArgs& args) {
-  return args.dtype != DType::float32 && args.in > 0 && args.in % kMultiple == 0 &&
+  return args.dtype != DType::float32 && args.in > 0 && args.in % 64 == 0 &&
          multiples_of_16({args.x, args.weight, args.out}, {args.x_stride},
                          element_size(args.dtype));
 }
