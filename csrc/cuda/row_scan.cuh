@@ -137,7 +137,8 @@ struct Chunk {
     return at < static_cast<uint32_t>(count) && at / kWidth % kScanThreads == threadIdx.x;
   }
   __device__ uint32_t place(int64_t id) const {  // at least `count` for ids of other chunks
-    return static_cast<uint32_t>(id) - static_cast<uint32_t>(first);
+    const auto at = static_cast<uint64_t>(id) - static_cast<uint32_t>(first);
+    return at >> 32 == 0 ? static_cast<uint32_t>(at) : UINT32_MAX;
   }
 
   // The logits of vector k of the thread, which `top` sees.

@@ -226,6 +226,16 @@ def test_more_windows_than_a_warp() -> None:
 
 
 @everywhere
+def test_a_mask_token_beyond_the_vocabulary_excludes_no_id() -> None:
+    for mask_id in (7, 2**32 + 5, 2**62):
+        tokens = torch.full((1, 2), mask_id)
+        logits = torch.zeros(1, 2, 7)
+        logits[..., 5] = 9.0
+        dx.unmask_(tokens, logits, mask_id=mask_id, selector="quota", threshold=2)
+        assert tokens.tolist() == [[5, 5]]
+
+
+@everywhere
 def test_a_bad_row_is_its_windows_alone() -> None:
     logits = torch.randn(1, 6, 50)
     logits[0, 4] = math.nan

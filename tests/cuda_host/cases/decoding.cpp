@@ -34,6 +34,11 @@ void row_stats_case() {
   cpu::row_stats(args, serial);
   args.output = on_cuda.output();
   args.gather.logits = gathered.data();
+  std::vector<int64_t> unchecked = suppress;
+  for (int64_t n = below(3); n > 0; --n)
+    unchecked.push_back(one_of<int64_t>({-1, vocab, INT64_MAX, (int64_t{1} << 32) + below(vocab)}));
+  args.exclusions.suppress = unchecked.data();
+  args.exclusions.suppress_count = static_cast<int64_t>(unchecked.size());
   std::vector<size_t> bad;
   for (size_t i = 0; i < ids.size(); ++i)
     if (chance(0.05)) {  // on a device nobody has looked
