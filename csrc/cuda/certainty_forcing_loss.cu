@@ -15,8 +15,8 @@
 //
 // Exponents are in units of the device's exponential, log2 for float32: x = c z - r in one
 // instruction, with c = log2(e) / Tc. The reference r is c m rounded, so that the own term is not 1
-// but 2^(c m - r); thread 0 mends that at the end. Where m is so large that r is off by more than 1,
-// as in a chunk of ids that are masked by -1e9 or so, x = c (z - m), in a loop of its own.
+// but 2^(c m - r); thread 0 mends that at the end. Where m is so large that r is off by more than
+// 1, as in a chunk of ids that are masked by -1e9 or so, x = c (z - m), in a loop of its own.
 //
 // Backward, 4 vectors are in flight, and a thread's chunk takes 4 rounds, at 13 instructions a
 // number, 11.7 of them in the loop, where memory leaves time for 27. The label's number is written
