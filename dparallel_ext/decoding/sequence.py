@@ -174,8 +174,8 @@ class SequenceState:
         return OpenBlock(start, end, held, held, self.columns[first])
 
     def leave_front(self) -> tuple[int, int]:
-        """Go on to the block after the front block, which is complete; return the columns [start, end) of
-        that."""
+        """Go on to the block after the front block; return the front block's columns [start, end). It is
+        complete."""
         start, end = self.block
         self.generated += self.index(end) - self.index(start)
         self.block_index, self.open = self.block_index + 1, self.open[1:]

@@ -85,7 +85,7 @@ class SamplingGroup(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """It as a key, which is equal for groups of the same settings."""
+        """A key of the group, equal for groups of the same settings."""
         return (*self[:3], id(self.suppress), self.rule)
 
     @property
@@ -101,7 +101,7 @@ class SamplingGroup(NamedTuple):
 
 
 def grouped(groups: Iterable[SamplingGroup]) -> tuple[list[int], tuple[SamplingGroup, ...]]:
-    """The number of each group among the different ones, and these."""
+    """The different groups, second; first, for each of `groups`, its number among them."""
     different: dict[tuple[Any, ...], tuple[int, SamplingGroup]] = {}
     numbers = [different.setdefault(group.key, (len(different), group))[0] for group in groups]
     return numbers, tuple(group for _, group in different.values())
