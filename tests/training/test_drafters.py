@@ -114,7 +114,7 @@ def test_what_it_writes_drafts(target: Path, tmp_path: Path) -> None:
     drafter = dx.speculation.load(out)
     model, _ = registry.load(str(target))
     fingerprint = models.fingerprint(model)
-    assert drafter.options[1:] == ("dflash", (-1, 1), 5, MASK, 2, Origin("dflash", fingerprint))
+    assert drafter.options[1:] == ("dflash", (-1, 1), 5, False, MASK, 2, Origin("dflash", fingerprint))
     prompts = [torch.tensor([3, 4, 5])]
     expected = dx.speculate(model, prompts, gen_length=12)
     assert torch.equal(dx.speculate(model, prompts, gen_length=12, drafter=out).sequences, expected.sequences)
