@@ -245,7 +245,7 @@ def test_flags_and_comments_end_with_the_pattern(pattern: str, texts: str) -> No
 
 def test_a_pattern_that_no_token_matches_is_refused() -> None:
     _, tokenizer = registry.load("builtin:teacher")
-    with pytest.raises(ValueError, match="expected one that some text of the model's tokens matches$"):
+    with pytest.raises(ValueError, match=r"expected one that some text of the model's tokens matches$"):
         automaton("[a-z]{3}!", Vocabulary.of(tokenizer))
     with pytest.raises(ValueError, match="matches; it begins with '!%', and no token does"):
         automaton("(?s:%|!).*", Vocabulary.of(tokenizer))
