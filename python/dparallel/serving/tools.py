@@ -126,10 +126,9 @@ class CallStyle(NamedTuple):
 def call_style(template: str) -> CallStyle | None:
     """The style that a chat template shows; None where it shows none that is read."""
     if "<tool_call>" in template and "<arg_key>" not in template:  # not GLM's
+        # Qwen's and Hermes', in JSON; Qwen3-Coder's, in tags.
         marks = "<tool_call>", "</tool_call>"
-        return CallStyle(
-            *marks, marks, formed="<function=" not in template
-        )  # Qwen's and Hermes', Qwen3-Coder's
+        return CallStyle(*marks, marks, formed="<function=" not in template)
     if "[TOOL_CALLS]" in template:  # Mistral's
         return CallStyle("[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]"), formed=False)
     if re.search(r'"parameters\\*": dictionary of argument name', template):  # Llama 3's
