@@ -350,7 +350,6 @@ class CausalBatch:
         sequence, count = self.sequences[b], len(tokens)
         start = sequence.known
         sequence.nfe += 1
-        sequence.num_cached = sequence.known + count - 1
         sequence.known += count
         lane = b * self.tokens.shape[1]  # where the sequence begins in `_ids`
         self._ids[lane + start : lane + sequence.known] = array("q", tokens)
@@ -368,8 +367,9 @@ class CausalBatch:
         if ended is not None:
             begin, end = ended
             sequence.kept, sequence.stopped = sequence.index(begin), True
-            sequence.known, sequence.num_cached = end, min(sequence.num_cached, end - 1)
+            sequence.known = end
             self.trajectory.clear(b, end)
+        sequence.num_cached = sequence.known - 1
         if (automaton := sequence.settings.automaton) is not None:
             sequence.state = automaton.after(sequence.state, tokens[: sequence.known - start])
         if sequence.stopped or not sequence.room:
