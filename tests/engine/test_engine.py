@@ -237,7 +237,8 @@ def test_thousands_of_requests_leave_no_memory_behind() -> None:
     [("llada_tiny_a", "dual"), ("dream_tiny_a", "dual"), ("sdar_tiny_a", "block"), ("fast_dllm", "block")],
 )
 def test_drafts(name: str, cache: str) -> None:
-    """After every pass the block as it is: masks become tokens, which stay, up to the final block."""
+    """After every pass the block as it is: masks become tokens, which stay, up to the final block. What was
+    recorded of a token is told with it."""
     model, settings = (
         MODELS[name, torch.float32],
         {"gen_length": 21, "threshold": 0.9, "selector": "confidence"},
@@ -246,7 +247,7 @@ def test_drafts(name: str, cache: str) -> None:
     seen: list[list[dx.DraftEvent]] = [[] for _ in prompts]
     with dx.Engine(model, cache=cache, block_length=BLOCK, lanes=2, max_length=64) as engine:
         handles = [
-            engine.submit(prompt, on_draft=drafts.append, **settings)
+            engine.submit(prompt, on_draft=drafts.append, logprobs=True, **settings)
             for prompt, drafts in zip(prompts, seen, strict=True)
         ]
         plain = engine.submit(prompts[0], **settings)
@@ -263,9 +264,16 @@ def test_drafts(name: str, cache: str) -> None:
             for draft in drafts:
                 final = tokens[draft.start : draft.start + len(draft.tokens)]
                 assert all(a in (None, b) for a, b in zip(draft.tokens, final, strict=True))
+                assert draft.passes is not None
+                assert draft.logprobs is not None
+                for token, number, logprob in zip(draft.tokens, draft.passes, draft.logprobs, strict=True):
+                    assert (token is None) == (number is None) == (logprob is None)
+                    assert number is None or 1 <= number <= draft.nfe
             assert drafts[-1].start + len(drafts[-1].tokens) == 21
+            assert drafts[-1].logprobs == handle.logprobs[drafts[-1].start :]
         assert any(None in draft.tokens for drafts in seen for draft in drafts)
         assert plain.result(60).tokens == handles[0].result(60).tokens
+        assert (plain.result().logprobs, plain.logprobs) == (None, [])
 
 
 @pytest.mark.parametrize(("name", "cache"), [("llada_tiny_a", "dual"), ("sdar_tiny_a", "block")])

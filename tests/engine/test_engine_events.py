@@ -136,6 +136,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
     handles[2].subscribe(told.append)
     handles[2].subscribe(lambda event: 1 / 0)
     until(lambda: engine.stats.active == 1)
+    calls = [engine.run(lambda: "made") for _ in range(2)]  # one is made between two passes
     waiting = threading.Thread(target=lambda: told.append(list(handles[1])))
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
     waiting.start()
@@ -149,6 +150,8 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
     until(lambda: len(told) == 2)
     assert told == [failed.value] * 2
     assert called.exception(60) is not None
+    assert calls[0].result(60) == "made"
+    assert calls[1].exception(60) is failed.value
     for _ in range(2):  # the second time after `close`
         with pytest.raises(RuntimeError, match=f"engine is closed: its thread ended with {error.__name__}$"):
             engine.submit([1], gen_length=4)
@@ -335,6 +338,7 @@ def test_subscribers_get_every_event_in_order() -> None:
     late: list[Any] = []
     handle.subscribe(late.append)
     assert early == late == [*(done.tokens[a : a + 8] for a in (0, 8, 16)), done]
+    assert engine.core.calling == math.inf  # its thread is in no callback
     with pytest.raises(ValueError, match="callback: expected a function, got int"):
         handle.subscribe(3)  # type: ignore[arg-type]
 
