@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..cache import WORD, Span, block_causal_spans
 from ..models import Traits
@@ -61,9 +61,9 @@ class Schedule:
     onward: bool
     """Whether finished positions see the positions up to themselves, and predict the next
     (`models.Traits`)."""
-    active_blocks: int = 1
-    open_at: float = 0.1
-    activate_at: float = 0.95
+    active_blocks: int
+    open_at: float
+    activate_at: float
 
     keeps: ClassVar[bool] = True
     """Whether keys and values outlive a pass."""
@@ -337,28 +337,26 @@ def make(
     cache: str,
     traits: Traits,
     block_length: int,
-    sub_block_length: int | None = None,
-    refresh: int | None = None,
-    *,
-    active_blocks: int = 1,
-    open_at: float = 0.1,
-    activate_at: float = 0.95,
+    sub_block_length: int,
+    refresh: int | None,
+    **active: Any,
 ) -> Schedule:
-    """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together."""
+    """The schedule for a cache mode, one of `CACHES`; the caller has checked that the options go together.
+
+    active: `active_blocks`, `open_at` and `activate_at`.
+    """
     block_causal = is_block_causal(traits, cache)
     kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if block_causal else Dual}
     kind = (kinds | {"block": BlockCausal, "window": Sliding})[cache]
-    options = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
+    options: dict[str, Any] = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
     return kind(
         block_length=block_length,
-        sub_block_length=sub_block_length or block_length,
+        sub_block_length=sub_block_length,
         shift=traits.shift,
         block_causal=block_causal,
         aligned=block_causal and traits.aligned_blocks,
         whole=block_causal and traits.aligned_blocks and traits.whole_blocks,
         onward=block_causal and traits.onward,
-        active_blocks=active_blocks,
-        open_at=open_at,
-        activate_at=activate_at,
+        **active,
         **options,
     )
