@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.decoding.decode import start_batch
+from dparallel_ext.decoding.runner import Runner
+from dparallel_ext.decoding.sequence import IDLE
 from dparallel_ext.models import Model
 
 MASK = 511
@@ -304,6 +307,31 @@ def test_a_state_that_decoding_never_comes_to_may_be_bad() -> None:
     prompts = torch.zeros((2, 2), dtype=torch.int64)
     with refused("logits: sequence 0 at position 6 holds NaN"):
         dx.decode(Canned(logits, worse), prompts, mask_id=9, gen_length=6, draft_size=2)
+
+
+def test_a_pass_that_fails_leaves_the_keys_that_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second pass over guesses fails once all is computed: its keys and values lie where those of the
+    accepted state were, and the pass without guesses reads the sequence's own."""
+    read_counts, fails = Runner.read_counts, itertools.cycle([False, True])
+
+    def fail(runner: Runner, sequences: Any, results: Any) -> Any:
+        counts = read_counts(runner, sequences, results)
+        if any(sequence is not IDLE for sequence in sequences[1:]) and next(fails):
+            raise ValueError("a guess")
+        return counts
+
+    shared: dict[str, Any] = {"gen_length": 0, "infill": True, "logprobs": True, "cache": "dual"}
+    shared |= {"block_length": 16, "sub_block_length": 4}
+    g = torch.Generator().manual_seed(44)
+    prompt = torch.randint(0, 500, (32,), generator=g)
+    # A sub-block that begins with a given token is computed alone from its first pass on.
+    prompt[torch.rand(32, generator=g) < 0.5] = MASK
+    plain = dx.decode(MODELS["fast_dllm"], prompt, **shared)
+    monkeypatch.setattr(Runner, "read_counts", fail)
+    out = dx.decode(MODELS["fast_dllm"], prompt, draft_size=3, **shared)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert int(out.nfe) < int(plain.nfe)
+    torch.testing.assert_close(out.logprobs, plain.logprobs, rtol=0, atol=1e-4)
 
 
 def test_no_memory_for_states_that_no_pass_can_guess() -> None:
