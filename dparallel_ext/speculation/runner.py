@@ -443,5 +443,5 @@ def _constrained(logits: Tensor, automata: Sequence[Automaton], states: Tensor, 
 
 def _logprobs(output: AcceptOutput, edge: Tensor) -> Tensor:
     """(B, D) float32: the log-probabilities of the emitted tokens; -inf where there is none. edge: (2, B)."""
-    rows = (edge[0][:, None] + output.path).clamp(min=0)
+    rows = edge[0][:, None] + output.path
     return output.stats.sample_logprob[rows].masked_fill(output.path < 0, -math.inf)
