@@ -164,7 +164,7 @@ class CausalBatch:
             done=gen_length == 0,
         )
         self.sequences[lane] = sequence
-        self._issued.clear()
+        self._issued.clear()  # they may be for the lane's last sequence
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
@@ -185,7 +185,6 @@ class CausalBatch:
     def release(self, lane: int) -> None:
         """Forget the lane's sequence."""
         self.sequences[lane] = IDLE
-        self._issued.clear()
 
     def enter(self, finished: list[int]) -> None:
         """Do nothing: an autoregressive sequence has no blocks."""

@@ -122,19 +122,26 @@ def test_what_runs_ahead_is_what_waits(taped: list[Graphs], monkeypatch: pytest.
 def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
     taped: list[Graphs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sequences come and go, take turns, and a pass fails, while another is on its way."""
+    """Sequences come and go, take turns, and a pass fails as it is issued or as its result is read, while
+    another is on its way."""
     alone = [
         dx.speculate(drafters.MODEL, prompt, gen_length=24, eos_id=-1).sequences[0] for prompt in PROMPTS
     ]
     batch, admit = causal(PROMPTS)
-    run, fails = runner.run_pass, iter([False] * 9 + [True] + [False] * 99)
 
-    def failing(*args: Any, **settings: Any) -> Tensor:
-        if next(fails):
-            raise RuntimeError("no such luck")
-        return run(*args, **settings)
+    def failing(call: Any, passes: int) -> Any:
+        """`call`, which raises once, after so many passes."""
+        fails = iter([*[False] * passes, True, *[False] * 99])
 
-    monkeypatch.setattr(runner, "run_pass", failing)
+        def called(*args: Any, **settings: Any) -> Any:
+            if next(fails):
+                raise RuntimeError("no such luck")
+            return call(*args, **settings)
+
+        return called
+
+    monkeypatch.setattr(runner, "run_pass", failing(runner.run_pass, 15))
+    monkeypatch.setattr(runner.Issued, "read", failing(runner.Issued.read, 12))
     with torch.inference_mode():
         admit(0)
         assert batch.step() == [0]
@@ -143,9 +150,15 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
             assert batch.step() == [0, 1]
         assert batch.step([1]) == [1]
         assert batch.step() == [0, 1]  # what was issued is for one of them
-        admit(2)
+        batch.release(1)
+        assert batch.step() == [0]
+        admit(1)
+        for _ in range(2):  # its first two tokens are the same
+            assert batch.step() == [0, 1]
         batch.release(1)
         admit(1)
+        assert batch.step() == [0, 1]  # what was issued is for the lane's last sequence
+        admit(2)
         failed = 0
         while batch.live:
             was = [(row.known, row.nfe) for row in batch.sequences]
@@ -154,7 +167,7 @@ def test_passes_that_were_issued_are_for_the_sequences_that_they_were_of(
             except RuntimeError:
                 failed += 1
                 assert was == [(row.known, row.nfe) for row in batch.sequences]
-        assert failed == 1
+        assert failed == 2
     for b, text in enumerate(alone):
         length = batch.sequences[b].known
         assert torch.equal(batch.tokens[b, :length], text[:length])
