@@ -104,8 +104,7 @@ def _product(weight: SourceTensor, scale: SourceTensor, block: tuple[int, int], 
     numbers = weight.fetch().float()
     (out, width), (rows, columns) = numbers.shape, block
     factors = scale.fetch().float().reshape(-(-out // rows), -(-width // columns))
-    if rows > 1:
-        factors = factors.repeat_interleave(rows, 0)[:out]
+    factors = factors.repeat_interleave(rows, 0)[:out]
     if columns < width:
         factors = factors.repeat_interleave(columns, 1)[:, :width]
     return numbers.mul_(factors).to(dtype)

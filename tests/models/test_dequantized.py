@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ GROUP = {"num_bits": 8, "type": "float", "symmetric": True}
 
 def compressed(**weights: Any) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": {**GROUP, **weights}}}
+    groups["group_1"] = {"targets": ["lm_head"], "weights": GROUP}
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
 
 
@@ -53,7 +55,7 @@ def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def write(
     directory: Path, hf_model: Any, settings: Any, block: tuple[int, int], *, end: str, flat: bool = False
 ) -> dict[str, Tensor]:
-    """Save the model with its layers' weights in 8 bits; returns what each is read as."""
+    """Save the model with its layers' weights in 8 bits; returns what each stands for, in float32."""
     config = {**hf_model.config.to_dict(), "quantization_config": settings}
     (directory / "config.json").write_text(json.dumps(config))
     tensors, expected = dict(hf_model.state_dict()), {}
@@ -62,7 +64,7 @@ def write(
             values, scales = quantised(weight, block)
             by_row = scales.repeat_interleave(block[0], 0)[: len(values)]
             by_place = by_row.repeat_interleave(block[1], 1)[:, : values.shape[1]]
-            expected[name] = (values.float() * by_place).bfloat16()
+            expected[name] = values.float() * by_place
             scales = scales.reshape(() if scales.numel() == 1 else -1) if flat else scales
             tensors |= {name: values, f"{name}{end}": scales}
             for leaf in ("input_scale", "activation_scale", "k_scale"):
@@ -98,8 +100,10 @@ def test_weights_of_8_bits_with_scales(
     assert "quantization_config" not in model.config
     state = model.state_dict()
     for name, tensor in {**hf_model.state_dict(), **expected}.items():
-        assert torch.equal(state[name], tensor), name
-    assert models.load(tmp_path, dtype=torch.float32, fuse=True).dtype == torch.float32
+        assert torch.equal(state[name], tensor.bfloat16()), name
+    wide = models.load(tmp_path, dtype=torch.float32, fuse=True)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.state_dict()[Q], expected[Q])
     stored = models.as_stored(tmp_path)
     assert stored.state_dict()[Q].is_meta  # to look at a checkpoint takes no memory
     assert (
@@ -130,8 +134,19 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
         models.load(tmp_path)
     with pytest.raises(ValueError, match=r"each block of \[64, 64\]"):
         models.as_stored(tmp_path)
-    file = tmp_path / "model.safetensors"
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     tensors = load_file(file)
+    for size, said in (([0, 64], "the config names no size"), ([64], "names no size"), ([32, 64], None)):
+        settings = {**BLOCKS, "weight_block_size": size}
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
+        with pytest.raises(ValueError, match=said) if said else nullcontext():
+            models.load(tmp_path)
+    save_file({**tensors, Q: tensors[Q][None]}, file)
+    with pytest.raises(ValueError, match=r"is \(4, 2\) for a weight \(1, 128, 128\), expected one scale"):
+        models.load(tmp_path)
+    save_file({name: t for name, t in tensors.items() if name != f"{Q}_scale_inv"}, file)
+    with pytest.raises(ValueError, match=r"q_proj[.]weight is F8_E4M3, expected a floating-point type"):
+        models.load(tmp_path)
     tensors = {name: t.to(torch.int8) if t.itemsize == 1 else t for name, t in tensors.items()}
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"is quantised \(it has .*_scale_inv"):
@@ -188,7 +203,7 @@ def test_as_released_in_8_bits(tmp_path: Path) -> None:
     state = models.load(tmp_path).state_dict()
     assert len(expected) == 14
     for name, tensor in expected.items():
-        assert torch.equal(state[name.replace("model.language_model", "model")], tensor)
+        assert torch.equal(state[name.replace("model.language_model", "model")], tensor.bfloat16())
 
 
 def test_an_adapter_of_a_model_that_sees_images() -> None:
