@@ -298,7 +298,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     assert taped[0].replays == 0
 
 
-@pytest.mark.parametrize("how", ["hook", "adapter", "policy"])
+@pytest.mark.parametrize("how", ["hook", "adapter", "policy", "policy beside a row"])
 def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -> None:
     model, calls = golden.model("llada_tiny_a"), []
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 16, "cache": "dual"}
@@ -312,13 +312,19 @@ def test_what_python_has_to_see_is_not_recorded(taped: list[Graphs], how: str) -
                 return super().forward(x)
 
         model.lm_head.__class__ = Adapted
-    elif how == "policy":
+    else:
 
         def policy(stats: dx.RowStats, eligible: Tensor, step: Tensor) -> Tensor:
             calls.append(1)
             return torch.zeros_like(eligible)
 
         settings["policy"] = policy
+    if how == "policy beside a row":
+        own = {name: settings.pop(name) for name in ("gen_length", "policy")}
+        with dx.Engine(model, lanes=2, max_length=64, **settings) as engine:
+            handles = [engine.submit(PROMPTS[0], **each) for each in ({"gen_length": 32, "steps": 32}, own)]
+            assert handles[1].result(60).nfe == len(calls) == 16
+        return
     out = dx.decode(model, PROMPTS[0], **settings)
     assert out.forwards == len(calls) == 16
     assert taped[0].replays == 0
