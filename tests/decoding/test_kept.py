@@ -115,15 +115,20 @@ def test_the_latest_is_taken_and_the_bytes_of_all_are_bounded(monkeypatch: pytes
 
 
 def test_recordings_are_of_their_own_ends_and_suppressed_ids(taped: list[Graphs]) -> None:
+    """And nothing of the decode before is told of what is behind an end."""
     model = golden.model("llada_tiny_a")
     text = plain(model, PROMPTS[0])[0, len(PROMPTS[0]) :].tolist()
     ways: list[dict[str, Any]] = [{"eos_id": text[at]} for at in (3, 20)]
     ways += [{"suppress": ids} for ids in (text[:2], text[2:4])]
     for _ in range(3):
         for way in ways:
-            out = dx.decode(model, PROMPTS[0], **{**SETTINGS, **way})
-            assert torch.equal(out.sequences, plain(model, PROMPTS[0], **way))
-            assert int(out.nfe) == int(dx.decode(model, PROMPTS[0], graphs=False, **SETTINGS, **way).nfe)
+            out = dx.decode(model, PROMPTS[0], record=True, **SETTINGS, **way)
+            expected = dx.decode(model, PROMPTS[0], graphs=False, record=True, **SETTINGS, **way)
+            assert torch.equal(out.sequences, expected.sequences)
+            assert int(out.nfe) == int(expected.nfe)
+            assert out.trajectory is not None
+            assert expected.trajectory is not None
+            assert torch.equal(out.trajectory.step, expected.trajectory.step)
     assert len(taped) == 1
 
 
