@@ -256,7 +256,6 @@ def _most_confident(policy: Tensor) -> Tensor:
     """Policy rows (W, 5) that commit the most confident position; made on the device, as recording needs."""
     row = torch.ones_like(policy)
     row[:, 0].fill_(policies.SELECTORS["quota"])
-    row[:, 3].fill_(math.inf)
     row[:, 4].fill_(policies.SCORES["confidence"])
     return row
 

@@ -68,6 +68,19 @@ def test_a_rule_may_fill_all_blocks_at_once(llada: models.Model) -> None:
     assert int(ended.kept) == 0
 
 
+def test_a_rule_commits_masks_alone(llada: models.Model) -> None:
+    """Neither tokens that are given nor those of the passes before."""
+
+    class Numbered(Greedy):
+        def decide(self, stats: dx.RowStats, where: Where, state: tuple[Tensor, ...]) -> Decision:
+            number = where.step[:, None].expand_as(where.open)
+            return Decision((number > 1) | (torch.arange(number.shape[1]) < 3), number)
+
+    prompt = torch.cat((PROMPTS[0], torch.tensor([MASK, 30, MASK, 31])))
+    out = dx.decode(llada, prompt, gen_length=4, block_length=8, infill=True, rule=Numbered(0))
+    assert out.sequences[0, len(PROMPTS[0]) :].tolist() == [1, 30, 1, 31, 2, 2, 2, 2]
+
+
 def test_a_bad_row_is_named(llada: models.Model) -> None:
     class Bad:
         config = None
