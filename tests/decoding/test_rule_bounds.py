@@ -249,14 +249,14 @@ def test_gaps_of_infinite_logits_are_none() -> None:
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.3}, {"temperature": 2.0, "top_p": 0.8}])
 def test_tokens_of_a_rule_have_the_log_probabilities_of_samples(sampling: dict[str, Any]) -> None:
     """log softmax(logits / T), over the ids that could be drawn; the confidence is softmax(logits)."""
-    model, prompt = table(), [1, 2, 3, 7, 8]
-    drawn = dx.decode(model, prompt, **SHARED, **sampling, seed=3)
-    said = dx.decode(model, prompt, **SHARED, **sampling, seed=3, rule=Says())
+    model, prompts = table(), [[1, 2, 3, 7, 8]] * 2  # which draw apart
+    drawn = dx.decode(model, prompts, **SHARED, **sampling, seed=3)
+    said = dx.decode(model, prompts, **SHARED, **sampling, seed=3, rule=Says())
     assert torch.equal(drawn.sequences, said.sequences)
     torch.testing.assert_close(drawn.logprobs, said.logprobs)
     torch.testing.assert_close(drawn.trajectory.confidence, said.trajectory.confidence)
     if "top_p" not in sampling:
-        nine = dx.decode(model, prompt, **SHARED, **sampling, seed=3, rule=Says(9))
+        nine = dx.decode(model, prompts, **SHARED, **sampling, seed=3, rule=Says(9))
         z = model.logits[5:13].double()
         torch.testing.assert_close(nine.trajectory.confidence[0], z.softmax(1)[:, 9].float())
         if temperature := sampling.get("temperature"):  # the mask token can not be drawn
