@@ -76,6 +76,11 @@ class LLaDA2(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
+        if (capacity := config.get("expert_capacity")) is not None:
+            raise ValueError(
+                f"config: expert_capacity={capacity!r:.80} is not supported: all tokens of a block choose "
+                "among so many experts, in LLaDA 2.2"
+            )
         c = fields.read(config, _FIELDS)
         # What Llama's keys do not hold as they are.
         theirs = {"num_key_value_heads": c["num_key_value_heads"] or None, "rms_norm_eps": c["rms_norm_eps"]}

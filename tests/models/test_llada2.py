@@ -404,6 +404,7 @@ def test_it_trains_and_a_state_dict_resumes() -> None:
             "use_sliding_window=True is not supported",
         ),
         ({"num_experts": None}, "'num_experts' is null"),
+        ({"expert_capacity": 6, "block_size": BLOCK}, "expert_capacity=6 is not supported: .* LLaDA 2.2"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
