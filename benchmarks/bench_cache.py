@@ -41,6 +41,8 @@ CAUSAL_CONFIG = {
     "hidden_size": 512,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
     "intermediate_size": 1536,
     "vocab_size": 126464,
     "mask_token_id": 126336,

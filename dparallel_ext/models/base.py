@@ -42,6 +42,9 @@ class Model(HuggingFaceInterface):
     """Our name of a module -> the checkpoint's; `{}` stands for the layer."""
     published_mask_id: ClassVar[int | None] = None
     """The mask token of this family's released checkpoints, used if a config names none."""
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """The published config class's values of keys that a config.json may lack, where `read_config` would take
+    another."""
     mask_key: ClassVar[str] = "mask_token_id"
     """The key of a config.json under which the published code looks for the mask token."""
     shift: ClassVar[bool] = False
@@ -101,7 +104,7 @@ class Model(HuggingFaceInterface):
         if cls.causal:  # transformers reads the key, though its classes do not name it
             fields.check_supported(config, {"is_causal": True})
         try:
-            shape = cls.read_config(config)
+            shape = cls.read_config({**cls.DEFAULTS, **config})
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
         config_ids(config, "eos_token_id", shape.embedding_size)

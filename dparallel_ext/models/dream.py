@@ -19,6 +19,7 @@ class Dream(Model):
     shift = True
     strict = frozenset({"entropy"})
     published_mask_id = 151666
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32}
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod

@@ -39,6 +39,7 @@ class FastDLLM(Model):
     strict = frozenset({"confidence"})
     sub_block_length: ClassVar[int] = 8
     published_mask_id = 151665
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32}
     bd_size: ClassVar[int] = 32
     """The block length, unless config.json has another."""
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES

@@ -62,14 +62,12 @@ class Llama(Model):
 def llama_shape(
     config: Mapping[str, Any],
     *,
-    head_dim: int | None = None,
     scalings: Collection[str] = tuple(rope.SCALINGS),
     **keywords: Any,
 ) -> ModelConfig:
     """The `ModelConfig` of a config.json in Llama's keys, which Qwen uses too.
 
-    head_dim: for a config that has none; None: the width divided by the number of heads. scalings: the keys
-    of `rope.SCALINGS` that the family supports.
+    scalings: the keys of `rope.SCALINGS` that the family supports.
     """
     fields.check_supported(config, _SUPPORTED)
     c = fields.read(config, _FIELDS)
@@ -81,7 +79,7 @@ def llama_shape(
         width=width,
         heads=heads,
         kv_heads=c["num_key_value_heads"] or heads,
-        head_dim=c["head_dim"] or head_dim or fields.width_of_heads(width, heads),
+        head_dim=c["head_dim"] or fields.width_of_heads(width, heads),
         mlp_width=c["intermediate_size"],
         embedding_size=c["vocab_size"],
         vocab_size=c["vocab_size"],

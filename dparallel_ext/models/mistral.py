@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from . import fields, rope
 from .config import ModelConfig
@@ -15,12 +15,13 @@ _ROPE = {
     **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     "llama_4_scaling_beta": 0.1,
 }
-_DEFAULTS = {"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8}
-"""transformers' defaults for keys that a Ministral 3's config lacks; `_ROPE` for its rotary embedding."""
+"""transformers' default for a Ministral 3's config."""
 
 
 class Mistral(Llama):
     """Mistral 7B from version 0.2 on, Mistral Nemo, and others without a sliding window."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 8}
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -32,10 +33,11 @@ class Mistral(Llama):
 class Ministral3(Llama):
     """Queries far behind the original context are scaled up, see `rope.QueryScaling`."""
 
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5}
+
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, {"sliding_window": None, "attention_bias": False, "mlp_bias": False})
-        config = {**_DEFAULTS, **config}
         if not (config.get("rope_parameters") or config.get("rope_scaling")):
-            config["rope_parameters"] = _ROPE
+            config = {**config, "rope_parameters": _ROPE}
         return replace(llama_shape(config), query_scaling=rope.query_scaling(config))

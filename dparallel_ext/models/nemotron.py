@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from . import fields
+from . import fields, rope
 from .config import ModelConfig
 from .llama import LLAMA_NAMES
 from .mistral import Ministral3
@@ -49,9 +49,6 @@ class NemotronDiffusion(Ministral3):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
-        rope = config.get("rope_parameters") or config.get("rope_scaling")
-        if not rope:
+        if not (config.get("rope_parameters") or config.get("rope_scaling")):
             raise ValueError("config: 'rope_parameters' is missing or null")
-        if isinstance(rope, Mapping) and rope.get("rope_theta") is None and config.get("rope_theta") is None:
-            config = {**config, "rope_theta": _ROPE_THETA}
-        return Ministral3.read_config(config)
+        return Ministral3.read_config(rope.with_base(config, _ROPE_THETA))

@@ -37,6 +37,7 @@ class Qwen2(Model):
     """Queries, keys and values have biases, whatever the config says."""
 
     causal = True
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32}
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod
@@ -55,17 +56,19 @@ class Qwen3(Model):
     """Queries and keys are normalised; heads have 128 dimensions unless the config says otherwise."""
 
     causal = True
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32, "head_dim": 128}
     NAMES: ClassVar[dict[str, str]] = QWEN3_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        return llama_shape(config, head_dim=128, **qwen3_options(config))
+        return llama_shape(config, **qwen3_options(config))
 
 
 class Qwen3MoE(Qwen3):
     """Qwen3 with mixtures of experts, see `experts`; heads share the model's width unless the config says
     otherwise."""
 
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 4}
     NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
 
     @staticmethod

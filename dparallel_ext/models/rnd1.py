@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from . import rope
 from .base import Model
 from .config import ModelConfig
 from .dream import diffusion_shape
@@ -13,6 +14,8 @@ from .qwen import EXPERTS_NAMES, experts_of, qwen3_options
 
 _FALSE_FOR_NULL = ("rope_scaling", "sliding_window")
 """Keys that the published config.json has as false."""
+_ROPE_THETA = 1e6
+"""The published base, where a config has none."""
 
 
 class RND1(Model):
@@ -38,10 +41,11 @@ class RND1(Model):
 
     shift = True
     published_mask_id = 151669
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True}
     NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         config = {**config, **{key: None for key in _FALSE_FOR_NULL if config.get(key) is False}}
-        shape = diffusion_shape(config, head_dim=128, **qwen3_options(config))
+        shape = diffusion_shape(rope.with_base(config, _ROPE_THETA), **qwen3_options(config))
         return replace(shape, experts=experts_of(config))

@@ -212,6 +212,14 @@ SCALINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], RopeSc
 """Type of scaling, beside "default" -> the function that reads it."""
 
 
+def with_base(config: Mapping[str, Any], theta: float) -> Mapping[str, Any]:
+    """The config.json, with the base `theta` if it has none."""
+    nested = (config.get(key) for key in ("rope_parameters", "rope_scaling"))
+    holders = [config, *(rope for rope in nested if isinstance(rope, Mapping))]
+    named = any(holder.get("rope_theta") is not None for holder in holders)
+    return config if named else {**config, "rope_theta": theta}
+
+
 def query_scaling(config: Mapping[str, Any]) -> QueryScaling | None:
     """The scaling of queries that a config.json specifies. Raises ValueError as `fields.read`, and if
     `rope_scaling` and `rope_parameters` differ."""

@@ -20,6 +20,7 @@ class SDAR(Model):
 
     strict = frozenset({"confidence"})
     published_mask_id = 151669
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32, "head_dim": 128}
     NAMES: ClassVar[dict[str, str]] = QWEN3_NAMES
 
     @staticmethod
@@ -35,6 +36,8 @@ class DreamReasoner(SDAR):
     tokens and passes with the published loop, written again in plain torch. No released weights were read.
     """
 
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32}
+
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         return block_causal_shape(config, "block_size", 32, **qwen3_options(config))
@@ -43,6 +46,7 @@ class DreamReasoner(SDAR):
 class SDARMoE(SDAR):
     """SDAR with mixtures of experts (SDAR-30B-A3B), see `experts`."""
 
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
     NAMES: ClassVar[dict[str, str]] = EXPERTS_NAMES
 
     @staticmethod

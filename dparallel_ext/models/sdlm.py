@@ -58,6 +58,7 @@ class SDLM(Model):
     window = 4
     published_mask_id = 151665
     mask_key = "text_mask_token_id"
+    DEFAULTS: ClassVar[dict[str, Any]] = {"num_key_value_heads": 32}
     NAMES: ClassVar[dict[str, str]] = LLAMA_NAMES
 
     @staticmethod

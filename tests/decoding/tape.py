@@ -254,8 +254,8 @@ TINY = {
         "rope_theta": 1e4, "include_bias": False, "weight_tying": False, "mask_token_id": 60,
     },
     "sdar": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 128,
-        "intermediate_size": 16, "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "head_dim": 128, "intermediate_size": 16, "vocab_size": 64, "mask_token_id": 60, "block_size": 32,
     },
 }  # fmt: skip
 

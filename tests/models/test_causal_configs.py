@@ -12,7 +12,7 @@ import torch
 from test_causal import LLAMA3, MINISTRAL, case, config_of, transformers
 
 from dparallel_ext import models
-from dparallel_ext.models import Llama, Qwen2, Qwen3, Qwen3MoE
+from dparallel_ext.models import Llama, Qwen2, Qwen3MoE
 
 LLAMA_2 = {
     **{"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "model_type": "llama"},
@@ -256,10 +256,26 @@ def test_what_a_config_may_say_without_effect() -> None:
         {"sliding_window": 8, "layer_types": ["full_attention"] * llama["num_hidden_layers"]},
     ):
         assert Llama({**llama, **changes}).shape == Llama(llama).shape
-    absent = {key: value for key, value in plain.items() if key not in ("head_dim", "rope_parameters")}
-    assert Qwen3(absent).shape.head_dim == 128  # the published default
-    assert Qwen2(absent).shape.head_dim == 8
-    experts = {key: value for key, value in config_of("qwen3_moe").to_dict().items() if key != "head_dim"}
-    assert Qwen3MoE(experts).shape.head_dim == 8  # unlike Qwen3's
+    absent = {key: value for key, value in plain.items() if key != "rope_parameters"}
+    experts = config_of("qwen3_moe").to_dict()
     assert Qwen3MoE({**experts, "is_causal": True, "per_layer_config": {}}).shape == Qwen3MoE(experts).shape
     assert Qwen2(absent).shape.rope_theta == 10000
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "head_dim"),
+    [
+        *(("llama", 64, 8), ("mistral", 8, 8), ("ministral3", 8, 128), ("qwen2", 32, 8), ("qwen3", 32, 128)),
+        *(("qwen3_moe", 4, 8), ("Dream", 32, 8), ("dream_reasoner", 32, 8), ("sdar", 32, 128)),
+        *(("idlm", 32, 128), ("Fast_dLLM_Qwen", 32, 8), ("rnd1", 4, 128), ("sdlm", 32, 8)),
+        ("a2d-qwen3", 32, 128),
+    ],
+)
+def test_heads_that_a_config_does_not_name_are_as_published(
+    family: str, kv_heads: int, head_dim: int
+) -> None:
+    config = config_of("qwen3_moe").to_dict() | {"hidden_size": 512, "num_attention_heads": 64}
+    config |= {"is_causal": models.FAMILIES[family].causal, "sliding_window": None}
+    absent = {key: value for key, value in config.items() if key not in ("num_key_value_heads", "head_dim")}
+    shape = models.FAMILIES[family].shape_of(absent)
+    assert (shape.kv_heads, shape.head_dim) == (kv_heads, head_dim)

@@ -31,6 +31,14 @@ PUBLISHED = {
 }
 
 
+def test_keys_that_a_config_does_not_have_are_as_published() -> None:
+    """Of its config class, which has Qwen3-30B-A3B's numbers for them, not those of transformers' class."""
+    named = {**PUBLISHED, "rope_theta": 1e6}
+    absent = {key: value for key, value in named.items() if key not in ("rope_theta", "norm_topk_prob")}
+    assert RND1.shape_of(absent) == RND1.shape_of(named)
+    assert RND1.shape_of({**absent, "rope_parameters": {"rope_theta": 7.0}}).rope_theta == 7.0
+
+
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     torch.manual_seed(0)
