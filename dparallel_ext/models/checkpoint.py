@@ -57,7 +57,8 @@ def load(
     if code := own_code(config):
         warn(
             f"{source}: config.json names code of its own, {code:.80}, which is not run: it is read as "
-            f"{family_in(config, source).__name__}, autoregressive, and the code's logits may be others"
+            f"{family_in(config, source).__name__}, autoregressive, and the code's logits may be others; if "
+            "it is another family's diffusion model, name that family's model_type"
         )
     if not dequantized.is_read(config):
         files.refuse_quantised(config, (), source)

@@ -1,4 +1,5 @@
-"""Families of 2026: iLLaDA and DreamReasoner, on random weights of transformers' Llama and Qwen3."""
+"""Families of 2026: iLLaDA and DreamReasoner, on random weights of transformers' Llama and Qwen3; and
+Open-dCoder, on those of Qwen2."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
-from dparallel_ext.models import DreamReasoner, ILLaDA, Model
+from dparallel_ext.models import Dream, DreamReasoner, ILLaDA, Model
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,6 +31,9 @@ def theirs(family: str) -> Any:
     torch.manual_seed(4)
     if family == "illada":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    if family == "open_dcoder":
+        tied = {**SIZES, "tie_word_embeddings": True}
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**tied)).eval()
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=8)).eval()
 
 
@@ -41,6 +45,9 @@ def written(family: str, directory: Path, **changes: Any) -> Path:
     config |= {"model_type": "illada", "layer_norm_eps": None, "resid_pdrop": 0.0}
     if family == "dream_reasoner":
         config |= {"model_type": "Dream", "block_size": BLOCK, "mask_token_id": MASK}
+    if family == "open_dcoder":  # as published under the name qwen2, which the user replaces
+        code = {"AutoModelForCausalLM": "modeling_qwen2.Qwen2ForCausalLM"}
+        config |= {"model_type": "Dream", "auto_map": code, "mask_token_id": MASK}
     file.write_text(json.dumps({**config, **changes}))
     return directory
 
@@ -63,7 +70,9 @@ def logits_of(family: str, x: Tensor) -> Tensor:
         return theirs(family)(x[None], attention_mask=mask).logits[0]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("illada", ILLaDA), ("dream_reasoner", DreamReasoner)])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("illada", ILLaDA), ("dream_reasoner", DreamReasoner), ("open_dcoder", Dream)]
+)
 def test_logits(family: str, kind: type[Model], directory: Path) -> None:
     model = ours(family, directory / family)
     assert type(model) is kind
@@ -96,6 +105,25 @@ def test_dream_reasoners_tokens_and_passes_are_the_published_ones(length: int, d
                 expected += 1
             expected += 1  # it stores the block
         assert (response.tolist(), passes) == (x[length:].tolist(), expected)
+
+
+@pytest.mark.parametrize(("steps", "alg"), [(12, "entropy"), (5, "maskgit_plus"), (5, "topk_margin")])
+def test_open_dcoders_tokens_are_the_published_ones(steps: int, alg: str, directory: Path) -> None:
+    """Those of its `diffusion_generate`, which shifts the logits, at temperature 0."""
+    prompt = torch.randint(6, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(steps))
+    model = ours("open_dcoder", directory / "open_dcoder")
+    got = dx.compat.diffusion_generate(model, prompt, max_new_tokens=12, steps=steps, alg=alg)
+    x, times = torch.cat([prompt[0], torch.full((12,), MASK)]), torch.linspace(1, 1e-3, steps + 1)
+    for step in range(steps):
+        masks = (x == MASK).nonzero()[:, 0]
+        p = logits_of("open_dcoder", x)[masks - 1].softmax(-1)
+        count = int(len(masks) * (1 - times[step + 1] / times[step])) if step < steps - 1 else len(masks)
+        best, second = p.topk(2).values.T
+        ranks = {"entropy": (p * p.log()).sum(-1), "maskgit_plus": best, "topk_margin": best - second}[alg]
+        chosen = ranks.topk(count).indices
+        x[masks[chosen]] = p.argmax(-1)[chosen]
+    assert MASK not in x
+    assert got.tolist() == [x.tolist()]
 
 
 def test_what_the_published_layers_are_otherwise_is_refused(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_known_by_the_code_that_it_names(tmp_path: Path) -> None
     assert type(models.load(tmp_path)) is Llama
     file.write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_other.Other"}}))
     with pytest.warns(
-        UserWarning, match=r"modeling_other\.Other, which is not run: .* as Llama, autoregressive"
+        UserWarning, match=r"modeling_other\.Other, which is not run: .* as Llama, auto.* family's model_type"
     ):
         models.load(tmp_path)
 
