@@ -33,6 +33,15 @@ ADD, HATS = ("add", {"n": 1, "s": "é}"}), ("hat-s", {})
 Calls = Sequence[tuple[str, Any]]
 
 
+def test_text_and_calls_come_in_their_order() -> None:
+    style = call_style(QWEN)
+    assert style is not None
+    call = '<tool_call>{"name": "hat-s"}</tool_call>'
+    said = PossibleCalls(style, SCHEMAS, None).put(f"So: {call} {call} it is {call}.", last=True)
+    named = [part if isinstance(part, str) else part["index"] for part in said.parts]
+    assert named == ["So:", 0, 1, " it is", 2, "."]
+
+
 def written(template: str, parts: Sequence[str], most: int | None = None) -> tuple[str, Calls]:
     """Text and calls of an answer that comes in these parts."""
     style = call_style(template)

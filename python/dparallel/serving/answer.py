@@ -122,7 +122,8 @@ class AnswerWriter:
         """The event of a piece of a choice's text. fields: others of the choice."""
         calls: Sequence[dict[str, Any]] = ()
         if self.calls is not None and (piece or reason is not None):
-            piece, calls = self.calls[index].put(piece, last=reason is not None)
+            said = self.calls[index].put(piece, last=reason is not None)
+            piece, calls = said.text, said.calls
         delta = {**({"content": piece} if piece else {}), **({"tool_calls": calls} if calls else {})}
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": piece}
         reason = reason and self.reason(index, reason)

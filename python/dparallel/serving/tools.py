@@ -60,9 +60,17 @@ def new_id() -> str:
 class Said(NamedTuple):
     """What more text brings to an answer."""
 
-    text: str = ""
-    calls: Sequence[dict[str, Any]] = ()
-    """Entries of "tool_calls" of a stream, whose `index` is the call's."""
+    parts: Sequence[str | dict[str, Any]] = ()
+    """Text, and entries of "tool_calls" of a stream, whose `index` is the call's, as they follow each
+    other."""
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [part for part in self.parts if isinstance(part, dict)]
 
 
 class CallText:
@@ -92,7 +100,7 @@ class CallText:
         # The last character may be the call's end, which is not of the arguments.
         end = max(self._sent, len(self._text) - self._tail)
         call["function"]["arguments"], self._sent = self._text[self._sent : end], end
-        return Said(calls=[call] if "id" in call or call["function"]["arguments"] else [])
+        return Said([call] if "id" in call or call["function"]["arguments"] else [])
 
 
 # --- calls that a model may make ------------------------------------------------------------------
@@ -245,9 +253,9 @@ class PossibleCalls:
             if self._bare and not last:
                 return Said()
             if self._bare and (found := self._read(self._held, foreign=False)):
-                return Said(calls=found)
-        style, said = self._style, ""
-        calls: list[dict[str, Any]] = []
+                return Said(found)
+        style = self._style
+        said: list[str | dict[str, Any]] = []
         while True:
             if not self._inside:
                 text, begun, rest = self._held.partition(style.begin)
@@ -255,17 +263,18 @@ class PossibleCalls:
                     open_at = len(text) - (0 if last else overlap(text, style.begin))
                     shown = text[:open_at].rstrip() if not last or self.count else text
                     self._held = text[len(shown) :]
-                    return Said(said + shown, calls)
+                    return Said([*said, shown] if shown else said)
                 shown = text.rstrip()
-                said, self._blank = said + shown, text[len(shown) :]
+                said += [shown] if shown else []
+                self._blank = text[len(shown) :]
                 self._held, self._inside = rest, True
             body, ended, rest = self._held.partition(style.end or style.begin)
             if not ended and not last:
-                return Said(said, calls)
+                return Said(said)
             written = self._read(body)
             if written is None:
-                said += f"{self._blank}{style.begin}{body}{ended and style.end}"
-            calls += written or []
+                said.append(f"{self._blank}{style.begin}{body}{ended and style.end}")
+            said += written or []
             self._held, self._inside = rest if style.end else ended + rest, False
 
     def _read(self, body: str, foreign: bool = True) -> list[dict[str, Any]] | None:
