@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -17,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from dparallel_ext import DraftEvent
 
 from .. import text
-from .call import Call, Score
+from .call import Call, Piece, Score
 from .errors import ApiError, client_left
 from .logprobs import chat_logprobs, completion_logprobs, finite
 from .protocol import ChatRequest, CompletionRequest, ToolName
@@ -40,23 +42,26 @@ class EventStream(StreamingResponse):
             self.call.close()
 
 
-class AnswerWriter:
-    """Writes the pieces of a call as either endpoint's JSON: whole, or as events of a stream."""
+class Writer(ABC):
+    """Writes the pieces of a call as an endpoint's JSON: whole, or as events of a stream."""
 
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
         self.request, self.call = request, call
-        self.chat = isinstance(request, ChatRequest)
         self.token_texts = service.model(request.model).token_texts
-        self.frame = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if self.chat else "text_completion",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        options = request.stream_options
-        self.usage = bool(options and options.include_usage)
-        self.continuous = bool(options and options.continuous_usage_stats)
         self.calls = self._calls(service)
+
+    @abstractmethod
+    def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+
+    @abstractmethod
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+
+    def draft(self, piece: Piece) -> dict[str, Any]:
+        """The "draft" of a piece that has one."""
+        assert piece.draft is not None
+        return draft_of(piece.draft, self.call.choices[piece.choice].gen_length, self.token_texts)
 
     def _calls(self, service: Service) -> Sequence[CallText | PossibleCalls] | None:
         """What reads the calls of each choice; None where there are none."""
@@ -79,6 +84,23 @@ class AnswerWriter:
             return chat_logprobs([(said, value) for said, value in tokens if value is not None], top)
         best = [each.best and (texts(each.best[0]), each.best[1]) for each in scores] if top else None
         return completion_logprobs(tokens, [each.start for each in scores], best)
+
+
+class AnswerWriter(Writer):
+    """Writes the answer of chat completions or of completions."""
+
+    def __init__(self, service: Service, request: ChatRequest | CompletionRequest, call: Call) -> None:
+        super().__init__(service, request, call)
+        self.chat = isinstance(request, ChatRequest)
+        self.frame = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        options = request.stream_options
+        self.usage = bool(options and options.include_usage)
+        self.continuous = bool(options and options.continuous_usage_stats)
 
     def choice(
         self,
@@ -130,7 +152,6 @@ class AnswerWriter:
         return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
 
     async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
         call = self.call
         if self.chat:
             self.frame["object"] = "chat.completion.chunk"
@@ -140,8 +161,7 @@ class AnswerWriter:
                 yield self.part(index, "", delta={"role": "assistant", "content": begins})
             async for piece in call.pieces():
                 if piece.draft is not None:
-                    length = call.choices[piece.choice].gen_length
-                    yield self.part(piece.choice, "", draft=draft_of(piece.draft, length, self.token_texts))
+                    yield self.part(piece.choice, "", draft=self.draft(piece))
                 if piece.text or piece.scores:
                     yield self.part(piece.choice, piece.text, scores=piece.scores)
                 if piece.reason is not None:
@@ -152,25 +172,14 @@ class AnswerWriter:
         except ApiError as error:
             yield sse(error.body)
 
-    async def whole(self, http: Request) -> dict[str, Any]:
-        """All choices; ends the call if the client leaves."""
+    async def whole(self) -> dict[str, Any]:
         call = self.call
         texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
         scores: list[list[Score]] = [[] for _ in call.choices]
-
-        async def gone() -> None:
-            await left(http)
-            call.fail(client_left())
-
-        watching = asyncio.ensure_future(gone())
-        try:
-            async for piece in call.pieces():
-                texts[piece.choice] += piece.text
-                scores[piece.choice] += piece.scores
-                reasons[piece.choice] = piece.reason or ""
-        finally:
-            watching.cancel()
-            call.close()
+        async for piece in call.pieces():
+            texts[piece.choice] += piece.text
+            scores[piece.choice] += piece.scores
+            reasons[piece.choice] = piece.reason or ""
         choices = [
             self.choice(
                 index,
@@ -189,13 +198,35 @@ async def left(http: Request) -> None:
         pass
 
 
-async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
-    """The response to either endpoint, whole or streaming."""
+@contextlib.asynccontextmanager
+async def attended(call: Call, http: Request) -> AsyncIterator[None]:
+    """A context that closes the call at its end, and fails it if the client leaves before."""
+
+    async def gone() -> None:
+        await left(http)
+        call.fail(client_left())
+
+    watching = asyncio.ensure_future(gone())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        call.close()
+
+
+async def answer(
+    service: Service,
+    http: Request,
+    request: ChatRequest | CompletionRequest,
+    writer: Callable[[Service, ChatRequest | CompletionRequest, Call], Writer] = AnswerWriter,
+) -> Response:
+    """The response to a request, whole or streaming, as `writer` writes it."""
     call = await service.model(request.model).call(request, lambda: left(http))
-    written = AnswerWriter(service, request, call)
+    written = writer(service, request, call)
     if request.stream:
         return EventStream(call, written.events())
-    return JSONResponse(await written.whole(http))
+    async with attended(call, http):
+        return JSONResponse(await written.whole())
 
 
 def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str, Any]:
