@@ -142,16 +142,10 @@ class StructuredOutputs(Strict):
         return Form("regex", choice_pattern(self.choice) if self.choice else self.regex or "")
 
 
-class Options(Strict):
-    """The parameters of both endpoints."""
+class Common(Strict):
+    """The parameters of every endpoint."""
 
-    asked: ClassVar[str]
-    """The parameter that holds the prompt or the messages."""
-    top_name: ClassVar[str]
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
-    best_of: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -162,12 +156,10 @@ class Options(Strict):
     ignore_eos: bool | None = None
     """Decode max_tokens tokens, and do not stop at the model's end tokens."""
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     stream_drafts: bool | None = None
     """Stream the active block after every pass too, see `draft_of`."""
     policy: str | None = None
     """The unmasking rule of a diffusion model, see `parse_policy`. It is read when the model is known."""
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @field_validator(
@@ -185,6 +177,20 @@ class Options(Strict):
             return strings
         raise ValueError(f"expected a string or up to {MOST_STOPS}, none of them empty")
 
+
+class Options(Common):
+    """The parameters of chat completions and of completions."""
+
+    asked: ClassVar[str]
+    """The parameter that holds the prompt or the messages."""
+    top_name: ClassVar[str]
+    format_name: ClassVar[str] = "response_format"
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MOST_PROMPTS)
+    best_of: int | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         usage = self.stream_options is not None and self.stream_options.include_usage
@@ -195,7 +201,7 @@ class Options(Strict):
             message = f"best_of: only n, here {self.n or 1}, is supported, got {self.best_of}"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         if self.structured_outputs and self.response_format and self.response_format.form:
-            message = "structured_outputs: not beside a response_format"
+            message = f"structured_outputs: not beside a {self.format_name}"
             raise ApiError(400, message, param="structured_outputs")
         return self
 
@@ -208,7 +214,7 @@ class Options(Strict):
     @property
     def form_name(self) -> str:
         """The parameter by which the form is given."""
-        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+        return "structured_outputs" if self.structured_outputs is not None else self.format_name
 
     @property
     def length_name(self) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -214,14 +215,14 @@ class ModelService:
             render = functools.partial(self.template, messages, tools=tools, **keywords)
             async with self.service.rendering:  # so that templates, which wait for each other, use one thread
                 rendered = await self.service.elsewhere(render)
-            return await self._ids("messages", [rendered])
+            return await self._ids(request.asked, [rendered])
         if keywords:
             reason = "chat_template_kwargs: expected none, since the model has no chat template"
             raise ApiError(400, f"{reason}, got {sorted(keywords)[0]}", param="chat_template_kwargs")
         asked = [message["content"] for message in messages if message["role"] == "user"]
         if not asked:
             raise ValueError("messages: expected one from the user")
-        return await self._ids("messages", asked[-1:], special=True)
+        return await self._ids(request.asked, asked[-1:], special=True)
 
     async def call(
         self, request: ChatRequest | CompletionRequest, left: Callable[[], Awaitable[None]]
@@ -241,7 +242,8 @@ class ModelService:
         try:
             encoded = await self.encode(request)
         except ValueError as error:
-            raise ApiError(400, str(error), param=param) from error
+            message = re.sub("^messages:", f"{param}:", str(error))
+            raise ApiError(400, message, param=param) from error
         suffix = await self._suffix(request, encoded)
         seed = self.seed if request.seed is None else request.seed
         choices = [
@@ -257,7 +259,7 @@ class ModelService:
             for i in range(each)
         ]
         automaton = await self._automaton(request)
-        with self._engine_errors(param, request.form_name):
+        with self._engine_errors(request):
             config = self._config(request, automaton)
         if isinstance(request, CompletionRequest) and request.echo:
             self._check_room(len(choices))
@@ -276,7 +278,7 @@ class ModelService:
         mask_id = self.engine.mask_id
 
         def submit(choice: Choice, tell: Callable[[DraftEvent], None]) -> Handle:
-            with self._engine_errors(param, request.form_name):
+            with self._engine_errors(request):
                 between = [mask_id] * choice.gen_length if choice.suffix and mask_id is not None else []
                 return self.engine.submit(
                     [*choice.prompt, *between, *choice.suffix],
@@ -405,17 +407,16 @@ class ModelService:
         return structured.Vocabulary.of(self.tokenizer)
 
     @contextlib.contextmanager
-    def _engine_errors(self, param: str, form: str) -> Iterator[None]:
-        """A context that turns the engine's errors into ApiError; `param`, `form`: the request's names for
-        the prompt and the form of the response."""
+    def _engine_errors(self, request: Options) -> Iterator[None]:
+        """A context that turns the engine's errors into ApiError, by the request's names."""
         try:
             yield
         except RuntimeError as error:
             raise ApiError(503, str(error), code="closed") from error
         except ValueError as error:
             ours, _, reason = str(error).partition(":")
-            theirs = {"prompt": param, "gen_length": "max_tokens", "stop": "stop_token_ids"}
-            theirs |= {"automaton": form, "infill": "suffix", "rule": "policy"}
+            theirs = {"prompt": request.asked, "gen_length": request.length_name, "stop": "stop_token_ids"}
+            theirs |= {"automaton": request.form_name, "infill": "suffix", "rule": "policy"}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs", "policy")}
             # Other arguments, such as steps, follow from the policy.
             name, reason = (theirs[ours], reason) if ours in theirs else ("policy", f" {error}")
