@@ -14,7 +14,7 @@ import pytest
 from server_here import MODEL, Here, all_of, post, serving
 
 PROMPT = "sam has 3 cups . each cup has 4 beads"
-PATHS = ("/v1/completions", "/v1/chat/completions")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 FIRST = {"model": MODEL, "prompt": PROMPT, "max_tokens": 16}
 
 
@@ -157,7 +157,8 @@ NAMES = (
     "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "stream",
     "stream_options",
     "stream_drafts", "policy", "logprobs", "top_logprobs", "echo", "tools", "logit_bias", "response_format",
-    "tool_choice", "parallel_tool_calls",
+    "tool_choice", "parallel_tool_calls", "input", "instructions", "max_output_tokens", "text", "include",
+    "reasoning", "store",
     "chat_template_kwargs", "user", "metadata", "min_p", "unheard_of", "", "__class__", "\ud800",
 )  # fmt: skip
 
@@ -177,12 +178,15 @@ def some_value(rng: random.Random, depth: int = 0) -> Any:
 
 def some_json(rng: random.Random) -> tuple[str, bytes]:
     path = rng.choice(PATHS)
-    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 4}
-    asked |= {"prompt": "sam"} if path == PATHS[0] else {"messages": [{"role": "user", "content": "sam"}]}
+    asked: dict[str, Any] = {"model": MODEL, "max_output_tokens" if path == PATHS[2] else "max_tokens": 4}
+    messages = [{"role": "user", "content": "sam"}]
+    asked |= dict(zip(PATHS, ({"prompt": "sam"}, {"messages": messages}, {"input": messages}), strict=True))[
+        path
+    ]
     for _ in range(rng.randint(0, 3)):
         asked[rng.choice(NAMES)] = some_value(rng)
-    if rng.random() < 0.2 and isinstance(asked.get("messages"), list):
-        asked["messages"].append({rng.choice(["role", "content", "name", "x"]): some_value(rng)})
+    if rng.random() < 0.2 and (asked.get("messages") is messages or asked.get("input") is messages):
+        messages.append({rng.choice(["role", "content", "name", "type", "x"]): some_value(rng)})
     body = json.dumps(asked, ensure_ascii=rng.random() < 0.7).encode("utf-8", "surrogatepass")
     kind = rng.random()
     if kind < 0.05:  # the same key twice

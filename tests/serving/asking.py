@@ -18,6 +18,8 @@ import pytest
 import torch
 from dparallel.toy import tasks
 from openai import BadRequestError, OpenAI
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from server_here import BLOCK, EOS, MODEL, Here
 
 import dparallel_ext as dx
@@ -52,6 +54,47 @@ def decoded(student: tuple[Any, Any], prompt: str, **settings: Any) -> tuple[str
 def chat(client: OpenAI, prompt: str = PROMPT, **settings: Any) -> Any:
     messages = [{"role": "user", "content": prompt}]
     return client.chat.completions.create(**{"model": MODEL, "messages": messages, **settings})
+
+
+EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+ORDER = re.compile(
+    "created in_progress "
+    "(output_item.added (content_part.added (output_text.delta )+output_text.done content_part.done "
+    "|(function_call_arguments.delta )*function_call_arguments.done )output_item.done )+"
+    "(completed|incomplete) "
+)
+
+
+def responded(client: OpenAI, given: Any = PROMPT, **settings: Any) -> Any:
+    """A response, whole, and the same as it streams: both are of the client's types, and the events come in
+    their order."""
+    asked: dict[str, Any] = {"model": MODEL, "input": given, **settings}
+    whole = client.responses.create(**asked)
+    events = [event.to_dict() for event in client.responses.create(**asked, stream=True)]
+    of_items: dict[str, list[Any]] = {}
+    for number, event in enumerate(events):
+        EVENTS.validate_python(event)
+        assert event["sequence_number"] == number
+        if "output_index" in event:
+            of_items.setdefault(str(event["output_index"]), []).append(event)
+    names = [event["type"].removeprefix("response.") for event in events]
+    assert ORDER.fullmatch(" ".join([*names, ""])), names
+    last = events[-1]["response"]
+    for item, said in zip(last["output"], of_items.values(), strict=True):
+        assert said[-1]["item"] == item
+        assert {event.get("item_id", item["id"]) for event in said} == {item["id"]}
+        text = "".join(event.get("delta", "") for event in said)
+        assert text == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        assert all(text == event[key] for event in said for key in ("text", "arguments") if key in event)
+
+    def lasting(response: dict[str, Any]) -> dict[str, Any]:
+        output = [{**item, "id": "", "call_id": ""} for item in response["output"]]
+        return {**response, "id": "", "created_at": 0, "completed_at": 0, "output": output}
+
+    assert lasting(whole.to_dict()) == lasting(last)
+    Response.model_validate(last)
+    assert last["status"] == names[-1]
+    return whole
 
 
 @contextmanager

@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from asking import bad_request, chat, joined
+from asking import bad_request, chat, joined, responded
 from conftest import golden
 from dparallel.any_json import DEPTH
 from drafters import model_of
 from json_texts import END, depth_of, read, tokenizer
 from openai import OpenAI
+from pydantic import BaseModel
 from server_here import Here, serving
 
 MODE = {"response_format": {"type": "json_object"}}
@@ -106,6 +107,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+class Kind(BaseModel):
+    it: Literal["a", "b"]
+    ok: bool
+
+
 def called(client: OpenAI, tools: list[str], choice: Any, length: int = 60) -> tuple[str | None, str, str]:
     """Name and arguments of the call, whole and as they stream, and the finish reason."""
     functions = [{"name": name, "parameters": ARGUMENTS[name] or None} for name in tools]
@@ -124,6 +130,14 @@ def called(client: OpenAI, tools: list[str], choice: Any, length: int = 60) -> t
             arguments += part.function.arguments
         reason = chunk.choices[0].finish_reason or reason
     assert ([(name, arguments) for name in names], reason) == (whole, choice.finish_reason)
+    flat = [{"type": "function", **each} for each in functions]
+    one = asked["tool_choice"]
+    one = one if isinstance(one, str) else {"type": "function", **one["function"]}
+    found = responded(client, "a", model="json", max_output_tokens=length, tools=flat, tool_choice=one)
+    items = [each for each in found.output if each.type == "function_call"]
+    assert [(each.name, each.arguments) for each in items] == whole
+    assert found.output_text == ""
+    assert found.status == ("incomplete" if reason == "length" else "completed")
     return *(whole or [(None, "")])[0], reason
 
 
@@ -146,6 +160,20 @@ def test_a_function_is_called(client: OpenAI) -> None:
             assert said["n"] <= 99
     # It is cut within the name, and in front of the last brace.
     assert called(client, ["add-b", "add"], "required", length=2) == (None, "", "length")
+
+
+def test_a_response_is_parsed(client: OpenAI) -> None:
+    """As the type that the client is given says, whole and streaming."""
+    asked: dict[str, Any] = {"model": "json", "input": "a", "max_output_tokens": 60, "text_format": Kind}
+    whole = client.responses.parse(**asked).output_parsed
+    assert isinstance(whole, Kind)
+    with client.responses.stream(**asked) as stream:
+        assert stream.get_final_response().output_parsed == whole
+    found = responded(
+        client, "a", model="json", max_output_tokens=60, text={"format": {"type": "json_object"}}
+    )
+    assert found.text.format.type == "json_object"
+    check(found.output_text)
 
 
 def test_a_tool_that_is_not_to_be_called(client: OpenAI) -> None:

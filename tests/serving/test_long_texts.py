@@ -15,6 +15,7 @@ from asking import FIRST, MODEL, PROMPT, VOCABULARY, decoded, enumerate_bytes, u
 from dparallel import registry, sandbox
 from dparallel.serving.errors import ApiError
 from dparallel.serving.protocol import ChatRequest, CompletionRequest
+from dparallel.serving.responses import ResponsesRequest
 from pydantic import ValidationError
 from server_here import all_of, answer_of, post, serving
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -116,6 +117,9 @@ def test_as_many_messages_as_fit_are_refused_at_once() -> None:
     """One error is told of each request, so no more are looked for."""
     with pytest.raises(ValidationError) as found:
         ChatRequest.model_validate({"model": "x", "messages": [{}] * 1000})
+    assert found.value.error_count() < 10
+    with pytest.raises(ValidationError) as found:
+        ResponsesRequest.model_validate({"model": "x", "input": [{}] * 1000})
     assert found.value.error_count() < 10
     with pytest.raises(ValidationError, match="expected at most 4096 prompts, got 200000"):
         CompletionRequest.model_validate({"model": "x", "prompt": [[1]] * 200000})
@@ -220,6 +224,7 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
     expected = {
         "/v1/chat/completions": (400, 401, 404, 413, 429, 503),
         "/v1/completions": (400, 401, 404, 413, 429, 503),
+        "/v1/responses": (400, 401, 404, 413, 429, 503),
         "/v1/models": (401, 413),
         "/v1/models/{name}": (401, 404, 413),
         "/metrics": (401, 413),
@@ -248,6 +253,7 @@ def test_what_may_be_answered_is_described(student: tuple[Any, Any]) -> None:
     for form in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"][1:]:
         assert form["minItems"] == form.get("items", {}).get("minItems", 1) == 1
     assert kinds("ChatRequest", "stop") == {"string", "array of string", "null"}
+    assert kinds("MessageItem", "content") == {"string", "array"}
     assert kinds("ChatMessage", "content") == {"string", "array", "null"}
     assert set(schemas["TextPart"]["required"]) == {"type", "text"}
     fields = schemas["ErrorFields"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from asking import bad_request, chat
+from asking import bad_request, chat, responded
 from dparallel.serving.tools import PossibleCalls, call_style
 from drafters import model_of
 from openai import OpenAI
@@ -27,6 +27,7 @@ SCHEMAS = {
     "add": {"properties": {"n": {"type": "integer"}, "s": {"anyOf": [{"type": "string"}, {"type": "null"}]}}},
     "hat-s": {},
 }
+FUNCTION = {"type": "function"}
 CODER = "{{ '<tool_call>\\n<function=example>\\n<parameter=a>' }}"
 ADD, HATS = ("add", {"n": 1, "s": "é}"}), ("hat-s", {})
 
@@ -153,6 +154,16 @@ def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
         messages = [{"role": "user", "content": "?"}, streamed.message]
         messages.append({"role": "tool", "tool_call_id": same.id, "content": "so"})
         assert client.chat.completions.create(messages=messages, **asked).choices[0].message.tool_calls
+        flat = {**asked, "max_output_tokens": 16, "tools": [tool["function"] | FUNCTION for tool in TOOLS]}
+        own = {"extra_body": {"seed": flat.pop("seed")}}
+        del flat["max_tokens"]
+        text, called = responded(client, "?", **flat, **own).output
+        assert text.content[0].text == "Yes."
+        assert (called.type, called.name, called.status) == ("function_call", "add", "completed")
+        assert called.arguments == call.function.arguments
+        result = {"type": "function_call_output", "call_id": called.call_id, "output": "so"}
+        given = [{"role": "user", "content": "?"}, text, called, result]
+        assert client.responses.create(input=given, **flat, **own).output[-1].type == "function_call"
         spelled = chat(client, "?", **asked, tool_choice="none").choices[0]
         assert spelled.message.tool_calls is None
         assert ("<tool_call>" in spelled.message.content) is not special

@@ -121,7 +121,7 @@ def serve(
 ) -> None:
     """Run an OpenAI-compatible server, with a page to watch decoding at /.
 
-    It has /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
+    It has /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health and /metrics.
     """
     with plain_errors("serve"):
         from ..serving import runner, settings

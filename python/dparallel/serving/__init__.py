@@ -1,6 +1,7 @@
 """`dparallel serve`: an HTTP server that speaks OpenAI's protocol, over `dparallel_ext.Engine`.
 
-    POST /v1/completions, /v1/chat/completions      GET /v1/models, /health, /metrics, /version, / (the page)
+    POST /v1/completions, /v1/chat/completions, /v1/responses
+    GET /v1/models, /health, /metrics, /version, / (the page)
 
 It serves one model or several, each with an engine of its own; a request names its model. /health covers all
 models; metrics of a model have its name as a label.

@@ -259,10 +259,11 @@ def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str
     return fields
 
 
-def sse(content: dict[str, Any]) -> str:
-    """An event of a stream of server-sent events: a line of JSON.
+def sse(content: dict[str, Any], name: str | None = None) -> str:
+    """An event of a stream of server-sent events: its name, if it has one, and a line of JSON.
 
     It is ASCII, since clients that split decoded text as Python's `str.splitlines` does, such as httpx's
     `iter_lines`, also end a line at U+0085, U+2028 and U+2029.
     """
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {json.dumps(content, separators=(',', ':'))}\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import math
 import re
@@ -27,12 +28,14 @@ from . import connections
 from .answer import answer
 from .errors import ERRORS, ApiError, errors, full, in_time
 from .protocol import ChatRequest, CompletionRequest, Health
+from .responses import ResponsesRequest, ResponseWriter
 from .service import Service
 
 READ = "GET, HEAD"
 PATHS = {
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
+    "/v1/responses": "POST",
     "/v1/models": READ,
     "/health": READ,
     "/metrics": READ,
@@ -243,6 +246,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=errors(*ERRORS))
     async def completions(http: Request, request: CompletionRequest) -> Response:
         return await answer(service, http, request)
+
+    @app.post("/v1/responses", responses=errors(*ERRORS))
+    async def responses(http: Request, request: ResponsesRequest) -> Response:
+        return await answer(service, http, request.chat, functools.partial(ResponseWriter, request))
 
     def read(
         path: str, answers: dict[int | str, dict[str, Any]], form: type[Response] = JSONResponse

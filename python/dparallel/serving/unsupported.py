@@ -37,6 +37,8 @@ supported; and what OpenAI's client adds to an answer that it parses. Fields of 
 too."""
 
 EITHER = (False, True)
+SUMMARIES = ("auto", "concise", "detailed")
+"""Of what answers have not."""
 
 OPENAI: Neutral = {
     "frequency_penalty": (0,),
@@ -121,6 +123,19 @@ MESSAGE: Neutral = {
 adds."""
 PART: Neutral = {"annotations": ([],), "type": ("text",)}
 """Fields of a part of a message's content, besides its text."""
+
+RESPONSE: Neutral = {
+    **REQUEST,
+    "background": (False,),
+    "context_management": ([],),
+    "n": (1,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "truncation": ("disabled",),
+}
+"""Of the Responses API."""
+RESPONSE_TEXT: Neutral = {"verbosity": ("medium",)}
+RESPONSE_TOOL: Neutral = {"async": (False,), "defer_loading": (False,)}
+REASONING: Neutral = {"effort": ("none",), **dict.fromkeys(("summary", "generate_summary"), SUMMARIES)}
 
 SCORES = (
     "log-likelihoods of a given text under diffusion models are computed by lm_eval --model dparallel, see "
