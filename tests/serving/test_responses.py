@@ -228,6 +228,36 @@ def test_what_cannot_be_had_is_named(client: OpenAI, settings: dict[str, Any], p
         client.responses.create(**{"model": MODEL, "input": PROMPT, **settings})
 
 
+def test_requests_of_codex(served: Here, student: tuple[Any, Any]) -> None:
+    """Its fields and items, but for the tools' names: a model of words of one task has no way of calling."""
+    call = {"type": "function_call", "name": "exec", "arguments": "{}", "call_id": "1"}
+    said = [{"type": "input_text", "text": PROMPT}]
+    body = {
+        "model": MODEL,
+        "instructions": "be brief",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "so"}]},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": None},
+            call,
+            {"type": "function_call_output", "call_id": "1", "output": "done"},
+            {"type": "message", "role": "user", "content": said},
+        ],
+        "tools": [{**TOOL, "strict": False, "description": "runs"}],
+        "tool_choice": "none",
+        "parallel_tool_calls": False,
+        "reasoning": None,
+        "store": False,
+        "stream": True,
+        "include": [],
+        "prompt_cache_key": "key",
+        "client_metadata": {"a": "b"},
+    }
+    status, _, answer = exchange(served, "POST", "/v1/responses", body, Accept="text/event-stream")
+    last = json.loads(answer.decode().split("\n\n")[-2].split("data: ")[1])
+    assert (status, last["type"]) == (200, "response.completed")
+    assert last["response"]["output"][0]["content"][0]["text"] == decoded(student, PROMPT)[0]
+
+
 @pytest.mark.parametrize("which", [0, -1])
 def test_neutral_values_are_accepted(client: OpenAI, which: int) -> None:
     def one_of_each(neutral: unsupported.Neutral) -> dict[str, Any]:

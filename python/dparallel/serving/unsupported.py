@@ -16,6 +16,7 @@ Neutral = Mapping[str, tuple[Any, ...]]
 HARMLESS = frozenset(
     {
         "cache_control",
+        "client_metadata",
         "metadata",
         "parsed",
         "parsed_arguments",
