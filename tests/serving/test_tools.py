@@ -164,6 +164,9 @@ def test_a_model_calls_a_function(tmp_path: Path, special: bool) -> None:
         result = {"type": "function_call_output", "call_id": called.call_id, "output": "so"}
         given = [{"role": "user", "content": "?"}, text, called, result]
         assert client.responses.create(input=given, **flat, **own).output[-1].type == "function_call"
+        on = {**flat, "max_output_tokens": 75, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        kinds = [item.type for item in responded(client, "?", **on).output]
+        assert kinds == [*["message", "function_call"] * 2, "message"]
         spelled = chat(client, "?", **asked, tool_choice="none").choices[0]
         assert spelled.message.tool_calls is None
         assert ("<tool_call>" in spelled.message.content) is not special

@@ -442,6 +442,8 @@ class ResponseWriter(Writer):
     def _ended(self, reason: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
         """The response's last event."""
         status = {"stop": "completed", "length": "incomplete"}.get(reason, "failed")
+        if self.item is not None:  # which a failure has cut
+            self.item["status"] = "incomplete"
         used = self.call.usage()
         prompt_details = used.pop("prompt_tokens_details")
         usage = {
