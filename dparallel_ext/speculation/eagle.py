@@ -36,7 +36,7 @@ from ..models.fields import LAYERS, NO, VOCABULARY, WIDTH, Field, check_supporte
 from ..models.modules import Attend, Block, RMSNorm, Stream, norm_of_sum, shapes_only
 from ..ops import row_topk
 from ..packed import Packing, bits_of, floats_of, unpack
-from .blocks import TrainedBlockDrafter
+from .blocks import Chains, TrainedBlockDrafter
 from .checkpoint import DraftCheckpoint, Origin, check_target
 from .draft import Draft
 from .drafter import EMBEDDING, DraftKey, Lane, Observation, RecordedSession, check_layers
@@ -222,7 +222,7 @@ class EagleDrafter(TrainedBlockDrafter[EagleModel]):
             raise ValueError(f"drafter: {self.source} is EAGLE-3, expected P-EAGLE for trees")
 
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
-        return _Session(self, model, kv_cache, lanes, graphs)
+        return _Session(self.fused(model), self.drafting, model, kv_cache, lanes, graphs)
 
 
 def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
@@ -254,15 +254,20 @@ def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:
 
 
 class _Session(RecordedSession):
-    """Keeps features under the block table of the target's cache, and keys and values of pairs by lane."""
+    """Keeps features under the block table of the target's cache, and keys and values of pairs by lane.
+
+    Args:
+        layers: the drafter's weights.
+        drafting: makes drafts of the guesses.
+    """
 
     def __init__(
-        self, drafter: EagleDrafter, model: Model, kv_cache: KVCache, lanes: int, graphs: bool
+        self, layers: EagleModel, drafting: Chains, model: Model, kv_cache: KVCache, lanes: int, graphs: bool
     ) -> None:
-        self._drafter, self._layers = drafter, drafter.fused(model)
-        super().__init__(self._layers, model, graphs)
-        self.taps = drafter.options.taps_of(model.shape.layers)
-        s, length = drafter.options.shape, kv_cache.length
+        self._layers, self._options, self._drafts = layers, layers.options, drafting
+        super().__init__(layers, model, graphs)
+        self.taps = self._options.taps_of(model.shape.layers)
+        s, length = self._options.shape, kv_cache.length
         zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         self._table, self._page_size = kv_cache.block_table, kv_cache.page_size
         self._nowhere = kv_cache.slots.shape[2] * self._page_size
@@ -297,15 +302,15 @@ class _Session(RecordedSession):
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         # A text of one token has no feature yet, and so no pair.
         sizes = [size if len(lane.tokens) > 1 else 0 for lane, size in zip(lanes, sizes, strict=True)]
-        counts = [min(size, self._drafter.options.block - 1) for size in sizes]
+        counts = [min(size, self._options.block - 1) for size in sizes]
         going = [(lane, count) for lane, count in zip(lanes, counts, strict=True) if count]
         guesses, scores = self._guesses(*zip(*going, strict=True)) if going else ([], [])
-        drafting = self._drafter.drafting
-        return [drafting.draft(tree, guesses) for tree in draft_trees(scores, drafting.width, counts, sizes)]
+        trees = draft_trees(scores, self._drafts.width, counts, sizes)
+        return [self._drafts.draft(tree, guesses) for tree in trees]
 
     def _guesses(self, lanes: Sequence[Lane], counts: Sequence[int]) -> tuple[list[int], list[float]]:
         """The tokens of each lane's `counts` rows, `width` of each, and their log-probabilities."""
-        mask_id = self._drafter.options.mask_id
+        mask_id = self._options.mask_id
         packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
         spans: list[Span] = []
         ids: list[int] = []
@@ -397,7 +402,7 @@ class _Session(RecordedSession):
                 logits = layers.lm_head(y)
             for number, tokens in never.items():
                 logits.masked_fill_((group == number)[:, None] & tokens, -torch.inf)
-            best = row_topk(logits, self._drafter.drafting.width, check=False)
+            best = row_topk(logits, self._drafts.width, check=False)
             ids = targets[best.token.clamp(min=0)]  # a row without a choice has none behind it either
             results.append(torch.stack((ids, bits_of(best.logprob))))
         return torch.cat(results, 1)
