@@ -13,7 +13,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
-from .._C import DraftTree, draft_trees
+from .._C import draft_trees
 from ..arguments import instance
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence_settings import grouped
@@ -32,9 +32,22 @@ class Chains:
     width = 1
     """The number of a row's likeliest guesses from which drafts are made; with 1 they are chains."""
 
-    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
-        """The draft of a tree behind a root. guesses: the token of each of the tree's cells."""
-        return Draft(tuple(guesses[cell] for cell in tree.cells))
+    def draft(self, tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float]) -> Draft:
+        """The draft of a tree behind a root: each node's token, its parent, and how likely it is accepted."""
+        return Draft(tuple(tokens))
+
+    def drafts(
+        self, best: Tensor, rows: Sequence[int], counts: Sequence[int], sizes: Sequence[int]
+    ) -> list[Draft]:
+        """A draft of at most `sizes[i]` nodes for each i, made of the guesses of its `counts[i]` rows.
+
+        best: (2, M, width), the guesses of rows, and the bits of their log-probabilities. rows: which of them
+        are read, for one i after the other.
+        """
+        tokens, bits = best.cpu()[:, rows].flatten(1)
+        guesses, scores = tokens.tolist(), floats_of(bits).tolist()
+        trees = draft_trees(scores, best.shape[2], [*counts], [*sizes])
+        return [self.draft([guesses[i] for i in tree.cells], tree.parents, tree.chances) for tree in trees]
 
 
 class BlockDrafter(Drafter):
@@ -142,10 +155,7 @@ class BlockSession(RecordedSession):
         read = self._put_sources(packing, source)
         packing.padded([n for n, count in zip(numbers, counts, strict=True) for _ in range(count)], -1, read)
         best = self._run_pass(packing, (max_q_len, max_kv_len), groups)
-        tokens, bits = best[:, : len(source)].flatten(1).cpu()
-        guesses, scores = tokens.tolist(), floats_of(bits).tolist()
-        trees = draft_trees(scores, self._width, counts, list(sizes))
-        return [self._drafts.draft(tree, guesses) for tree in trees]
+        return self._drafts.drafts(best, range(len(source)), counts, sizes)
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, the likeliest first, and the bits of

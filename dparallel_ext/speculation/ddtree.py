@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from .._C import DraftTree
 from ..arguments import instance, whole
 from ..cache import KVCache
 from ..models import Model
@@ -70,8 +69,8 @@ class TreeDrafter(Chains):
         pairs = zip(self._chances[:size], self._trees, strict=False)
         return 1.0 + sum(chance / trees for chance, trees in pairs if trees)
 
-    def draft(self, tree: DraftTree, guesses: Sequence[int]) -> Draft:
-        for at, chance in enumerate(tree.chances):
+    def draft(self, tokens: Sequence[int], parents: Sequence[int], chances: Sequence[float]) -> Draft:
+        for at, chance in enumerate(chances):
             self._trees[at] += 1
             self._chances[at] += chance
-        return super().draft(tree, guesses)._replace(parents=tuple(tree.parents))
+        return Draft(tuple(tokens), tuple(parents))

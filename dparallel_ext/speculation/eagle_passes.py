@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .._C import draft_trees
 from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence_settings import grouped
 from ..models import Model, own_precision, rope
 from ..models.attention import PagedAttention
 from ..ops import row_topk
-from ..packed import Packing, bits_of, floats_of, unpack
+from ..packed import Packing, bits_of, unpack
+from ..types import RowTopK
 from .blocks import Chains
 from .draft import Draft
 from .drafter import DraftKey, Lane, Observation, RecordedSession
@@ -69,17 +69,38 @@ class EagleSession(RecordedSession):
 
     def propose(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
         # A text of one token has no feature yet, and so no pair.
-        sizes = [size if len(lane.tokens) > 1 else 0 for lane, size in zip(lanes, sizes, strict=True)]
-        counts = [min(size, self._options.block - 1) for size in sizes]
-        going = [(lane, count) for lane, count in zip(lanes, counts, strict=True) if count]
-        guesses, scores = self._guesses(*zip(*going, strict=True)) if going else ([], [])
-        trees = draft_trees(scores, self._drafts.width, counts, sizes)
-        return [self._drafts.draft(tree, guesses) for tree in trees]
+        going = [(lane, n) for lane, n in zip(lanes, sizes, strict=True) if n and len(lane.tokens) > 1]
+        made = self._made(*zip(*going, strict=True)) if going else []
+        drafts = dict(zip([lane.lane for lane, _ in going], made, strict=True))
+        return [drafts.get(lane.lane, Draft()) for lane in lanes]
 
-    def _guesses(self, lanes: Sequence[Lane], counts: Sequence[int]) -> tuple[list[int], list[float]]:
-        """The tokens of each lane's `counts` rows, `width` of each, and their log-probabilities."""
-        mask_id = self._options.mask_id
+    def _made(self, lanes: Sequence[Lane], sizes: Sequence[int]) -> list[Draft]:
+        """A draft for each of the lanes, of at most so many nodes."""
         packing, (numbers, groups) = Packing(), grouped(lane.sampling.greedy for lane in lanes)
+        counts = [min(size, self._options.block - 1) for size in sizes]
+        about, source, bounds = self._put_first(packing, lanes, counts)
+        end = self._put_sources(packing, source)
+        if self._options.mask_id is None:
+            packing.padded(numbers, -1, end)
+            rows = self._put_steps(packing, lanes, counts, numbers, end, bounds)
+        else:
+            repeated = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
+            packing.padded(repeated, -1, end)
+            rows = [*range(len(source))]
+        best = self._run_pass(packing, (about, *bounds), groups)
+        for lane in lanes:
+            self._computed[lane.lane] = len(lane.tokens) - 1
+        return self._drafts.drafts(best, rows, counts, sizes)
+
+    def _put_first(
+        self, packing: Packing, lanes: Sequence[Lane], counts: Sequence[int]
+    ) -> tuple[int, list[int], list[int]]:
+        """Pack the first pass: the known pairs that are not computed, and P-EAGLE's masks.
+
+        counts: the depth of each lane's draft. Returns the number of tensors of its metadata, the rows whose
+        logits are read, and its `max_q_len` and `max_kv_len`.
+        """
+        mask_id = self._options.mask_id
         spans: list[Span] = []
         ids: list[int] = []
         rows: list[int] = []
@@ -101,19 +122,7 @@ class EagleSession(RecordedSession):
         about = len(packing.shapes)
         packing.padded(ids, 0, padded)
         packing.padded(slots.masked_fill_(at < 0, self._nowhere + 1).tolist(), 0, padded)
-        end = self._put_sources(packing, source)
-        if mask_id is None:
-            packing.padded(numbers, -1, end)
-            order = self._put_steps(packing, lanes, counts, numbers, end, bounds)
-        else:
-            repeated = [number for number, count in zip(numbers, counts, strict=True) for _ in range(count)]
-            packing.padded(repeated, -1, end)
-            order = list(range(len(source)))
-        best = self._run_pass(packing, (about, *bounds), groups)
-        for lane in lanes:
-            self._computed[lane.lane] = len(lane.tokens) - 1
-        tokens, bits = best.cpu()[:, order].flatten(1)
-        return tokens.tolist(), floats_of(bits).tolist()
+        return about, source, bounds
 
     def _put_steps(
         self,
@@ -148,29 +157,49 @@ class EagleSession(RecordedSession):
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:
         """(2, M, width) int64: the guesses of each row that is read, pass after pass, and the bits of their
         log-probabilities in float32, as in `blocks`."""
-        tensors, layers, results = unpack(inputs, key.shapes), self._layers, []
-        about, *all_bounds = key.numbers  # `about`: the number of tensors of a pass's metadata
+        about, *bounds = key.numbers
+        choose, (stream, y, group, tensors) = self._chooser(key, inputs.device), self._first(key, inputs)
+        best = [choose(y, group)]
+        for bound in zip(bounds[2::2], bounds[3::2], strict=True):
+            metadata = AttentionMetadata(*bound, *tensors[:about], causal=True)
+            keep, group, *tensors = tensors[about:]
+            stream, y = self._rows(best[-1].token[keep, 0], stream[keep], metadata)
+            best.append(choose(y, group))
+        return torch.cat([torch.stack((token, bits_of(logprob))) for token, logprob in best], 1)
+
+    def _first(self, key: DraftKey, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Run the first pass. The output of the layers and its norm (M, width), for the rows that are read;
+        their groups; the tensors of later passes."""
+        about, max_q_len, max_kv_len, *_ = key.numbers  # `about`: the number of tensors of the metadata
+        tensors = unpack(inputs, key.shapes)
+        metadata = AttentionMetadata(max_q_len, max_kv_len, *tensors[:about], causal=True)
+        ids, place, source, group, *tensors = tensors[about:]
+        stream, y = self._rows(ids, self.features[place], metadata)
+        return stream[source], y[source], group, tensors
+
+    def _rows(self, ids: Tensor, feature: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
+        """The output of the layers and its norm (N, width), of pairs (N,) and (N, width)."""
+        layers = self._layers
         embed = self.model.embed if layers.embed_tokens is None else layers.embed_tokens
-        targets = layers.d2t + torch.arange(len(layers.d2t), device=inputs.device)
+        with own_precision(self.model, self.model.device):
+            return layers.rows(embed(ids), feature, PagedAttention(self.kv_cache, metadata))
+
+    def _chooser(self, key: DraftKey, device: torch.device) -> Callable[[Tensor, Tensor], RowTopK]:
+        """choose(y, group): the guesses (M, width) behind normed outputs (M, width), likeliest first, as ids
+        of the target, and their log-probabilities, which are -inf or NaN where a row has no more guesses.
+        group: (M,), the number of each row's."""
+        layers = self._layers
+        targets = layers.d2t + torch.arange(len(layers.d2t), device=device)
         suppressed = key.suppressed(self.model.shape.embedding_size)
         never = {number: out[targets] for number, out in suppressed.items()}
-        ids = stream = inputs
-        for step, bounds in enumerate(zip(all_bounds[::2], all_bounds[1::2], strict=True)):
-            metadata = AttentionMetadata(*bounds, *tensors[:about], causal=True)
-            if step:
-                keep, group, *tensors = tensors[about:]
-                ids, feature = ids[keep, 0], stream[keep]
-            else:
-                ids, place, source, group, *tensors = tensors[about:]
-                feature = self.features[place]
+
+        def choose(y: Tensor, group: Tensor) -> RowTopK:
             with own_precision(self.model, self.model.device):
-                stream, y = layers.rows(embed(ids), feature, PagedAttention(self.kv_cache, metadata))
-                if not step:
-                    stream, y = stream[source], y[source]
                 logits = layers.lm_head(y)
             for number, tokens in never.items():
                 logits.masked_fill_((group == number)[:, None] & tokens, -torch.inf)
             best = row_topk(logits, self._drafts.width, check=False)
-            ids = targets[best.token.clamp(min=0)]  # a row without a choice has none behind it either
-            results.append(torch.stack((ids, bits_of(best.logprob))))
-        return torch.cat(results, 1)
+            # A row without a choice has none behind it either.
+            return best._replace(token=targets[best.token.clamp(min=0)])
+
+        return choose

@@ -311,7 +311,7 @@ def test_sizes_go_by_what_the_trees_promise() -> None:
     assert [drafter.expected(size) for size in (0, 64)] == [1.0, 1.0]  # nothing is known yet
     scores = [math.log(share) for share in (0.5, 0.25, 0.8, 0.125)]
     for tree in _C.draft_trees([*scores, *scores], 2, [2, 2], [3, 1]):  # 0.5, 0.4, 0.25; and 0.5
-        drafter.draft(tree, range(8))
+        drafter.draft(range(len(tree.cells)), tree.parents, tree.chances)
     assert [drafter.expected(size) for size in range(5)] == pytest.approx([1.0, 1.5, 1.9, 2.15, 2.15])
     sizer = sizer_for(drafter)
     assert isinstance(sizer, Measured)
