@@ -58,9 +58,6 @@ class BlockDrafter(Drafter):
     guesses = MOST
     """The most guesses of a row."""
 
-    def check_trees(self) -> None:
-        """Raise ValueError if a row's guesses depend on those in front of it, so that there are no trees."""
-
 
 class TrainedBlockDrafter(BlockDrafter, Generic[Weights]):
     """A drafter of blocks with weights of its own, in layers like the target's.

@@ -1,4 +1,4 @@
-"""Trees for drafters of blocks: DDTree, arXiv 2604.12989.
+"""Trees for drafters of blocks: DDTree, arXiv 2604.12989. EAGLE-3 has others, see `eagle_trees`.
 
 A pass of the drafter (`blocks`) says of each row of its block how likely each token is there, whatever stands
 in front of it. The chain of the rows' argmaxes uses one token of each. Here the draft is a tree:
@@ -34,18 +34,16 @@ class TreeDrafter(Chains):
     """Drafts trees of the guesses of a drafter of blocks.
 
     Args:
-        blocks: a `DFlashDrafter`, a `SelfDrafter`, or an `EagleDrafter` of P-EAGLE.
+        blocks: a `DFlashDrafter`, a `SelfDrafter` or an `EagleDrafter`.
         width: from 1 to 16, the guesses of a row that nodes are made of, the likeliest; 1: drafts are chains.
 
-    Raises ValueError for another width, for more guesses than the drafter's vocabulary has tokens, and for
-    EAGLE-3, of which each guess depends on the guess before.
+    Raises ValueError for another width, and for more guesses than the drafter's vocabulary has tokens.
     """
 
     most = NODES
 
     def __init__(self, blocks: BlockDrafter, *, width: int = WIDTH) -> None:
         instance("blocks", blocks, BlockDrafter)
-        blocks.check_trees()
         self.blocks, self.width = blocks, whole("width", width, 1, blocks.guesses)
         self._trees = [0] * NODES
         """For each n, the number of trees that had an n-th node ..."""

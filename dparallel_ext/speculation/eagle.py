@@ -29,6 +29,7 @@ from .checkpoint import DraftCheckpoint, Origin, check_target
 from .drafter import RecordedSession
 from .eagle_model import FORM, EagleModel, EagleOptions
 from .eagle_passes import EagleSession
+from .eagle_trees import EagleTreeSession
 
 KIND = "eagle3"
 MARKS = (FORM, "draft_vocab_size")
@@ -46,6 +47,10 @@ class EagleDrafter(TrainedBlockDrafter[EagleModel]):
     model_class = EagleModel
     options: EagleOptions
 
+    def __init__(self, model: EagleModel, source: str = "drafter") -> None:
+        super().__init__(model, source)
+        self.guesses = min(self.guesses, self.options.vocabulary)
+
     def __repr__(self) -> str:
         kind = "EAGLE-3" if self.options.mask_id is None else "P-EAGLE"
         return f"{type(self).__name__}({kind}, most={self.most})"
@@ -56,12 +61,10 @@ class EagleDrafter(TrainedBlockDrafter[EagleModel]):
         check_target(self.source, Origin(), model, **sizes)
         self.options.taps_of(model.shape.layers)
 
-    def check_trees(self) -> None:
-        if self.options.mask_id is None:
-            raise ValueError(f"drafter: {self.source} is EAGLE-3, expected P-EAGLE for trees")
-
     def session(self, model: Model, kv_cache: KVCache, lanes: int, *, graphs: bool = True) -> RecordedSession:
-        return EagleSession(self.fused(model), self.drafting, model, kv_cache, lanes, graphs)
+        grows = self.options.mask_id is None and self.drafting.width > 1
+        kind = EagleTreeSession if grows else EagleSession
+        return kind(self.fused(model), self.drafting, model, kv_cache, lanes, graphs)
 
 
 def drafter_of_eagle(checkpoint: DraftCheckpoint) -> EagleDrafter:

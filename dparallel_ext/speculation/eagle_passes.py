@@ -35,7 +35,7 @@ class EagleSession(RecordedSession):
         self._layers, self._options, self._drafts = layers, layers.options, drafting
         super().__init__(layers, model, graphs)
         self.taps = self._options.taps_of(model.shape.layers)
-        s, length = self._options.shape, kv_cache.length
+        s, length = self._options.shape, kv_cache.length + self._spare()
         zeros = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         self._table, self._page_size = kv_cache.block_table, kv_cache.page_size
         self._nowhere = kv_cache.slots.shape[2] * self._page_size
@@ -48,6 +48,10 @@ class EagleSession(RecordedSession):
         """For each lane, the pairs of known tokens whose keys and values are there."""
         self.size = self.features.nbytes + slots.nbytes
         self.begin()
+
+    def _spare(self) -> int:
+        """The slots of a lane beyond its positions."""
+        return 0
 
     def begin(self) -> None:
         if self._layers.mask_hidden is not None:
@@ -90,7 +94,7 @@ class EagleSession(RecordedSession):
         best = self._run_pass(packing, (about, *bounds), groups)
         for lane in lanes:
             self._computed[lane.lane] = len(lane.tokens) - 1
-        return self._drafts.drafts(best, rows, counts, sizes)
+        return self._read(best, rows, counts, sizes)
 
     def _put_first(
         self, packing: Packing, lanes: Sequence[Lane], counts: Sequence[int]
@@ -166,6 +170,12 @@ class EagleSession(RecordedSession):
             stream, y = self._rows(best[-1].token[keep, 0], stream[keep], metadata)
             best.append(choose(y, group))
         return torch.cat([torch.stack((token, bits_of(logprob))) for token, logprob in best], 1)
+
+    def _read(
+        self, best: Tensor, rows: Sequence[int], counts: Sequence[int], sizes: Sequence[int]
+    ) -> list[Draft]:
+        """The drafts in the result of `_compute`. rows: what `_put_steps` has returned."""
+        return self._drafts.drafts(best, rows, counts, sizes)
 
     def _first(self, key: DraftKey, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Run the first pass. The output of the layers and its norm (M, width), for the rows that are read;

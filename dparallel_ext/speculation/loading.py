@@ -90,9 +90,9 @@ def drafter_of(
 ) -> Drafter | None:
     """A drafter; the name of one ("ngram", "ngram:4", or one of `NAMED`); the path of a drafter with weights
     (see `load`), or of a model that drafts, or ORG/NAME, loaded onto `device` and in `dtype`; or such a
-    model. "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`).
-    "strided:" in front of the path of a LoRA adapter: masks with the adapter ride in the verify pass
-    (`strided`). None stays None.
+    model. "tree:" in front of the name or path of a drafter of blocks: trees of its guesses (`ddtree`,
+    `eagle_trees`). "strided:" in front of the path of a LoRA adapter: masks with the adapter ride in the
+    verify pass (`strided`). None stays None.
 
     Raises ValueError for anything else, and as `load` and `models.load`.
     """

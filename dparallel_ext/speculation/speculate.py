@@ -91,8 +91,8 @@ def speculate(
             to N tokens); "recycling", trees of the model's own earlier candidates; "self" or "strided", masks
             of a model that was trained for them too; the path of a drafter with weights (`dparallel drafter`
             trains one; `speculation.load` reads it, and what is published of DFlash, EAGLE-3 and P-EAGLE),
-            with "tree:" before the path of a drafter of blocks for trees of its guesses; or a model of
-            `dparallel_ext.models` with the same tokenizer, autoregressive or of masked diffusion. None:
+            with "tree:" before the path of a drafter of blocks or an EAGLE head for trees of its guesses; or
+            a model of `dparallel_ext.models` with the same tokenizer, autoregressive or of diffusion. None:
             plain decoding. Recordings on a GPU are kept for the next call with the same model, if it is
             plain, its drafter has no part in the model's passes, or the drafter is the same object, by itself
             or by its name.

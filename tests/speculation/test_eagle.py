@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext.models import Model
-from dparallel_ext.speculation import EagleDrafter, TreeDrafter, drafter_of
+from dparallel_ext.speculation import Drafter, EagleDrafter, TreeDrafter, drafter_of
 
 pytest_plugins = ["taping"]
 
@@ -263,10 +263,16 @@ def without(temperature: float) -> list[tuple[dict[str, Any], dict[str, Any], dx
     return [({**settings, **ending}, more, text) for (ending, more), text in zip(ways, texts, strict=True)]
 
 
+def loaded(paths: dict[str, Path], kind: str) -> Drafter:
+    drafter = drafter_of(f"tree:{paths['eagle3']}" if kind == "tree" else str(paths[kind]))
+    assert drafter is not None
+    return drafter
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "tree"])
 def test_it_changes_no_token(paths: dict[str, Path], kind: str, temperature: float) -> None:
-    drafter = dx.speculation.load(paths[kind])
+    drafter = loaded(paths, kind)
     for settings, more, expected in without(temperature):
         found = plain(TARGET, drafter=drafter, **settings, **more)
         assert torch.equal(found.sequences, expected.sequences), (settings, more)
@@ -305,19 +311,19 @@ def test_what_the_model_never_chooses_is_not_drafted(paths: dict[str, Path]) -> 
 def test_other_families_and_16_bits(paths: dict[str, Path]) -> None:
     for family, dtype in (("llama", torch.float32), ("qwen2", torch.bfloat16)):
         model = model_of(family, dtype=dtype, num_hidden_layers=8)
-        for kind in ("eagle3", "p-eagle"):
-            found = plain(model, drafter=str(paths[kind]), draft_size=4)
+        for kind in ("eagle3", "p-eagle", "tree"):
+            found = plain(model, drafter=loaded(paths, kind), draft_size=4)
             same = [torch.equal(a, b) for a, b in zip(found.responses, plain(model).responses, strict=True)]
             assert sum(same) >= (4 if dtype == torch.float32 else 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "tree"])
 def test_recorded_drafts_are_the_same(
     paths: dict[str, Path], kind: str, request: pytest.FixtureRequest
 ) -> None:
     """On a tape in place of a GPU: drafts wait for nothing, and read nothing from the host."""
     settings: dict[str, Any] = {
-        "drafter": dx.speculation.load(paths[kind]),
+        "drafter": loaded(paths, kind),
         "draft_size": 4,
         "gen_length": 40,
     }
@@ -487,5 +493,3 @@ def test_another_model_is_refused_before_anything_runs(paths: dict[str, Path]) -
     ):
         with pytest.raises(ValueError, match=message):
             plain(target, drafter=str(paths[kind]))
-    with pytest.raises(ValueError, match="is EAGLE-3, expected P-EAGLE for trees"):
-        drafter_of(f"tree:{paths['eagle3']}")

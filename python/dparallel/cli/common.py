@@ -58,7 +58,7 @@ ConfigOption = Annotated[
 DRAFTER_HELP = (
     "for an autoregressive model: ngram, ngram:N, recycling, self (Nemotron-Labs-Diffusion, whose "
     "linear_spec_lora has a path of its own), strided (I-DLM; its adapter for Qwen3: strided:PATH), the path "
-    "of a drafter or model, tree: before a drafter of blocks (self, DFlash, ParallelSpec, P-EAGLE); "
+    "of a drafter or model, tree: before a drafter of blocks (self, DFlash, ParallelSpec) or an EAGLE head; "
     "for builtin:causal also builtin:dflash, builtin:parallelspec, builtin:adadecode, builtin:ppd, "
     "builtin:hidden_transfer, builtin:student; default: none"
 )
