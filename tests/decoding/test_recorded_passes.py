@@ -116,20 +116,25 @@ def test_most_passes_of_an_engine_are_replayed(
 def test_lanes_that_fill_up_a_pass_change_nothing(
     taped: list[Graphs], monkeypatch: pytest.MonkeyPatch, name: str, cache: str
 ) -> None:
-    """Idle lanes among those that decode, whose windows' logits are computed for nothing."""
+    """Idle lanes among those that decode, whose windows' logits are computed for nothing: as many as make the
+    rows those of a bucket."""
     model, size = golden.model(name), {"llada_tiny_a": 16, "sdar_tiny_a": 8}[name]
     prompts = [torch.arange(3, 8 + lane) for lane in range(14)]
     lengths = [size * (1 + lane % 4) for lane in range(14)]
     settings: dict[str, Any] = {"cache": cache, "block_length": size, "threshold": 1.0, "record": True}
-    beside, idle = inputs.InputPacker.filler_lanes, []
+    beside, seen = inputs.InputPacker.filler_lanes, []
 
-    def seen(self: inputs.InputPacker, *args: Any) -> set[int]:
-        idle.append(beside(self, *args))
-        return idle[-1]
+    def seeing(self: inputs.InputPacker, lanes: int, work: Any, reach: int) -> set[int]:
+        idle = beside(self, lanes, work, reach)
+        assert idle.isdisjoint(work)
+        if self.static_shapes:
+            assert len(work) + len(idle) == min(lanes, caches.bucket(len(work) * size) // size)
+        seen.append(idle)
+        return idle
 
-    monkeypatch.setattr(inputs.InputPacker, "filler_lanes", seen)
+    monkeypatch.setattr(inputs.InputPacker, "filler_lanes", seeing)
     out = dx.decode(model, prompts, gen_length=lengths, **settings)
-    assert any(lanes for lanes in idle)
+    assert any(seen)
     assert taped[0].replays > 0
     monkeypatch.setattr(padding, "runs_ahead", lambda device: False)
     expected = dx.decode(model, prompts, gen_length=lengths, graphs=False, **settings)
