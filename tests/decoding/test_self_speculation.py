@@ -444,8 +444,11 @@ def test_an_engine_guesses_nothing_behind_an_end() -> None:
     ],
 )
 def test_what_does_not_go_with_it_is_refused(arguments: dict[str, Any], said: str) -> None:
+    model, arguments = MODELS["llada_tiny_a"], {"gen_length": 8, "draft_size": 2, **arguments}
     with pytest.raises(ValueError, match=said):
-        dx.decode(MODELS["llada_tiny_a"], [1, 2], **{"gen_length": 8, "draft_size": 2, **arguments})
+        dx.decode(model, [1, 2], **arguments)
+    with pytest.raises(ValueError, match=said):
+        dx.Engine(model, lanes=1, max_length=16, **arguments)
 
 
 def test_a_streamer_gets_the_text() -> None:
