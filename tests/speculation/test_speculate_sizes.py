@@ -26,7 +26,7 @@ from dparallel_ext.speculation import (
     NGram,
     TreeDrafter,
 )
-from dparallel_ext.speculation.sizing import Measurements, remembered_sizer
+from dparallel_ext.speculation.sizing import Fixed, Measurements, remembered_sizer
 
 
 def test_sizes_follow_what_passes_take_and_bring() -> None:
@@ -70,6 +70,32 @@ def test_passes_that_are_recorded_do_not_count() -> None:
         sizer.learn(size, min(size, 1))  # two tokens a pass are worth less than they take
         asked.append(size)
     assert set(asked[-40:]) == {0}
+
+
+@pytest.mark.parametrize("kind", ["ngram", "ppd"])
+def test_sizes_are_told_what_passes_accept(kind: str) -> None:
+    """Of each draft that was asked for, but of riders alone, as in the pass over a prompt."""
+
+    class Told(Fixed):
+        def learn(self, asked: int, taken: int) -> None:
+            said.append((asked, taken))
+
+    said: list[tuple[int, int]] = []
+    drafts, drafter = 0, NGram() if kind == "ngram" else riding("ppd")
+    batch = CausalBatch(MODEL, 2, 64, drafter=drafter, sizer=Told(6))
+    own = make_settings(DecodeConfig(eos_id=-1), MODEL, "none", 1)[0]
+    with torch.inference_mode():
+        for lane in range(2):
+            batch.admit(lane, torch.arange(3, 14 + lane), 20, own)
+        while live := batch.live:
+            asked = {b: min(6, s.room - 1) for b in live if not (s := batch.sequences[b]).prefills}
+            said.clear()
+            batch.step()
+            told = [b for b in live if asked.get(b) and (kind == "ngram" or batch.sequences[b].drafted)]
+            assert said == [(asked[b], batch.sequences[b].accepted) for b in told]
+            drafts += any(asked.values())
+    assert batch.draft_forwards == drafts > 0
+    assert sum(batch.counts.accepted) > 0
 
 
 def test_what_was_measured_with_a_drafter_serves_its_next_call(tmp_path: Path) -> None:
