@@ -201,8 +201,9 @@ def test_without_masks_in_the_prompt_nothing_changes(name: str, cache: str) -> N
         assert torch.equal(out.nfe, ours.nfe)
         assert torch.equal(out.trajectory.step, ours.trajectory.step)
         assert torch.equal(out.nfe_published, ours.nfe_published)
-    kept = dx.decode(model, PROMPTS[0], **settings)
-    assert torch.equal(kept.sequences[0, :40], PROMPTS[0])
+    given = torch.cat((PROMPTS[0], PROMPTS[0].new_tensor([MASK, 5])))  # in the response's first block, too
+    kept = dx.decode(model, given, **settings)
+    assert torch.equal(kept.sequences[0, :42], given)
     assert MASK not in kept.responses[0]
 
 
