@@ -131,8 +131,8 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(
     def fault() -> None:
         raise error("a bug")
 
+    called = engine.run(fault)  # it is made before the first pass
     handles = [engine.submit([1], gen_length=8) for _ in range(3)]
-    called = engine.run(fault)
     handles[2].subscribe(told.append)
     handles[2].subscribe(lambda event: 1 / 0)
     until(lambda: engine.stats.active == 1)
