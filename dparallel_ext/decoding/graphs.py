@@ -158,13 +158,12 @@ class Graphs:
             return None
 
 
-def recorded_key(key: Any, most: int) -> Hashable:
-    """The key of the recording of a pass, for `run_pass`; None for a pass of more than `most` rows.
+def recorded_key(key: Any, rows: int, most: int) -> Hashable:
+    """The key of the recording of a pass of `rows` rows, for `run_pass`; None if these are more than `most`.
 
-    key: a tuple of the shapes of its inputs, of which the first has a number for each row, and at its end the
-    sampling groups, whose tensors a recording's key may not hold.
+    key: a tuple with the sampling groups at its end, whose tensors a recording's key may not hold.
     """
-    if key.shapes[0][0] > most:
+    if rows > most:
         return None
     return (*key[:-1], tuple(group.key for group in key.groups))
 

@@ -116,7 +116,7 @@ class Runner:
         inputs, key = self.packer.pack(sequences, work) if ready is None else (ready.inputs, ready.key)
         compute = functools.partial(self._compute, key, work)
         device = self.tokens.device
-        graph_key = recorded_key(key, self.recorded_rows) if key.recorded else None
+        graph_key = recorded_key(key, key.shapes[0][0], self.recorded_rows) if key.recorded else None
         held = key, self.lane  # recordings outlive this runner
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=held)
 

@@ -173,7 +173,7 @@ class DraftKey(NamedTuple):
     """All that the launches of a drafter's pass depend on, beside the values of its inputs."""
 
     shapes: Shapes
-    """Of the inputs; the first has a number for each row."""
+    """Of the inputs."""
     numbers: tuple[int, ...]
     """Further numbers that the drafter's `_compute` reads."""
     groups: tuple[SamplingGroup, ...]
@@ -231,7 +231,8 @@ class RecordedSession(DraftSession):
         inputs, shapes = packing.pack(device)
         key = DraftKey(shapes, numbers, groups)
         compute = functools.partial(self._compute, key)
-        graph_key = recorded_key(key, self._recorded_rows)
+        rows = max(shape[0] for shape in shapes)  # of the largest pass; all other inputs are shorter
+        graph_key = recorded_key(key, rows, self._recorded_rows)
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
 
     def _compute(self, key: DraftKey, inputs: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ class CausalRunner:
             self.graphs.drop_stale(self.model.addresses(), *of_drafter)
         inputs, key = self._inputs(sequences, drafts, tree, coming)
         compute = functools.partial(self._compute, key)
-        graph_key = recorded_key(key, self._recorded_rows)
+        graph_key = recorded_key(key, key.shapes[0][0], self._recorded_rows)
         result = run_pass(self.graphs, graph_key, inputs, compute, device=self.device, held=key)
         there = None
         if self.device.type == "cuda":

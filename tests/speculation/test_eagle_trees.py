@@ -14,7 +14,10 @@ from test_speculate import PROMPTS, plain
 from torch import Tensor
 
 import dparallel_ext as dx
+from dparallel_ext.decoding.graphs import Graphs
 from dparallel_ext.speculation import TreeDrafter
+
+pytest_plugins = ["taping"]
 
 Tree = dict[tuple[int, ...], float]
 """The path of each node from the root, and its score."""
@@ -60,3 +63,15 @@ def test_a_draft_is_the_tree_of_the_plain_form(tmp_path: Path, kind: str, width:
         assert scores == pytest.approx(sorted(made.values(), reverse=True)[: len(scores)], abs=1e-3)
         nodes += len(scores)
     assert nodes > 40
+
+
+def test_a_draft_with_a_large_pass_is_not_recorded(
+    tmp_path: Path, taped: list[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pass of a draft is small; the last has 7 levels of 8 nodes of each of two sequences, but
+    fewer at a text's end."""
+    monkeypatch.setattr("dparallel_ext.speculation.drafter.recorded_rows", lambda model: 64)
+    path = KINDS["eagle3"].write(tmp_path)
+    plain(TARGET, [PROMPTS[0]] * 2, drafter=f"tree:{path}", draft_size=8, gen_length=16)
+    drafting: Any = taped[1].recordings
+    assert 32 < max(shape[0] for shapes, *_ in drafting for shape in shapes) <= 64
