@@ -231,7 +231,7 @@ class RecordedSession(DraftSession):
         inputs, shapes = packing.pack(device)
         key = DraftKey(shapes, numbers, groups)
         compute = functools.partial(self._compute, key)
-        rows = max(shape[0] for shape in shapes)  # of the largest pass; all other inputs are shorter
+        rows = max(shape[0] for shape in shapes)  # of the largest pass, or a few more
         graph_key = recorded_key(key, rows, self._recorded_rows)
         return run_pass(self.graphs, graph_key, inputs, compute, device=device, held=key)
 
