@@ -368,7 +368,7 @@ class Batch:
         elif (
             start
             and schedule.shift
-            and schedule.block_causal
+            and schedule.prefill_predicts_next
             and sequence.layout.start_of_block(start) == start
         ):
             start += 1  # its logits are in the block before, which passes with cache "block" do not compute

@@ -133,7 +133,8 @@ class DecodeConfig:
     (Fast-dLLM v2's sub-block cache). A2D's models are decoded as block-causal models (BD3LM) with "block",
     and see both ways (MDLM) with the other modes. None: in `decode` "none", in an engine "block" for
     block-causal models and "dual" for others, A2D's among them. Nemotron-Labs-Diffusion has "block" alone,
-    which an engine must be told: by default it decodes that model autoregressively. WeDLM and SDLM have
+    which an engine must be told: by default it decodes that model autoregressively. A model with a
+    `prompt_block` (D2F's adapters, see `models.Traits`) has "block" alone, too. WeDLM and SDLM have
     "window" alone: passes fill the first `block_length` masks, wherever blocks end, without `infill`,
     `automaton`, `steps` and rules that read more than those masks; SDLM's passes commit the longest run, from
     the first mask on, of tokens that a policy row chooses, and take no other rule."""

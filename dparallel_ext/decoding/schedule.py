@@ -56,6 +56,8 @@ class Schedule:
     """Whether attention is block-causal, with blocks of `block_length`."""
     aligned: bool
     """Whether blocks begin at multiples of `block_length`, else at the first mask and multiples from it."""
+    prompt_block: bool
+    """Whether all in front of the first mask is one block."""
     whole: bool
     """Whether a response fills its last block."""
     onward: bool
@@ -94,7 +96,13 @@ class Schedule:
     @property
     def prefill_predicts_next(self) -> bool:
         """Whether the pass that stores a block gives the next block's first token."""
-        return self.onward or (self.shift and self.block_causal)
+        return self.onward or (self.shift and self.block_causal and not self.prompt_block)
+
+    @property
+    def overlap(self) -> int:
+        """Positions in front of a block that its passes compute again, for the logits of its first token
+        (D2F for Dream)."""
+        return int(self.shift and self.prompt_block)
 
     @property
     def in_parts(self) -> str | None:
@@ -120,7 +128,10 @@ class Schedule:
         """The positions of `computed` as adjoining spans, each with the positions that it sees."""
         first, last = self.computed(s)
         if self.block_causal and not self.sees_onward(s):
-            return block_causal_spans(lane, first, last, s.length, self.block_length, s.layout.origin)
+            origin, prompt = s.layout.origin, list[Span]()
+            if self.prompt_block and first < origin:
+                prompt, first = [Span(lane, first, origin, origin)], origin
+            return prompt + block_causal_spans(lane, first, last, s.length, self.block_length, origin)
         return [Span(lane, first, last, last if self.sees_onward(s) else s.length)] if first < last else []
 
     def stored(self, s: SequenceState) -> int:
@@ -247,7 +258,7 @@ class BlockCausal(Schedule):
         return self.aligned or self.onward
 
     def stored(self, s: SequenceState) -> int:
-        return s.layout.start_of_block(s.block[0])
+        return max(0, s.layout.start_of_block(s.block[0]) - self.overlap)
 
     def computed(self, s: SequenceState) -> tuple[int, int]:
         # Blocks finished since the last pass are computed once more, so that they are stored.
@@ -259,7 +270,8 @@ class BlockCausal(Schedule):
         return int(self.aligned and bool(layout.blocks) and layout.columns[0] >= self.block_length)
 
     def published_passes(self, s: SequenceState) -> int:
-        return 1  # the pass that stores the block, or the one in front of it
+        # The pass that stores the block, or the one in front of it. D2F's next pass stores it, as here.
+        return int(not self.prompt_block)
 
 
 @dataclass(frozen=True)
@@ -329,7 +341,7 @@ CACHES = ("none", "prefix", "dual", "block", "window")
 
 def is_block_causal(traits: Traits, cache: str) -> bool:
     """Whether a model attends block-causally with a cache mode."""
-    too = traits.block_causal_too or traits.onward
+    too = traits.block_causal_too or traits.onward or traits.prompt_block
     return traits.block_length is not None or (too and cache == "block")
 
 
@@ -354,8 +366,9 @@ def make(
         sub_block_length=sub_block_length,
         shift=traits.shift,
         block_causal=block_causal,
-        aligned=block_causal and traits.aligned_blocks,
-        whole=block_causal and traits.aligned_blocks and traits.whole_blocks,
+        aligned=(aligned := block_causal and traits.aligned_blocks and not traits.prompt_block),
+        prompt_block=block_causal and traits.prompt_block,
+        whole=aligned and traits.whole_blocks,
         onward=block_causal and traits.onward,
         **active,
         **options,

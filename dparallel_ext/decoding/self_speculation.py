@@ -132,7 +132,7 @@ def new_cache(
     state's own pages.
     """
     lanes, per_lane = block_table.shape
-    size = schedule.block_length
+    size = schedule.overlap + schedule.block_length
     if schedule.known_first:
         size *= 2  # what the pass before has decoded, too
     unit = math.gcd(size, page_size) if schedule.aligned else 1  # blocks begin at multiples of it

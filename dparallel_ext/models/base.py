@@ -56,7 +56,8 @@ class Model(HuggingFaceInterface):
     whole_blocks: ClassVar[bool] = True
     onward: ClassVar[bool] = False
     window: int | None = None
-    """The family's traits, see `Traits`; a config may say another window."""
+    prompt_block: bool = False
+    """The family's traits, see `Traits`; a config may say the last two otherwise."""
     block_length: int | None
     """Block-causal families: the length of the blocks, counted from position 0 in a call. Else None."""
 
@@ -67,7 +68,7 @@ class Model(HuggingFaceInterface):
         self.config = Config(config)
         s = self.shape = self.shape_of(config)
         self.vocab_size, self.block_length = s.vocab_size, s.block_length
-        self.window = s.window or type(self).window
+        self.window, self.prompt_block = s.window or type(self).window, s.prompt_block
         published = self.released_mask_id(s.embedding_size)
         if config.get(self.mask_key) is not None:
             self.config["mask_token_id"] = config[self.mask_key]

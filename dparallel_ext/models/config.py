@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ class ModelConfig:
     """Length of a block-causal model's blocks; None for others."""
     window: int | None = None
     """The masks of a window, see `Traits`, where the config says it."""
+    prompt_block: bool = False
+    """See `Traits`; where the config says it."""
     experts: ExpertsConfig | None = None
 
     @property
@@ -177,6 +179,9 @@ class Traits:
     whole_blocks: bool = True
     """Where its blocks count from position 0: whether a response fills its last block, else it ends with its
     last token asked for, as if the model saw no position behind."""
+    prompt_block: bool = False
+    """Whether a model that sees both ways when it is called is decoded block-causally, with cache "block"
+    alone: all in front of the first mask is one block, and blocks of `block_length` follow (D2F, CDLM)."""
     onward: bool = False
     """Whether cache "block" decodes an autoregressive model block-causally: finished positions see the
     positions up to themselves, as in its other passes, and the last of them gives the next block's first
@@ -190,15 +195,21 @@ class Traits:
 
     def __post_init__(self) -> None:
         """`mask_id` is checked where it is used, since a caller may name another."""
-        for name in ("shift", "causal", "block_causal_too", "aligned_blocks", "whole_blocks", "onward"):
-            instance(name, getattr(self, name), bool)
+        for field in fields(self):
+            if field.type == "bool":
+                instance(field.name, getattr(self, field.name), bool)
         instance("strict", self.strict, frozenset)
         check_fields(self, ("block_length", "sub_block_length", "window"), whole, 1)
         for name in ("causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
-            if self.window is not None and (value := getattr(self, name)):
-                raise ValueError(
-                    f"{name}: does not go with a window, whose masks see all known tokens, got {shown(value)}"
-                )
+            if (self.window is not None or self.prompt_block) and (value := getattr(self, name)):
+                other = "prompt_block, for models that see both ways when they are called"
+                if self.window is not None:
+                    other = "a window, whose masks see all known tokens"
+                raise ValueError(f"{name}: does not go with {other}, got {shown(value)}")
+        if self.window is not None and self.prompt_block:
+            raise ValueError(
+                "prompt_block: does not go with a window, whose masks see all known tokens, got True"
+            )
 
     @property
     def default_block_length(self) -> int:

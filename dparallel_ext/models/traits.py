@@ -33,7 +33,7 @@ def traits(model: Any) -> Traits:
     if (stated := stated_traits(inner)) is not None:
         return stated
     if isinstance(inner, Model):
-        return _of_family(type(inner), inner.mask_id, inner.block_length, inner.window)
+        return _of_family(type(inner), inner.mask_id, inner.block_length, inner.window, inner.prompt_block)
     if not callable(inner) or isinstance(inner, type):
         got = f"the class {inner.__name__}" if isinstance(inner, type) else type(inner).__name__
         raise ValueError(f"model: expected a module or function, got {got}")
@@ -72,13 +72,18 @@ def stored_traits(directory: Path) -> Traits:
     `config_of`."""
     config, shape = config_of(directory)
     family = family_in(config, f"path: {directory}")
-    return _of_family(family, None, shape.block_length, shape.window or family.window)
+    return _of_family(family, None, shape.block_length, shape.window or family.window, shape.prompt_block)
 
 
 def _of_family(
-    family: type[Model], mask_id: int | None, block_length: int | None, window: int | None
+    family: type[Model],
+    mask_id: int | None,
+    block_length: int | None,
+    window: int | None,
+    prompt_block: bool = False,
 ) -> Traits:
     of_config: dict[str, Any] = {"mask_id": mask_id, "block_length": block_length, "window": window}
+    of_config["prompt_block"] = prompt_block
     of_class = {field.name for field in fields(Traits)} - set(of_config)
     return Traits(**of_config, **{name: getattr(family, name) for name in of_class})
 
@@ -95,15 +100,17 @@ def _held(model: Any, known: bool) -> Iterator[tuple[str, Any]]:
 
 
 def check_diffusion(model: Any, *, decoding: bool = False) -> None:
-    """Raise ValueError for an autoregressive model, and for a model that has masks behind all known tokens.
+    """Raise ValueError for an autoregressive model, and for a model whose masks come behind all known tokens,
+    or in blocks behind a prompt that is one.
 
     decoding: accept such models if `decode` decodes them.
     """
     model_traits, inner = traits(model), unwrap(model)
-    if model_traits.window is not None and not decoding:
+    if (model_traits.window is not None or model_traits.prompt_block) and not decoding:
+        behind = "in blocks behind its prompt" if model_traits.prompt_block else "behind all known tokens"
         raise ValueError(
-            f"model: {type(inner).__name__} has its masks behind all known tokens, and this is for models "
-            "that see both ways or by blocks; dparallel_ext.decode and an Engine decode it"
+            f"model: {type(inner).__name__} has its masks {behind}, and this is for models that see both "
+            "ways or by blocks of one length; dparallel_ext.decode and an Engine decode it"
         )
     if model_traits.causal and not (decoding and model_traits.onward):
         other = " If it was made to see both ways, say so: model.traits = dparallel_ext.models.Traits(...)"

@@ -38,10 +38,11 @@ class ModelDrafter:
 
     def __init__(self, model: Any, *, most: int | None = None, canvas: int | None = None) -> None:
         inner = native(model, "drafter")
-        if inner.window is not None:
+        if inner.window is not None or inner.prompt_block:
+            behind = "in blocks behind its prompt" if inner.prompt_block else "behind all known tokens"
             raise ValueError(
-                f"drafter: {type(inner).__name__} has its masks behind all known tokens, and a diffusion "
-                "model that drafts sees both ways or by blocks"
+                f"drafter: {type(inner).__name__} has its masks {behind}, and a diffusion model that drafts "
+                "sees both ways or by blocks of one length"
             )
         if not inner.causal and inner.mask_id is None:
             raise ValueError("drafter: the diffusion model's config has no mask_token_id")

@@ -222,6 +222,12 @@ def of(name: str, **settings: Any) -> Callable[[], Model]:
     return lambda: golden.model(name, **settings)
 
 
+def with_a_prompt_block(name: str) -> Model:
+    model = golden.model(name)
+    model.prompt_block = True
+    return model
+
+
 WAYS: dict[str, Way] = {
     "no cache": decoded(of("llada_tiny_a"), cache="none", threshold=2.0),
     "prefix": decoded(of("dream_tiny_a"), cache="prefix", threshold=2.0),
@@ -256,6 +262,12 @@ WAYS: dict[str, Way] = {
         for selector in ("confidence", "margin", "factor", "entropy_bound")
     },
     "sdar": decoded(of("sdar_tiny_a"), cache="block", threshold=2.0),
+    **{
+        f"{name}, a prompt block": decoded(
+            lambda name=name: with_a_prompt_block(f"{name}_tiny_a"), threshold=1.0, active_blocks=active
+        )
+        for name, active in (("llada", 1), ("dream", 2))
+    },
     "fast_dllm": decoded(lambda: FAST_DLLM, cache="block", threshold=2.0),
     "fast_dllm, sub-blocks": decoded(lambda: FAST_DLLM, sub_block_length=4, **DUAL),
     "nemotron": decoded(nemotron.ours, cache="block", threshold=1.0),
