@@ -210,12 +210,15 @@ class InputPacker:
         return [(start if ends else end, end) for (start, end), ends in zip(edges, ends_it, strict=True)]
 
     def _reach(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork]) -> int:
-        """Columns of each sequence whose logits the pass computes, where shapes are static."""
+        """Columns of each sequence whose logits the pass computes, where shapes are static: the length of a
+        block, or sub-block, times a power of two where several blocks are open."""
         if any(reads(sequences[b], "response") for b in work):
             return self.tokens.shape[1]
         by_block = any(reads(sequences[b], "block") for b in work)
         columns = self.schedule.block_length if by_block else self.schedule.sub_block_length
-        return min(columns * self.windows_of_lane, self.tokens.shape[1])
+        farthest = max(lane_work.reads[-1][1] - lane_work.reads[0][0] for lane_work in work.values())
+        blocks = 1 << (max(1, -(-farthest // columns)) - 1).bit_length()
+        return min(columns * min(blocks, self.windows_of_lane), self.tokens.shape[1])
 
     def _cells(self, sequences: Sequence[SequenceState], work: Mapping[int, SequenceWork], reach: int) -> int:
         """Columns of each window that rules see in the pass; 0 without rules."""

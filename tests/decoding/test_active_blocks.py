@@ -13,6 +13,9 @@ from torch import Tensor
 
 import dparallel_ext as dx
 from dparallel_ext import models
+from dparallel_ext.decoding.graphs import Graphs
+
+pytest_plugins = ["taping"]
 
 MASK = 511
 PROMPTS = [torch.arange(3, 14), torch.arange(40, 47), torch.arange(1, 30)]
@@ -213,6 +216,26 @@ def test_what_does_not_go_together(llada: models.Model, change: dict[str, Any], 
     settings = {"gen_length": 40, "block_length": 8, "threshold": 1.0, "active_blocks": 2, **change}
     with pytest.raises(ValueError, match=message):
         dx.decode(llada, PROMPTS[0], **settings)
+
+
+def test_recorded_passes_compute_the_logits_of_open_blocks_alone(
+    llada: models.Model, taped: list[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many blocks may be open: by ones, twos and fours, as recordings have them."""
+    rows, head = set(), models.Model.head
+
+    def seen(self: models.Model, x: Tensor) -> Tensor:
+        rows.add(len(x))
+        return head(self, x)
+
+    monkeypatch.setattr(models.Model, "head", seen)
+    settings: dict[str, Any] = {"gen_length": 64, "block_length": 8, "threshold": 0.5, "cache": "dual"}
+    settings |= {"open_at": 0.3, "activate_at": 0.6}
+    out = dx.decode(llada, PROMPTS[0], active_blocks=8, **settings)
+    assert {8, 16, 32} <= rows <= {8, 16, 32, 64}
+    assert any(graphs.replays for graphs in taped)
+    monkeypatch.undo()  # on the CPU the logits of masks alone are computed
+    assert torch.equal(out.sequences, dx.decode(llada, PROMPTS[0], active_blocks=8, **settings).sequences)
 
 
 def test_an_engine_opens_one_block_of_what_is_for_one(llada: models.Model) -> None:

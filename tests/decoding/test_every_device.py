@@ -243,7 +243,7 @@ WAYS: dict[str, Way] = {
     ),
     "a form": decoded(of("llada_tiny_a"), automaton=a_form(3), cache="dual"),
     "a form, in blocks": decoded(of("sdar_tiny_a"), automaton=a_form(2), cache="block", threshold=4.5),
-    "soft masks": decoded(of("llada_tiny_a"), rule=Mixed(), cache="dual", active_blocks=2),
+    "soft masks": decoded(of("llada_tiny_a"), rule=Mixed(), cache="dual", active_blocks=2, gen_length=32),
     "soft tokens": decoded(of("sdar_tiny_a"), rule=Mixed(reads="block", edits=1), cache="block"),
     "a function": decoded(of("llada_tiny_a"), rule=lambda stats, masked, step: stats.confidence > 0.02),
     **{  # the last sequence's last block ends where the memory does, so its rows begin in the block before
