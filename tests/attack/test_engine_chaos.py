@@ -28,12 +28,15 @@ from dparallel_ext.models import Model, Stream
 from dparallel_ext.speculation import Draft, Lane, ModelDrafter, TreeDrafter
 
 MODELS = {name: golden.model(name) for name in ("llada_tiny_a", "dream_tiny_a", "sdar_tiny_a")}
+MODELS["dream, a prompt block"] = golden.model("dream_tiny_a")
+MODELS["dream, a prompt block"].prompt_block = True
 MODELS["causal"] = model_of(vocab_size=512)
 MODELS["sdar_moe"] = model_of("sdar_moe", vocab_size=512, mask_token_id=511)
 DIFFUSION = [
     ("llada_tiny_a", "dual"),
     ("llada_tiny_a", "none"),
     ("dream_tiny_a", "prefix"),
+    ("dream, a prompt block", "block"),
     ("sdar_tiny_a", "block"),
     ("sdar_moe", "block"),
 ]
