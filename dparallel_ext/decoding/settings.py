@@ -45,8 +45,7 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
     """
     check_diffusion(model, decoding=True)
     model_traits, refresh = traits(model), config.refresh
-    own_cache = "block" if model_traits.causal or model_traits.prompt_block else None
-    own_cache = "window" if model_traits.window is not None else own_cache
+    own_cache = model_traits.own_cache
     cache = config.cache or own_cache or cache
     block_causal = is_block_causal(model_traits, cache)
     if own_cache is not None and cache != own_cache:

@@ -217,6 +217,13 @@ class Traits:
         return self.block_length or self.window or BLOCK_LENGTH
 
     @property
+    def own_cache(self) -> str | None:
+        """The only cache mode in which `decode` fills the model's masks; None: there are several."""
+        if self.window is not None:
+            return "window"
+        return "block" if self.causal or self.prompt_block else None
+
+    @property
     def leading(self) -> bool:
         """Whether `decode` commits masks from left to right alone."""
         return self.window is not None and self.shift
