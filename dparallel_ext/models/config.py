@@ -200,16 +200,14 @@ class Traits:
                 instance(field.name, getattr(self, field.name), bool)
         instance("strict", self.strict, frozenset)
         check_fields(self, ("block_length", "sub_block_length", "window"), whole, 1)
-        for name in ("causal", "block_causal_too", "onward", "block_length", "sub_block_length"):
-            if (self.window is not None or self.prompt_block) and (value := getattr(self, name)):
-                other = "prompt_block, for models that see both ways when they are called"
-                if self.window is not None:
-                    other = "a window, whose masks see all known tokens"
-                raise ValueError(f"{name}: does not go with {other}, got {shown(value)}")
-        if self.window is not None and self.prompt_block:
-            raise ValueError(
-                "prompt_block: does not go with a window, whose masks see all known tokens, got True"
-            )
+        others = ("causal", "block_causal_too", "onward", "block_length", "sub_block_length", "prompt_block")
+        for having, means in (
+            ("window", "a window, whose masks see all known tokens"),
+            ("prompt_block", "a prompt_block, of models that see both ways when they are called"),
+        ):
+            for name in others:
+                if getattr(self, having) and name != having and (value := getattr(self, name)):
+                    raise ValueError(f"{name}: does not go with {means}, got {shown(value)}")
 
     @property
     def default_block_length(self) -> int:
