@@ -54,6 +54,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
         **{"partial_rotary_factor": 0.5, "use_bias": False, "block_length": 8},
     },
 }
+MIXTURES["llada2.2"] = MIXTURES["llada2_moe"] | {
+    **{"model_type": "llada2_moe", "expert_capacity": 4, "block_size": 8},
+}
 """What `model_of` takes for the families with mixtures of experts: layers of both kinds, widths that one
 product for all experts takes."""
 
@@ -61,8 +64,9 @@ product for all experts takes."""
 def model_of(family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
     """Random weights, large enough that every token tells."""
     torch.manual_seed(3)
-    config = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES}
-    model = models.FAMILIES[family]({**config, **MIXTURES.get(family, {}), **changes})
+    config: dict[str, Any] = {"model_type": family, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, **SIZES}
+    config |= MIXTURES.get(family, {})
+    model = models.FAMILIES[config["model_type"]]({**config, **changes})
     for p in (*model.parameters(), *model.buffers()):
         if p.ndim >= 2 or not p.requires_grad:
             torch.nn.init.normal_(p, std=0.4)

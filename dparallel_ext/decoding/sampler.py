@@ -138,6 +138,7 @@ def _by_rule(
         block=block,
         policy=policy,
         suppress=None if group.suppress is None else group.suppress.to(positions.device),
+        mask_id=mask_id,
         cells=grid,
         rows=logits,
         hidden_rows=predicted.hidden if rule.hidden else None,
@@ -200,7 +201,7 @@ def _allowed(
     """
     if not isinstance(decision, Decision):
         raise ValueError(f"{type(rule).__name__}: decide: expected a Decision, got {type(decision).__name__}")
-    commit, token, edit, remask, complete, _ = decision
+    commit, token, edit, remask, complete, unbounded, _ = decision
     if commit is None:
         commit = where.by_policy(stats)
     expect(f"{type(rule).__name__}: commit", commit, where.masked)
@@ -214,20 +215,23 @@ def _allowed(
             sound &= (token[..., None] != where.suppress).all(-1)
         token = torch.where(sound, token, stats.sample)
     commit = commit & where.open & sound
-    commit |= where.must_move & ~(commit & where.masked).any(1, keepdim=True) & best
-    for name, cells in (("edit", edit), ("remask", remask), ("complete", complete)):
+    of_windows = {"complete": complete, "unbounded": unbounded}
+    for name, cells in {"edit": edit, "remask": remask, **of_windows}.items():
         if cells is not None:
-            like = where.masked[:, 0] if name == "complete" else where.masked
+            like = where.masked[:, 0] if name in of_windows else where.masked
             expect(f"{type(rule).__name__}: {name}", cells, like)
             if not rule.edits:
                 raise ValueError(f"{type(rule).__name__}: {name}: expected None of a rule whose edits are 0")
+    must_move = where.must_move if unbounded is None else where.must_move & ~unbounded[:, None]
+    commit |= must_move & ~(commit & where.masked).any(1, keepdim=True) & best
     if remask is not None:
         remask = remask & where.decoded
         # So that every decode ends: each pass leaves fewer masks, or at least as many decoded tokens in the
         # block as there were passes over it.
         made, held = commit.sum(1), where.decoded.sum(1)
         most = made - 1 + (held - where.turn).clamp(min=0)
-        remask &= (remask.cumsum(1) <= most[:, None]) | ~where.open.any(1, keepdim=True)
+        fits = (remask.cumsum(1) <= most[:, None]) | ~where.open.any(1, keepdim=True)
+        remask &= fits if unbounded is None else fits | unbounded[:, None]
     if edit is not None:
         edit = edit & where.decoded & sound
         commit |= edit if remask is None else edit & ~remask

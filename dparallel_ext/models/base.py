@@ -19,7 +19,7 @@ from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
 from . import experts, fields, fused_weights, rope
 from .attention import PagedAttention
-from .config import Config, ModelConfig, Output, config_ids
+from .config import BlockRouting, Config, ModelConfig, Output, config_ids
 from .fp8 import Fp8Linear
 from .hugging_face import HuggingFaceInterface
 from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, attention, norm_of_sum, rotate
@@ -206,11 +206,12 @@ class Model(HuggingFaceInterface):
             x = x if x.requires_grad else x.detach().requires_grad_()
         if taps is not None:
             taps.take(-1, Stream(x))
+        together = self._together(input_ids, attention_mask)
         for layer, block in enumerate(self.blocks):
             if checkpointing is not None:
-                x = checkpoint(block, x, attend, **checkpointing)
+                x = checkpoint(block, x, attend, *together, **checkpointing)
             else:
-                x = block(x, attend)
+                x = block(x, attend, *together)
             if taps is not None:
                 taps.take(layer, Stream(x))
         return self.norm(x)
@@ -261,12 +262,16 @@ class Model(HuggingFaceInterface):
         attention = PagedAttention(kv_cache, metadata)
         if taps is not None and start == 0:
             taps.take(-1, stream)
+        together: tuple[Tensor, ...] = ()
+        if (size := self.routed_together) is not None:
+            real = metadata.slot_mapping >= 0
+            together = (experts.together_in(metadata.rows, metadata.positions, real, size),)
         for layer, block in list(enumerate(self.blocks))[start:stop]:
             attend = attention.layer(layer)
             if fused_weights.is_unmodified(block, Block):
-                stream = block.run(stream, attend)
+                stream = block.run(stream, attend, *together)
             else:
-                stream = Stream(block(stream.sum, attend))
+                stream = Stream(block(stream.sum, attend, *together))
             if taps is not None:
                 taps.take(layer, stream)
         return stream
@@ -354,6 +359,13 @@ class Model(HuggingFaceInterface):
         sizes = self.shape.experts
         return sizes is not None and bool(sizes.layers) and experts.waits(sizes, self.embed.weight)
 
+    @property
+    def routed_together(self) -> int | None:
+        """The length of the blocks, from position 0 on, whose tokens choose among the same experts; None:
+        each token chooses for itself."""
+        routing = self.shape.experts and self.shape.experts.routing
+        return routing.block if isinstance(routing, BlockRouting) else None
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., width)."""
         # On a GPU `linear` was not compared with torch's product at a head's width.
@@ -391,6 +403,17 @@ class Model(HuggingFaceInterface):
         """(length,) float32 as `rope.QueryScaling.table`."""
         scaling = self.shape.query_scaling
         return None if scaling is None else scaling.table(length, self.device)
+
+    def _together(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The argument (B * L,) of the `Router`, if tokens are routed by blocks."""
+        if (size := self.routed_together) is None:
+            return ()
+        row, position = (torch.arange(n, device=input_ids.device) for n in input_ids.shape)
+        row, position = torch.broadcast_tensors(row[:, None], position)
+        real = torch.ones_like(row, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.to(input_ids.device, torch.bool)
+        return (experts.together_in(row.flatten(), position.flatten(), real.flatten(), size),)
 
     def _visible(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask of attention, (B or 1, 1, 1 or L, L) bool; None: none is needed."""

@@ -27,6 +27,19 @@ class GroupRouting:
 
 
 @dataclass(frozen=True)
+class BlockRouting:
+    """A router that scores by sigmoids, and lets the tokens of a block choose among a few experts
+    (LLaDA 2.2)."""
+
+    block: int
+    """Tokens of a block; blocks count from position 0."""
+    capacity: int
+    """Experts among which a block's tokens choose: those that some token of the block scores highest."""
+    scale: float
+    """Of the weights of a token's experts."""
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """Mixtures of experts in place of some layers' MLPs, see `experts`."""
 
@@ -42,12 +55,16 @@ class ExpertsConfig:
     """The layers that have them, from 0."""
     shared_width: int = 0
     """Of an MLP beside them that every token takes; 0: none."""
-    routing: GroupRouting | None = None
+    routing: GroupRouting | BlockRouting | None = None
     """None: by softmax, among all experts."""
 
     def __post_init__(self) -> None:
         count = self.count
-        if (routing := self.routing) is not None:
+        if isinstance(routing := self.routing, BlockRouting):
+            if routing.capacity > count:
+                raise ValueError(f"config: {routing.capacity} experts for a block, and there are {count}")
+            count = routing.capacity
+        elif routing is not None:
             if count % routing.groups or count < 2 * routing.groups:
                 raise ValueError(
                     f"config: expected groups of two experts or more, got {count} in {routing.groups}"

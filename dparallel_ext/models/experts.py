@@ -3,7 +3,8 @@
     router    a token's scores of the experts, in float32: their softmax; or the sigmoid of each
     choose    the `per_token` experts of the highest scores, weighted by these, which in most releases are
               scaled to a sum of 1. With groups (DeepSeek-V3, arXiv 2412.19437): by score and a learnt bias,
-              among the groups with the highest sums of two
+              among the groups with the highest sums of two. With blocks (LLaDA 2.2): by score and bias too,
+              among the experts with the highest of any token of the block
     mix       the weighted sum of what these experts give
 
 A checkpoint stores the experts one by one. Here all of a layer lie in two parameters, so that one grouped
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..ops import linear
 from . import fused_weights
-from .config import ExpertsConfig, GroupRouting, ModelConfig
+from .config import BlockRouting, ExpertsConfig, GroupRouting, ModelConfig
 
 LEAVES = ("gate_up_proj", "down_proj")
 
@@ -58,24 +59,31 @@ class Router(nn.Module):
         if s.routing is not None:
             self.register_buffer("expert_bias", torch.zeros(s.count))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and the ids (N, per_token) of the experts of x (N, width)."""
+    def forward(self, x: Tensor, together: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weights and the ids (N, per_token) of the experts of x (N, width).
+
+        together: (N,) int64 from 0 to N, the block of each row; needed where tokens are routed by blocks.
+        """
         s = self.sizes
         if s.routing is not None:
-            return self._by_groups(x, s.routing)
+            return self._by_sigmoids(x, s.routing, together)
         logits = linear(x, self.weight)
         share, chosen = logits.softmax(-1, dtype=torch.float32).topk(s.per_token)
         if s.normalized:
             share = share / share.sum(-1, keepdim=True)
         return share.to(logits.dtype), chosen
 
-    def _by_groups(self, x: Tensor, routing: GroupRouting) -> tuple[Tensor, Tensor]:
+    def _by_sigmoids(
+        self, x: Tensor, routing: GroupRouting | BlockRouting, together: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        by_group = (scores + self.expert_bias).unflatten(-1, (routing.groups, -1))
-        best = by_group.topk(2).values.sum(-1).topk(routing.per_token).indices  # (N, groups for a token)
-        outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, False)
-        among = by_group.masked_fill(outside[..., None], -torch.inf).flatten(1)
+        biased = (scores + self.expert_bias).detach()
+        if isinstance(routing, GroupRouting):
+            among = _among_groups(biased, routing)
+        else:
+            assert together is not None
+            among = _among_experts_of_blocks(biased, routing, together)
         chosen = among.topk(self.sizes.per_token).indices
         share = scores.gather(1, chosen)
         if self.sizes.normalized:
@@ -89,6 +97,36 @@ class Router(nn.Module):
         if bias is not None and self.expert_bias.dtype != bias.dtype:
             self._buffers["expert_bias"] = bias.to(self.expert_bias.device)
         return self
+
+
+def _among_groups(scores: Tensor, routing: GroupRouting) -> Tensor:
+    """`scores` (N, experts), -inf outside the best groups of each token."""
+    by_group = scores.unflatten(-1, (routing.groups, -1))
+    best = by_group.topk(2).values.sum(-1).topk(routing.per_token).indices  # (N, groups for a token)
+    outside = torch.ones(by_group.shape[:2], dtype=torch.bool, device=scores.device)
+    return by_group.masked_fill(outside.scatter_(1, best, False)[..., None], -torch.inf).flatten(1)
+
+
+def _among_experts_of_blocks(scores: Tensor, routing: BlockRouting, together: Tensor) -> Tensor:
+    """`scores` (N, experts), -inf outside the experts of each token's block. together: see `Router`."""
+    # As many blocks as there may be, so that no number has to be read from the device.
+    highest = scores.new_full((len(scores) + 1, scores.shape[1]), -torch.inf)
+    highest.scatter_reduce_(0, together[:, None].expand(scores.shape), scores, "amax")
+    outside = torch.ones(highest.shape, dtype=torch.bool, device=scores.device)
+    outside.scatter_(1, highest.topk(routing.capacity).indices, False)
+    return scores.masked_fill(outside[together], -torch.inf)
+
+
+def together_in(sequence: Tensor, position: Tensor, real: Tensor, block: int) -> Tensor:
+    """The blocks of N packed tokens, (N,) int64 from 0 to N, for the `Router`.
+
+    sequence, position: (N,) int64, of each token; those of a block adjoin. real: (N,) bool, the tokens that
+    are no padding, which has a block of its own. block: the length of the blocks.
+    """
+    number = torch.where(real, sequence * 2**32 + position // block, -1)
+    first = torch.ones_like(real)
+    first[1:] = number[1:] != number[:-1]
+    return first.cumsum(0) - 1
 
 
 class SharedExpert(nn.Module):

@@ -1,4 +1,8 @@
-"""LLaDA2 (inclusionAI, arXiv 2512.15745, 2602.08676): mixtures of experts, block-causal, no shift."""
+"""LLaDA2 (inclusionAI, arXiv 2512.15745, 2602.08676): mixtures of experts, block-causal, no shift.
+
+Source of 2.2: the technical report "LLaDA2.2: Enabling Agentic Diffusion Language Models via Levenshtein
+Editing", and ports of the code published with its checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, ClassVar
 
 from . import fields
 from .base import Model
-from .config import ExpertsConfig, GroupRouting, ModelConfig
+from .config import BlockRouting, ExpertsConfig, GroupRouting, ModelConfig
 from .fields import Field
 from .llama import llama_shape
 
@@ -33,6 +37,7 @@ _FIELDS = {
     "topk_group": Field(int, 4, most=2**10),
     "routed_scaling_factor": Field(float, 2.5, least=0.0, most=2**20),
 }
+_OF_BLOCKS = {"expert_capacity": Field(int, most=2**14), "block_size": fields.BLOCK_LENGTH}
 
 
 class LLaDA2(Model):
@@ -40,6 +45,9 @@ class LLaDA2(Model):
 
     LLaDA2.1 has learned to correct itself: `decode` with `rule="edit:TAU,TAU_EDIT"` gives the tokens of its
     published `generate`, with cache "block" or "none".
+
+    LLaDA2.2 deletes and inserts too, `rule="levenshtein:TAU,TAU_EDIT"`, and all tokens of a block choose
+    among the `expert_capacity` experts that some token of the block scores highest.
 
     Where `decode` differs:
     - The `generate` that comes with LLaDA2.1-mini adds its mask of ones and zeros to the scores, where 0 and
@@ -76,12 +84,21 @@ class LLaDA2(Model):
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
         fields.check_supported(config, _SUPPORTED)
-        if (capacity := config.get("expert_capacity")) is not None:
-            raise ValueError(
-                f"config: expert_capacity={capacity!r:.80} is not supported: all tokens of a block choose "
-                "among so many experts, in LLaDA 2.2"
-            )
         c = fields.read(config, _FIELDS)
+        block_length = c["block_length"]
+        routing: GroupRouting | BlockRouting
+        if config.get("expert_capacity") is None:
+            routing = GroupRouting(c["n_group"], c["topk_group"], c["routed_scaling_factor"])
+        else:  # LLaDA 2.2, which keeps the keys of groups, and reads them no more
+            of_blocks = fields.read(config, _OF_BLOCKS)
+            size, scale = of_blocks["block_size"], c["routed_scaling_factor"]
+            routing = BlockRouting(size, of_blocks["expert_capacity"], scale)
+            block_length = block_length if config.get("block_length") is not None else size
+            if block_length % size:
+                raise ValueError(
+                    f"config: block_length={block_length}, expected a multiple of block_size={size}, since "
+                    "as many tokens choose among the same experts"
+                )
         # What Llama's keys do not hold as they are.
         theirs = {"num_key_value_heads": c["num_key_value_heads"] or None, "rms_norm_eps": c["rms_norm_eps"]}
         factor, rope = c["partial_rotary_factor"], config.get("rope_parameters")
@@ -107,14 +124,14 @@ class LLaDA2(Model):
             normalized=c["num_experts_per_tok"] > 1,
             layers=frozenset(range(c["first_k_dense_replace"], shape.layers)),
             shared_width=c["moe_intermediate_size"] * c["num_shared_experts"],
-            routing=GroupRouting(c["n_group"], c["topk_group"], c["routed_scaling_factor"]),
+            routing=routing,
         )
         return replace(
             shape,
             qkv_bias=c["use_qkv_bias"],
             o_bias=c["use_bias"],
             qk_norm=c["use_qk_norm"],
-            block_length=c["block_length"],
+            block_length=block_length,
             fused_qkv=True,
             rotary_dim=None if rotated == shape.head_dim else rotated,
             experts=experts,

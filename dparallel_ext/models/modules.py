@@ -257,20 +257,20 @@ class Block(CheckpointNamed):
             self.up = nn.Linear(s.width, s.mlp_width, bias=s.mlp_bias)
             self.down = nn.Linear(s.mlp_width, s.width, bias=s.mlp_bias)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (..., width) -> (..., width)"""
-        return self.run(Stream(x), attend).sum
+    def forward(self, x: Tensor, attend: Attend, together: Tensor | None = None) -> Tensor:
+        """x (..., width) -> (..., width). together: see `experts.Router`, of which this is the argument."""
+        return self.run(Stream(x), attend, together).sum
 
-    def run(self, stream: Stream, attend: Attend) -> Stream:
+    def run(self, stream: Stream, attend: Attend, together: Tensor | None = None) -> Stream:
         """The stream (..., width) after the block, as a sum still to be computed."""
-        return self.run_normed(*norm_of_sum(self.norm1, stream), attend)
+        return self.run_normed(*norm_of_sum(self.norm1, stream), attend, together)
 
-    def run_normed(self, x: Tensor, y: Tensor, attend: Attend) -> Stream:
+    def run_normed(self, x: Tensor, y: Tensor, attend: Attend, together: Tensor | None = None) -> Stream:
         """The stream after the block, of the stream x (..., width) before it, and y, the input of queries,
         keys and values: the norm of x, unless a kind of block has another."""
         y = self._attended(y, attend).flatten(-2)
         x, y = norm_of_sum(self.norm2, Stream(x, fused_weights.apply(self.o, y)))
-        return Stream(x, self._mlp(y))
+        return Stream(x, self._mlp(y, together))
 
     def _attended(self, y: Tensor, attend: Attend) -> Tensor:
         """y (..., width) -> (..., heads, D)"""
@@ -289,11 +289,11 @@ class Block(CheckpointNamed):
             return attend(q, k, v, norms)
         return attend(norms.q(q), norms.k(k), v)
 
-    def _mlp(self, y: Tensor) -> Tensor:
+    def _mlp(self, y: Tensor, together: Tensor | None) -> Tensor:
         """y (..., width) -> (..., width)"""
         if self.sparse:
             rows = y.reshape(-1, y.shape[-1])
-            mixed: Tensor = self.experts(rows, *self.router(rows)).view(y.shape)
+            mixed: Tensor = self.experts(rows, *self.router(rows, together)).view(y.shape)
             return mixed if self.shared is None else mixed + self.shared(y)
         return fused_weights.apply(self.down, fused_weights.gated(y, self.gate, self.up))
 

@@ -8,6 +8,7 @@ from .edit import Edit
 from .end_of_text import EndOfText
 from .leading import Leading
 from .learned import Learned
+from .levenshtein import Levenshtein
 from .protocol import Decision, Function, FunctionRule, Rule, Where
 from .soft import Soft
 from .spec import KINDS, ONE, Kind, describe, file_of, menu, parse
@@ -25,6 +26,7 @@ __all__ = [
     "Kind",
     "Leading",
     "Learned",
+    "Levenshtein",
     "Prophet",
     "Rule",
     "SchED",

@@ -85,6 +85,8 @@ class Where:
     """(W, 5) float32: the windows' policy rows, see `policies`."""
     suppress: Tensor | None
     """(n,) int64: ids that are not decoded; None: there are none."""
+    mask_id: int
+    """The mask token."""
     cells: Cells
     rows: Tensor
     """(N, V): the logits of the pass, which `logits` reads."""
@@ -186,6 +188,9 @@ class Decision(NamedTuple):
     complete: Tensor | None = None
     """(W,) bool, for a rule that `edits`: windows whose block needs no further pass if this one leaves no
     mask in it. None: a block needs further passes until a pass changes nothing."""
+    unbounded: Tensor | None = None
+    """(W,) bool, for a rule that `edits`: windows of which it need commit no mask, and may remask any cells.
+    A rule that says so has to come to an end by itself. None: no windows."""
     impossible: Tensor | None = None
     """(W,) bool: windows without a possible decision: the error of a row that leaves no token to choose."""
 
@@ -194,7 +199,8 @@ class Rule:
     """Decides which tokens a pass commits. A frozen dataclass: equal rules share their state.
 
     Whatever a rule decides, at least one mask of the front block's window is committed, and never the mask
-    token; and so few tokens become masks again that every decode ends (`Decision.remask`).
+    token; and so few tokens become masks again that every decode ends (`Decision.remask`), unless a rule
+    that edits answers for that itself (`Decision.unbounded`).
     """
 
     reads: Literal["masked", "block", "response"] = "masked"

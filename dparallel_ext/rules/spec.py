@@ -16,6 +16,7 @@ from .end_of_text import EndOfText
 from .filter_file import NAMED
 from .leading import Leading
 from .learned import Learned
+from .levenshtein import Levenshtein
 from .protocol import Function, Rule
 from .soft import Soft
 
@@ -70,6 +71,12 @@ KINDS: dict[str, Kind] = {
         (("mask", float), ("edit", float), ("edits", int)),
         0,
         "may change decoded tokens while their block is open (LLaDA2.1)",
+    ),
+    "levenshtein": Kind(
+        Levenshtein,
+        (("mask", float), ("edit", float), ("edits", int), ("delete", int), ("split", int)),
+        0,
+        "may change, delete and insert tokens while their block is open (LLaDA 2.2)",
     ),
     "soft": Kind(
         Soft,

@@ -355,6 +355,7 @@ def test_samples_without_a_seed_are_drawn_in_the_call() -> None:
         rules.Credit(0.6, 0.9, 0.3),
         rules.Edit(0.8, 0.7, 4),
         rules.Soft(0.4, 0.7, 16),
+        rules.Levenshtein(0.03, 0.05, 4, 7, 9),
         rules.SchED(14, 8, "linear"),
         rules.Prophet(3, 4),
         "sched:14,8+entropy:0.5",

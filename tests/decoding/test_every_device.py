@@ -253,6 +253,7 @@ WAYS: dict[str, Way] = {
             "sched:0.4,0.1",
             "edit:0.03,0.05,4",
             "soft:0.05,0.9,6",
+            "levenshtein:0.03,0.05,4,7,9",
             "prophet:4",
             "eot:5",
         )
@@ -290,6 +291,7 @@ WAYS: dict[str, Way] = {
             "rnd1": "dual",
             "lladamoe": "dual",
             "llada2_moe": "block",
+            "llada2.2": "block",
         }.items()
     },
     **{

@@ -106,6 +106,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llada_tiny_a", {"cache": "prefix", "rule": "sched:0.4,0.1", "steps": 24}),
     ("llada_tiny_a", {"cache": "dual", "rule": "edit:0.03,0.05,4"}),
     ("sdar_tiny_a", {"cache": "block", "rule": "edit:0.03,0.03", "block_length": 8}),
+    ("llada_tiny_a", {"cache": "dual", "rule": "levenshtein:0.03,0.05,4,439,40", "suppress": [3, 77]}),
     ("llada_tiny_a", {"cache": "dual", "rule": Backtrack(0.03, 0.03, 2)}),
     ("sdar_tiny_a", {"cache": "block", "rule": Backtrack(0.03, 0.03, 2), "block_length": 8}),
     ("llada_tiny_a", {"cache": "dual", "rule": Planner(64, -1.0)}),

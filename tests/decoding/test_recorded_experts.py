@@ -33,6 +33,8 @@ MIXTURES: list[tuple[str, dict[str, Any]]] = [
     ("llada2_moe", {"cache": "block", "rule": "edit:0.03,0.03"}),
     ("llada2_moe", {"cache": "block", "rule": "soft:0.05,0.9,6"}),
     ("llada2_moe", {"cache": "block", "threshold": 3.0}),
+    ("llada2.2", {"cache": "none", "threshold": 3.0}),
+    ("llada2.2", {"cache": "block", "rule": "levenshtein:0.05,0.05,4,7,9", "suppress": [5, 11]}),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"drafter": "ngram", "draft_size": 4}),
 ]
@@ -53,8 +55,8 @@ def test_experts_are_chosen_in_replays(
     taken: list[list[Tensor]] = []
     expected = []
 
-    def seen(self: experts.Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        share, chosen = forward(self, x)
+    def seen(self: experts.Router, x: Tensor, *together: Tensor) -> tuple[Tensor, Tensor]:
+        share, chosen = forward(self, x, *together)
         taken[-1].append(chosen)
         return share, chosen
 

@@ -17,7 +17,7 @@ from test_rules import MASK, PROMPTS
 
 import dparallel_ext as dx
 from dparallel_ext import models, rules
-from dparallel_ext.rules import Credit, Decision, Edit, Prophet, Rule, SchED, Where
+from dparallel_ext.rules import Credit, Decision, Edit, Levenshtein, Prophet, Rule, SchED, Where
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +263,8 @@ def test_names() -> None:
         assert rules.parse(text) == (rules.EndOfText(ends, 0.5), {})
         assert rules.spec.text_of(rules.EndOfText(ends, 0.5)) == text
     assert rules.parse("edit:0.8,0.95,4") == (Edit(0.8, 0.95, 4), {})
+    assert rules.parse("levenshtein:0.4,0.1") == (Levenshtein(0.4, 0.1, 16, 156930, 156931), {})
+    assert rules.spec.text_of(Levenshtein(0.4, 0.1, 8, 5, 7)) == "levenshtein:0.4,0.1,8,5,7"
     assert rules.parse("prophet:203") == (Prophet(203), {})
     assert rules.parse("sched:5+steps:16") == (SchED(5.0), {"steps": 16})
     assert rules.parse("credit+one") == (Credit(), {})

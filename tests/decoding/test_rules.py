@@ -408,6 +408,7 @@ def test_hidden_states_are_asked_for_by_name(llada: models.Model) -> None:
 RULES = [
     "edit:0.03,0.04,5",
     "soft:0.05,0.9,6",
+    "levenshtein:0.03,0.04,5,439,40",
     "distance:3,0.1",
     "leading+confidence:0.03",
     "credit+confidence:0.03",

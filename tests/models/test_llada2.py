@@ -32,6 +32,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_bias": True, "use_qkv_bias": True, "num_shared_experts": 0, "tie_word_embeddings": True},
     {"use_qk_norm": False, "partial_rotary_factor": 1.0, "num_key_value_heads": 0, "num_experts_per_tok": 1},
     {"use_qk_norm": False, "partial_rotary_factor": 0.25, "topk_group": 4, "num_experts_per_tok": 16},
+    {"expert_capacity": 5, "block_size": BLOCK},
+    {"expert_capacity": 4, "block_size": BLOCK // 2, "use_bias": True},
 ]
 
 
@@ -83,18 +85,23 @@ def plain(
         a, b = first.chunk(2, -1)
         return torch.cat((first * cos + torch.cat((-b, a), -1) * sin, rest), -1)
 
+    def among(chosen: Tensor, row: int) -> list[int]:
+        if "expert_capacity" in c:  # LLaDA 2.2: of all tokens of the block
+            first = row // c["block_size"] * c["block_size"]
+            highest = chosen[first : first + c["block_size"]].max(0).values
+            return [int(expert) for expert in highest.argsort(descending=True)[: c["expert_capacity"]]]
+        groups = chosen[row].view(c["n_group"], -1)
+        best = groups.sort(descending=True).values[:, :2].sum(1).argsort(descending=True)
+        of_best = sorted(best[: c["topk_group"]].tolist())
+        return [g * groups.shape[1] + i for g in of_best for i in range(groups.shape[1])]
+
     def mixture(y: Tensor, name: str) -> Tensor:
         scores = product(y, name + ".gate").sigmoid()
         experts = torch.stack([mlp(y, f"{name}.experts.{e}") for e in range(scores.shape[1])], 1)  # (L, E, D)
-        mixed = torch.zeros_like(y)
+        mixed, chosen = torch.zeros_like(y), scores + w[name + ".gate.expert_bias"]
         for row, each in enumerate(scores):
-            chosen = each + w[name + ".gate.expert_bias"]
-            groups = chosen.view(c["n_group"], -1)
-            best = groups.sort(descending=True).values[:, :2].sum(1).argsort(descending=True)
-            of_best = sorted(best[: c["topk_group"]].tolist())
-            among = [g * groups.shape[1] + i for g in of_best for i in range(groups.shape[1])]
-            among.sort(key=lambda expert: -float(chosen[expert]))
-            taken = among[: c["num_experts_per_tok"]]
+            best = sorted(among(chosen, row), key=lambda expert: -float(chosen[row, expert]))
+            taken = best[: c["num_experts_per_tok"]]
             share = each[taken]
             if len(taken) > 1:
                 share = share / (share.sum() + 1e-20)
@@ -404,7 +411,10 @@ def test_it_trains_and_a_state_dict_resumes() -> None:
             "use_sliding_window=True is not supported",
         ),
         ({"num_experts": None}, "'num_experts' is null"),
-        ({"expert_capacity": 6, "block_size": BLOCK}, "expert_capacity=6 is not supported: .* LLaDA 2.2"),
+        ({"expert_capacity": 6}, "'block_size' is missing"),
+        ({"expert_capacity": 2, "block_size": BLOCK}, "3 experts for a token, and there are 2"),
+        ({"expert_capacity": 17, "block_size": BLOCK}, "17 experts for a block, and there are 16"),
+        ({"expert_capacity": 6, "block_size": 3}, "block_length=8, expected a multiple of block_size=3"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
