@@ -84,11 +84,15 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
             f"{block_length}; only models of dparallel_ext.models can attend by other blocks"
         )
     unit = isinstance(model, Model) and model.routed_together
-    if unit and block_length % unit:
-        raise ValueError(
-            f"block_length: expected a multiple of {unit}, since as many tokens of {type(model).__name__} "
-            f"choose among the same experts, got {block_length}"
-        )
+    computed = {"block_length": block_length} | (
+        {"sub_block_length": sub_block_length} if cache == "dual" else {}
+    )
+    for name, length in computed.items():
+        if unit and length % unit:
+            raise ValueError(
+                f"{name}: expected a multiple of {unit}, since as many tokens of {type(model).__name__} "
+                f"choose among the same experts, got {length}"
+            )
     if refresh is not None and cache != "dual":
         raise ValueError(f'refresh: belongs to cache "dual", got cache={cache!r}')
     mask_id = mask_of(model, config.mask_id)

@@ -235,6 +235,10 @@ def test_a_block_ends_that_would_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rule": "levenshtein:0.5,0,16,94,93"}, "rule: expected split=95, the split_token_id of the model"),
         ({"rule": Levenshtein(0.5, 0.0, 2, 94, 95), "temperature": 1.0}, "temperature: Levenshtein commits"),
         ({"block_length": 12}, "block_length: expected a multiple of 8, since as many tokens of LLaDA2"),
+        (
+            {"block_length": 16, "sub_block_length": 4, "cache": "dual"},
+            "sub_block_length: expected a multiple of 8",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_named(settings: dict[str, Any], message: str) -> None:
