@@ -16,8 +16,8 @@ of the former, `fresh` of the latter. A pass t = 0, 1, ... writes
               reaches the block's length
     tokens    those in whose place another token has a confidence above EDIT
 
-and the next pass sees the block as DELETE and SPLIT leave it. After EDITS passes in a row with `left` = 0, a
-block's last pass writes all masks, and no DELETE or SPLIT.
+and the next pass sees the block as DELETE and SPLIT leave it. The last of a block's passes, the EDITS-th with
+`left` = 0, writes all masks, and no DELETE or SPLIT.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Levenshtein(Rule):
     def new_state(self, lanes: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         began = torch.zeros((lanes, columns), dtype=torch.bool, device=device)  # tokens that began as masks
         seen = torch.zeros((lanes, STEPS), dtype=torch.int64, device=device)  # numbers of the blocks written
-        alone = torch.zeros(lanes, dtype=torch.int64, device=device)  # passes in a row without such masks
+        alone = torch.zeros(lanes, dtype=torch.int64, device=device)  # passes without such masks
         factors = torch.full((columns,), FACTOR, dtype=torch.int64, device=device).cumprod(0)
         return began, seen, alone, factors
 
@@ -100,7 +100,7 @@ class Levenshtein(Rule):
         first_pass = turn == 0
         began = torch.where(first_pass[:, None], masked, where.recall(state[0]))
         left = masked & began
-        alone = torch.where(first_pass | left.any(1), 0, state[2][where.lane]) + ~left.any(1)
+        alone = torch.where(first_pass, 0, state[2][where.lane]) + ~left.any(1)
         last = (alone >= self.edits) | (turn + 1 >= STEPS)
 
         write = self._masks(stats, where, left)
