@@ -1,8 +1,9 @@
 """Levenshtein editing, the decoding of LLaDA 2.2 (inclusionAI, 2026): tokens of the open block are deleted
 and inserted, too.
 
-Source: `generate` of the code published with LLaDA2.2-mini and -flash, and the technical report "LLaDA2.2:
-Enabling Agentic Diffusion Language Models via Levenshtein Editing". Two ids of the vocabulary are no text:
+Source: the technical report "LLaDA2.2: Enabling Agentic Diffusion Language Models via Levenshtein Editing",
+and what public ports of the `generate` that comes with LLaDA2.2-mini and -flash say, since that code itself
+was not at hand. Two ids of the vocabulary are no text:
 
     DELETE    the position goes; what is behind it moves to the left, and a mask comes at the end
     SPLIT     a mask comes in front of what the position holds, which moves to the right with all behind it;
