@@ -361,12 +361,13 @@ def make(
     kinds = {"none": Whole, "prefix": Prefix, "dual": SubBlock if block_causal else Dual}
     kind = (kinds | {"block": BlockCausal, "window": Sliding})[cache]
     options: dict[str, Any] = {"refresh": refresh} if kind in (Dual, SubBlock) else {}
+    aligned = block_causal and traits.aligned_blocks and not traits.prompt_block
     return kind(
         block_length=block_length,
         sub_block_length=sub_block_length,
         shift=traits.shift,
         block_causal=block_causal,
-        aligned=(aligned := block_causal and traits.aligned_blocks and not traits.prompt_block),
+        aligned=aligned,
         prompt_block=block_causal and traits.prompt_block,
         whole=aligned and traits.whole_blocks,
         onward=block_causal and traits.onward,

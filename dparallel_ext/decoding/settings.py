@@ -83,12 +83,10 @@ def check_model(config: DecodeConfig, model: Any, cache: str) -> ResolvedConfig:
             f"block_length: expected {model_traits.block_length}, by which this model attends, got "
             f"{block_length}; only models of dparallel_ext.models can attend by other blocks"
         )
-    unit = isinstance(model, Model) and model.routed_together
-    computed = {"block_length": block_length} | (
-        {"sub_block_length": sub_block_length} if cache == "dual" else {}
-    )
-    for name, length in computed.items():
-        if unit and length % unit:
+    unit = model.routed_together if isinstance(model, Model) else None
+    by_parts = {"sub_block_length": sub_block_length} if cache == "dual" else {}
+    for name, length in {"block_length": block_length, **by_parts}.items():
+        if unit is not None and length % unit:
             raise ValueError(
                 f"{name}: expected a multiple of {unit}, since as many tokens of {type(model).__name__} "
                 f"choose among the same experts, got {length}"

@@ -8,6 +8,7 @@ modules by the checkpoint's names; the code here calls them by short names, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +110,7 @@ class Model(HuggingFaceInterface):
         except KeyError as error:
             raise ValueError(f"config: {error} is missing") from error
         config_ids(config, "eos_token_id", shape.embedding_size)
-        return shape
+        return replace(shape, **fields.read(config, {"prompt_block": fields.NO}))
 
     @classmethod
     def released_mask_id(cls, rows: int | None) -> int | None:

@@ -24,8 +24,7 @@ class Dream(Model):
 
     @staticmethod
     def read_config(config: Mapping[str, Any]) -> ModelConfig:
-        prompt_block = fields.read(config, {"prompt_block": fields.NO})["prompt_block"]
-        return diffusion_shape(config, qkv_bias=True, prompt_block=prompt_block)
+        return diffusion_shape(config, qkv_bias=True)
 
 
 def diffusion_shape(config: Mapping[str, Any], **keywords: Any) -> ModelConfig:

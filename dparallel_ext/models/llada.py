@@ -48,7 +48,6 @@ _FIELDS = {
     "bias_for_layer_norm": Field(bool, None),
     "weight_tying": Field(bool),
     "scale_logits": fields.NO,
-    "prompt_block": fields.NO,
 }
 
 
@@ -99,7 +98,6 @@ class LLaDA(Model):
             norm_bias=bias if norm_bias is None else norm_bias,  # null: as include_bias
             tied=c["weight_tying"],
             logit_scale=width**-0.5 if c["scale_logits"] else 1.0,
-            prompt_block=c["prompt_block"],
         )
 
 

@@ -82,8 +82,12 @@ def _of_family(
     window: int | None,
     prompt_block: bool = False,
 ) -> Traits:
-    of_config: dict[str, Any] = {"mask_id": mask_id, "block_length": block_length, "window": window}
-    of_config["prompt_block"] = prompt_block
+    of_config: dict[str, Any] = {
+        "mask_id": mask_id,
+        "block_length": block_length,
+        "window": window,
+        "prompt_block": prompt_block,
+    }
     of_class = {field.name for field in fields(Traits)} - set(of_config)
     return Traits(**of_config, **{name: getattr(family, name) for name in of_class})
 

@@ -225,6 +225,14 @@ def test_a_checkpoint_says_so(family: str, tmp_path: Path) -> None:
         models.load(tmp_path)
 
 
+def test_another_family_s_config_says_so() -> None:
+    config = {**theirs_of("llama").config.to_dict(), "mask_token_id": MASK, "eos_token_id": None}
+    config |= {"rope_parameters": None, "rope_theta": 500.0, "prompt_block": True}
+    assert models.traits(models.ILLaDA({**config, "model_type": "illada"})).prompt_block
+    with pytest.raises(ValueError, match="block_causal_too: does not go with a prompt_block"):
+        models.traits(models.A2DLlama(config))
+
+
 def test_what_is_for_other_models_is_refused() -> None:
     model, x = both("llada")[1], ids(1, 4)
     behind = "model: LLaDA has its masks in blocks behind its prompt"
