@@ -179,6 +179,10 @@ def test_numbers_outside_their_meaning_are_named(
             "report: builtin:teacher is a diffusion model, which takes none",
         ),
         (
+            ("tune", "out.json", "--draft-size", "3", "--problems", "1"),
+            "draft_size: is tuned for an autoregressive model, and builtin:teacher is a diffusion model",
+        ),
+        (
             ("tune", "out.json", "--model", "builtin:causal", "--tolerance", "2", "--problems", "1"),
             "tolerance: belongs to masked diffusion",
         ),

@@ -111,6 +111,9 @@ def check_kind(model: str, causal: bool, **options: Any) -> None:
         if causal:
             hint = "" if registry.is_causal(model, "block") else ", unless with --cache block"
             raise ValueError(f"{name}: belongs to masked diffusion; {model} is autoregressive{hint}")
+        if name == "draft_size":  # such a model takes one: what it lacks is a size to tune
+            text = f"is tuned for an autoregressive model, and {model} is a diffusion model"
+            raise ValueError(f"{name}: {text}; `dparallel evaluate --draft-size` measures it there")
         raise ValueError(f"{name}: {model} is a diffusion model, which takes none")
 
 
