@@ -110,6 +110,8 @@ class Batch:
             first, layout, settings, sampling, kept, published=published, num_cached=num_cached
         )
         self.sequences[lane] = sequence
+        if settings.top_logprobs:
+            self.trajectory.hold_top()
         if settings.record:
             self.trajectory.clear(lane)
         if settings.rule is not None:

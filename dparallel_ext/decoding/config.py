@@ -58,6 +58,7 @@ class DecodeKeywords(TypedDict, total=False):
     seed: int | Sequence[int] | Tensor | None
     record: bool
     logprobs: bool
+    top_logprobs: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,6 +198,9 @@ class DecodeConfig:
     ratio is exp(new - logprobs), where `new` is the same of the trained model in the same state (the tokens
     of an earlier `trajectory.step`, masks elsewhere; a pass against a cache saw older keys and values, so
     that cache "none" or "block" is what can be reproduced)."""
+    top_logprobs: int = 0
+    """With `logprobs`: keep the log-probabilities of so many of the most probable tokens of each place too, 0
+    to 20, in the same pass and of the same ids."""
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -210,6 +214,8 @@ class DecodeConfig:
             one_of("cache", self.cache, CACHES)
         if self.refresh is not None and self.cache not in (None, "dual"):
             raise ValueError(f'refresh: belongs to cache "dual", got cache={self.cache!r}')
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: belongs to logprobs=True, got {self.top_logprobs} without it")
         size, part = self.block_length, self.sub_block_length
         if size is not None and part is not None and size % part:
             raise ValueError(f"sub_block_length: expected a divisor of block_length {size}, got {part}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..models import check_call, for_decoding, ids_device, warn_beyond
+from ..types import RowTopK
 from .batch import Batch
 from .config import DecodeConfig, DecodeKeywords, configured, names_fields
 from .schedule import Schedule
@@ -60,6 +61,10 @@ class DecodeOutput:
     logprobs: Tensor | None = field(default=None, repr=False)
     """(B, R) float32, with `logprobs`: the log-probability (nats) that each token of the response was drawn
     with, in the pass that committed it; NaN where none did (EOS filling, padding)."""
+    top_logprobs: RowTopK | None = field(default=None, repr=False)
+    """With `top_logprobs`: token (B, R, K) int64 and logprob (B, R, K) float32, the K most probable tokens of
+    each place and their log-probabilities, in the pass that committed its token, in descending order. -1 and
+    -inf where fewer could be drawn; -1 and NaN where no pass committed a token."""
     canvases: Tensor | None = field(default=None, repr=False)
     """(B,) int64, with `draft_size`: how many canvases the passes have computed for each sequence, one for
     the sequence itself and one for each copy of it that holds guesses."""
@@ -194,10 +199,10 @@ def output_fields(
         **dict(zip(numbers, counts, strict=True)),
     }
     if config.record or config.logprobs:
-        responses = vars(batch.trajectory.responses(masked))
-        trajectory = Trajectory(**{name: values.to(device) for name, values in responses.items()})
+        trajectory = batch.trajectory.responses(masked, device, config.top_logprobs)
         fields |= {"trajectory": trajectory} if config.record else {}
         fields |= {"logprobs": trajectory.logprob} if config.logprobs else {}
+        fields |= {"top_logprobs": trajectory.top}
     return fields
 
 

@@ -14,6 +14,7 @@ from .. import arguments, policies
 from ..arguments import described, number, shown, whole
 from ..automaton import Automaton
 from ..rules import Rule
+from . import most_probable
 
 
 def plain(value: Any) -> Any:
@@ -142,5 +143,6 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": _seed,
     "record": _switch,
     "logprobs": _switch,
+    "top_logprobs": functools.partial(whole, least=0, most=most_probable.MOST),
 }
 """(name, value) -> the value to keep, or ValueError. `DecodeConfig` checks how fields go together."""

@@ -46,6 +46,8 @@ class GraphKey(NamedTuple):
     """See `SequenceWork`."""
     record: bool
     """Whether commits are written to the trajectory."""
+    top: bool
+    """Whether the most probable tokens of their places are, too."""
     cells: int
     """Columns of each window that rules see."""
     eos_ids: tuple[int, ...]
@@ -103,7 +105,8 @@ class InputPacker:
         self._put_windows(packing, sequences, work, by_rule)
         inputs, shapes = packing.pack(self.tokens.device)
         record = any(sequences[b].settings.record for b in work)
-        return inputs, GraphKey(shapes, *longest, onward, record, cells, eos, groups)
+        top = any(sequences[b].settings.top_logprobs for b in work)
+        return inputs, GraphKey(shapes, *longest, onward, record, top, cells, eos, groups)
 
     def _put_rows(
         self,

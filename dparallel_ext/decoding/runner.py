@@ -24,6 +24,7 @@ from ..types import CommitOutput
 from . import padding
 from .graphs import recorded_key, run_pass
 from .inputs import GraphKey, InputPacker, SequenceWork
+from .most_probable import most_probable
 from .sampler import Decided, Predicted, decide
 from .schedule import Schedule
 from .sequence import SequenceState, eos_ids
@@ -189,6 +190,8 @@ class Runner:
         counts = self._complete(self._commit(positions, decided, counted), decided)
         if before is not None:
             self._record(before, positions, keys[0, :: self.windows_of_lane], decided)
+            if key.top:
+                self._record_top(before, predicted, key.groups, decided)
         error = functools.reduce(torch.minimum, [each.error for each in decided])
         ends = [
             commit_(self.tokens, mask_id=eos, start=ending[0], end=ending[1]).first
@@ -284,3 +287,25 @@ class Runner:
         ):
             flat = field.view(-1)
             flat[positions] = torch.where(fresh, value, flat[positions])
+
+    def _record_top(
+        self,
+        before: Tensor,
+        predicted: Predicted,
+        groups: Sequence[SamplingGroup],
+        decided: Sequence[Decided],
+    ) -> None:
+        """Write the most probable tokens at the same positions to the trajectory."""
+        top, positions = self.trajectory.top, predicted.positions
+        assert top is not None
+        fresh = before != self.tokens.view(-1)[positions]
+        rows = torch.arange(len(positions), device=positions.device)
+        for group, each in zip(groups, decided, strict=True):
+            stats = each.stats
+            found = most_probable(
+                predicted.logits, rows, stats.sample, stats.sample_logprob, group, mask_id=self.mask_id
+            )
+            own = (fresh & (stats.token >= 0))[:, None]
+            for field, value in zip(top, found, strict=True):
+                flat = field.view(-1, field.shape[-1])
+                flat[positions] = torch.where(own, value, flat[positions])

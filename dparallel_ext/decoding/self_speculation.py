@@ -411,8 +411,9 @@ class SelfSpeculation(Batch):
         trajectory = self.trajectory
         for lane, number in numbers.items():
             fresh = trajectory.step[lane] == number
-            for field in (trajectory.confidence, trajectory.logprob):
-                field[b] = torch.where(fresh, field[lane], field[b])
+            for field in (trajectory.confidence, trajectory.logprob, *(trajectory.top or ())):
+                of_field = fresh if field.ndim == 2 else fresh[:, None]
+                field[b] = torch.where(of_field, field[lane], field[b])
             trajectory.step[b] = torch.where(fresh, self.passes[b], trajectory.step[b])
 
 

@@ -38,6 +38,8 @@ class SequenceSettings:
     """The form of the response; of a diffusion model it is in `rule` too, which keeps it."""
     record: bool = False
     """Whether passes record its `workspace.Trajectory`."""
+    top_logprobs: int = 0
+    """How many of the most probable tokens of each place are kept; above 0 passes record `Trajectory.top`."""
     scheduled: bool = False
     """Whether the fixed schedule decides how many tokens a pass commits."""
 

@@ -156,6 +156,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             rule=rule,
             automaton=automaton,
             record=config.record or config.logprobs,
+            top_logprobs=config.top_logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )
         for numbers, key in zip(rows.tolist(), keys, strict=True)

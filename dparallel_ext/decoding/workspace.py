@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..cache import KVCache, bucket
 from ..models import Model
 from ..ops.streams import stream_of
 from ..rules import Rule
+from ..types import RowTopK
 from .graphs import CudaRecorder, Graphs, can_record
+from .most_probable import MOST
 
 
 @dataclass
@@ -32,6 +34,9 @@ class Trajectory:
     logprob: Tensor
     """(B, R) float32: the log-probability (nats) that the token was drawn with in that pass, see
     `RowStats.sample_logprob`; NaN where no pass committed it."""
+    top: RowTopK | None = None
+    """With `top_logprobs`, (B, R, K): the K most probable tokens of the place in that pass, see
+    `most_probable`; -1 and NaN where no pass committed a token."""
 
     @classmethod
     def blank(cls, tokens: Tensor) -> Trajectory:
@@ -44,11 +49,20 @@ class Trajectory:
         self.step[b, start:end].fill_(0)
         self.confidence[b, start:end].fill_(math.nan)
         self.logprob[b, start:end].fill_(math.nan)
+        if self.top is not None:
+            self.top.token[b, start:end].fill_(-1)
+            self.top.logprob[b, start:end].fill_(math.nan)
 
-    def responses(self, masked: Tensor) -> Trajectory:
+    def hold_top(self) -> None:
+        """Make room for the most probable tokens of each place, unless there is some."""
+        if self.top is None:
+            self.top = _blank_top((*self.step.shape, MOST), self.step.device)
+
+    def responses(self, masked: Tensor, device: torch.device, top: int) -> Trajectory:
         """The trajectory at the positions `masked` (B, L) bool, a row for a sequence; blank beyond its end.
 
         B and L may be smaller than the trajectory's. `masked` is on the CPU, so that no device is waited for.
+        device: where the result is. top: how many of the most probable tokens of each place it has.
         """
         counts = masked.sum(1)
         of_sequence = torch.arange(int(counts.max()) if len(counts) else 0, device="cpu") < counts[:, None]
@@ -56,12 +70,26 @@ class Trajectory:
         places[of_sequence] = masked.nonzero()[:, 1]
         places = places.to(self.step.device)
         inside, places, blank = places >= 0, places.clamp(min=0), Trajectory.blank(places)
-        return Trajectory(
-            *(
-                torch.where(inside, getattr(self, name)[: len(masked)].gather(1, places), none)
-                for name, none in vars(blank).items()
-            )
+
+        def picked(values: Tensor, none: Tensor) -> Tensor:
+            here, at = (each.view(*each.shape, *[1] * (none.ndim - 2)) for each in (inside, places))
+            return torch.where(here, values[: len(masked)].gather(1, at.expand_as(none)), none).to(device)
+
+        found = Trajectory(
+            picked(self.step, blank.step),
+            picked(self.confidence, blank.confidence),
+            picked(self.logprob, blank.logprob),
         )
+        if top and self.top is not None:
+            of_top = RowTopK(*(values[..., :top] for values in self.top))
+            found.top = RowTopK(*map(picked, of_top, _blank_top((*places.shape, top), places.device)))
+        return found
+
+
+def _blank_top(shape: Sequence[int], device: torch.device) -> RowTopK:
+    """The most probable tokens of places where no pass committed a token."""
+    token = torch.full(tuple(shape), -1, device=device)
+    return RowTopK(token, torch.full(token.shape, math.nan, device=device))
 
 
 def graphs_on(device: torch.device) -> Graphs | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._C import Scheduler
 from ..cache import KVCache
-from .handle import Completion, DraftEvent, Event, Events, Handle
+from .handle import Completion, DraftEvent, Event, Events, Handle, Scored, TopLogprobs
 from .kinds import AnyBatch, ModelKind, Region, RequestPlan
 
 log = logging.getLogger(__name__)
@@ -343,6 +343,18 @@ class EngineCore:
         columns = self.batch.sequences[request.lane].columns[first:last]
         return _at(self.batch.trajectory.logprob[request.lane], columns)
 
+    def _top(self, request: Request, first: int, last: int) -> list[TopLogprobs]:
+        """The most probable tokens of the places of the same tokens; empty if they are not requested."""
+        count, top = request.plan.settings.top_logprobs, self.batch.trajectory.top
+        if not count or top is None:
+            return []
+        columns = self.batch.sequences[request.lane].columns[first:last]
+        ids, logprobs = (_at(values[request.lane, :, :count], columns) for values in top)
+        return [
+            [(token, logprob) for token, logprob in zip(*place, strict=True) if token >= 0]
+            for place in zip(ids, logprobs, strict=True)
+        ]
+
     def _stream(self, request: Request) -> None:
         fresh = self._response(request, request.sent)
         # Hold back the last tokens if they may begin a stop sequence. Tokens sent earlier do not begin one.
@@ -356,7 +368,9 @@ class EngineCore:
         fresh = fresh[: len(fresh) - held]
         if fresh:
             if request.plan.settings.record:
-                request.handle.logprobs += self._logprobs(request, request.sent, request.sent + len(fresh))
+                sent = request.sent, request.sent + len(fresh)
+                request.handle.logprobs += self._logprobs(request, *sent)
+                request.handle.top_logprobs += self._top(request, *sent)
             request.sent += len(fresh)
             with self.lock:
                 self.counts["tokens"] += len(fresh)
@@ -391,21 +405,25 @@ class EngineCore:
 
     def _completion(self, request: Request, reason: str) -> Completion:
         now, record = time.monotonic(), request.plan.settings.record
-        tokens, logprobs = list[int](), list[float]()
+        tokens, logprobs, top = list[int](), list[float](), list[TopLogprobs]()
         nfe = published = draft_nfe = 0
         end = None
         if request.lane >= 0:
             sequence, tokens = self.batch.sequences[request.lane], self._response(request)
-            logprobs = self._logprobs(request, 0, len(tokens)) if record else []
+            if record:
+                logprobs = self._logprobs(request, 0, len(tokens))
+                top = request.handle.top_logprobs + self._top(request, request.sent, len(tokens))
             nfe, published = self.batch.nfe[request.lane], sequence.published
             draft_nfe = sequence.draft_nfe
             if record and sequence.stopped and len(tokens) < request.plan.asked:
                 column = sequence.columns[len(tokens)]
                 values = self.batch.tokens[request.lane], self.batch.trajectory.logprob[request.lane]
-                end = int(values[0][column]), float(values[1][column])
+                of_place = self._top(request, len(tokens), len(tokens) + 1)
+                end = Scored(int(values[0][column]), float(values[1][column]), *(of_place or [[]]))
         return Completion(
             tokens=tokens,
             logprobs=logprobs if record else None,
+            top_logprobs=top if request.plan.settings.top_logprobs else None,
             finish_reason=reason,
             nfe=nfe,
             nfe_published=published,

@@ -9,9 +9,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import arguments
+
+TopLogprobs = list[tuple[int, float]]
+"""The most probable tokens of a place and their log-probabilities (nats), in descending order, see
+`DecodeConfig.top_logprobs`."""
+
+
+class Scored(NamedTuple):
+    """A token, its log-probability (nats), and with `top_logprobs` the most probable tokens of its place."""
+
+    token: int
+    logprob: float
+    top_logprobs: TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,11 @@ class Completion:
     """With `logprobs`, the log-probability (nats) of each of `tokens`, see `DecodeConfig.logprobs`."""
     draft_nfe: int = 0
     """Calls of the drafter, or of the verifier, for the request; 0 without either."""
-    end: tuple[int, float] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+    """With `top_logprobs`, for each of `tokens` the most probable tokens of its place."""
+    end: Scored | None = None
     """With `logprobs`, the token behind `tokens` that ended the response, EOS or the first of a stop
-    sequence, and its log-probability; None where it ended by its length."""
+    sequence; None where it ended by its length."""
 
 
 Event = list[int] | Completion | Exception
@@ -124,6 +138,8 @@ class Handle:
     _thread: threading.Thread = field(repr=False)  # the engine's, which must not wait
     logprobs: list[float] = field(default_factory=list, repr=False)
     """With `logprobs`, the log-probability (nats) of each token streamed; added before the tokens' event."""
+    top_logprobs: list[TopLogprobs] = field(default_factory=list, repr=False)
+    """With `top_logprobs`, likewise the most probable tokens of its place."""
 
     def __reduce__(self) -> Any:
         raise TypeError("a Handle belongs to its Engine and is neither copied nor pickled; take its result()")

@@ -15,7 +15,7 @@ from .kernel import kernel
 
 _row_topk = kernel("row_topk")
 
-MOST = 16
+MOST = 32
 
 
 def row_topk(
@@ -35,7 +35,7 @@ def row_topk(
     Args:
         logits: (..., V) float32, bfloat16 or float16, any strides (copied where the vocabulary is not
             contiguous).
-        k: 1 to 16.
+        k: 1 to 32.
         rows: (N,) int64 flat indices into the leading dimensions; only these rows are read.
         mask_id: the mask token, which has its share of the softmax but is never chosen.
         suppress: ids (n,) that are left out of the softmax.

@@ -26,6 +26,7 @@ from ..decoding import padding
 from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.workspace import Trajectory, Workspace
 from ..models import Model
+from ..types import RowTopK
 from .draft import Draft, check_drafts, depths
 from .drafter import Apart, Drafter, DraftSession, KeepsStreams, Lane, check_session
 from .runner import CausalRunner, Emitted, Issued
@@ -168,6 +169,8 @@ class CausalBatch:
         self.tokens[lane] = self.pad_id
         self.tokens[lane, :first] = prompt
         self.tokens[lane, first:length] = UNKNOWN
+        if settings.top_logprobs:
+            self.trajectory.hold_top()
         self.trajectory.clear(lane)
         self._session.reset(lane)
         return sequence
@@ -336,15 +339,17 @@ class CausalBatch:
         sequence, (size, draft, emitted) = self.sequences[b], result
         sequence.draft_nfe += bool(size) and not sequence.prefills
         sequence.layers += draft.layers + self.model.shape.layers - draft.start
-        count = self.commit(b, emitted.tokens, emitted.logprobs)
+        count = self.commit(b, emitted.tokens, emitted.logprobs, emitted.top)
         if draft.tokens:
             self.counts.add(max(depths(draft)), count - 1)
         sequence.judged(Verified(len(draft.tokens), count - 1, draft.refused(emitted.tokens[:count])))
 
-    def commit(self, b: int, tokens: Sequence[int], logprobs: Sequence[float]) -> int:
+    def commit(
+        self, b: int, tokens: Sequence[int], logprobs: Sequence[float], top: RowTopK | None = None
+    ) -> int:
         """Append the tokens of a pass to sequence b, up to its end; return how many these are.
 
-        logprobs: of each token, if the sequence is recorded.
+        logprobs: of each token, if the sequence is recorded. top: of each token, if it has `top_logprobs`.
         """
         sequence, count = self.sequences[b], len(tokens)
         start = sequence.known
@@ -356,6 +361,9 @@ class CausalBatch:
             logprob, new = torch.tensor(logprobs, device="cpu"), slice(start, sequence.known)
             self.trajectory.step[b, new] = sequence.nfe
             self.trajectory.confidence[b, new], self.trajectory.logprob[b, new] = logprob.exp(), logprob
+            if top is not None and self.trajectory.top is not None:
+                for field, values in zip(self.trajectory.top, top, strict=True):
+                    field[b, new] = values
         ended = None
         if sequence.settings.stop or not set(sequence.settings.eos_ids).isdisjoint(tokens):
             # A stop sequence that ends at a new token begins among the last tokens.

@@ -20,13 +20,14 @@ from ..automaton import NOWHERE, Automaton
 from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
 from ..decoding.graphs import recorded_key, run_pass
+from ..decoding.most_probable import MOST, most_probable
 from ..decoding.sequence_settings import SamplingGroup
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
 from ..ops.errors import explain
 from ..packed import Packing, Shapes, bits_of, floats_of, unpack
-from ..types import NO_ERROR, AcceptOutput
+from ..types import NO_ERROR, AcceptOutput, RowTopK
 from . import rider_pass
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation
@@ -50,6 +51,8 @@ class PassKey(NamedTuple):
     """Whether the pass stores its choices on the device, for a next pass issued before the host knows
     them."""
     logprobs: bool
+    top: bool
+    """Whether the most probable tokens of each emitted token's place are wanted."""
     automata: tuple[Automaton, ...]
     """The forms of some lanes' responses."""
     groups: tuple[SamplingGroup, ...]
@@ -61,6 +64,8 @@ class Emitted(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     """With `logprobs`, of each token; else empty."""
+    top: RowTopK | None = None
+    """With `top`, of each token, (n, MOST) on the CPU, see `most_probable`."""
     riders: int = 0
     """Riders behind the node whose choice is the last token."""
     guessed: Sequence[int] = ()
@@ -114,7 +119,7 @@ class PassRows:
         self.bases = [sequence.known - 1 for sequence in sequences]
         self.verified = 1
         """The most rows of a lane that are verified."""
-        self.with_riders = self.logprobs = False
+        self.with_riders = self.logprobs = self.top = False
         self._offset = 0
 
     def add(self, b: int, draft: Draft, new: Sequence[int], coming: int) -> None:
@@ -158,6 +163,7 @@ class PassRows:
         _, edges = self.groups.setdefault(group.key, (group, [0] * (2 * lanes)))
         edges[b], edges[lanes + b] = first, len(self.source) - riders
         self.logprobs |= sequence.settings.record
+        self.top |= sequence.settings.top_logprobs > 0
         if (automaton := sequence.settings.automaton) is not None:
             states = [sequence.state]
             for node, parent in zip(nodes, draft.verified_rows[1:], strict=True):
@@ -301,6 +307,7 @@ class CausalRunner:
             len(joined),
             self._last is not None,
             rows.logprobs,
+            rows.top,
             tuple(rows.states),
             tuple(group for group, _ in rows.groups.values()),
         )
@@ -356,6 +363,12 @@ class CausalRunner:
         if key.logprobs:
             logprob = functools.reduce(torch.maximum, map(_logprobs, outputs, edges))
             results.append(bits_of(logprob).flatten())
+        if key.top:
+            of_groups = [
+                _most_probable(logits, *of_group) for of_group in zip(key.groups, outputs, edges, strict=True)
+            ]
+            token, logprob = (functools.reduce(torch.maximum, each) for each in zip(*of_groups, strict=True))
+            results += [token.flatten(), bits_of(logprob).flatten()]
         return torch.cat(results)
 
     def _logits(
@@ -410,11 +423,22 @@ class CausalRunner:
 
             explain(first, where)
         logprobs: list[float] = []
+        top: RowTopK | None = None
+        if key.top:
+            count_of_top = lanes * width * MOST
+            numbers_of_top = torch.tensor(rest[-2 * count_of_top :], device="cpu").view(2, lanes, width, MOST)
+            rest = rest[: -2 * count_of_top]
+            top = RowTopK(numbers_of_top[0], floats_of(numbers_of_top[1]))
         if key.logprobs:
             bits = torch.tensor(rest[-lanes * width :], device="cpu")
             logprobs, rest = floats_of(bits).tolist(), rest[: -lanes * width]
         emitted = {
-            b: Emitted(rest[b * width :][: count[b]], logprobs[b * width :][: count[b]]) for b in drafts
+            b: Emitted(
+                rest[b * width :][: count[b]],
+                logprobs[b * width :][: count[b]],
+                None if top is None else RowTopK(*(values[b, : count[b]] for values in top)),
+            )
+            for b in drafts
         }
         if key.riders:
             path, guesses = rest[lanes * width : 2 * lanes * width], rest[2 * lanes * width :]
@@ -445,3 +469,14 @@ def _logprobs(output: AcceptOutput, edge: Tensor) -> Tensor:
     """(B, D) float32: the log-probabilities of the emitted tokens; -inf where there is none. edge: (2, B)."""
     rows = edge[0][:, None] + output.path
     return output.stats.sample_logprob[rows].masked_fill(output.path < 0, -math.inf)
+
+
+def _most_probable(logits: Tensor, group: SamplingGroup, output: AcceptOutput, edge: Tensor) -> RowTopK:
+    """(B, D, MOST) each: the most probable tokens of the emitted tokens' places; -1 and -inf where there is
+    none."""
+    none = (output.path < 0)[..., None]
+    rows = (edge[0][:, None] + output.path.clamp(min=0)).flatten()
+    stats = output.stats
+    found = most_probable(logits, rows, stats.sample[rows], stats.sample_logprob[rows], group)
+    token, logprob = (values.view(*output.path.shape, MOST) for values in found)
+    return RowTopK(token.masked_fill(none, -1), logprob.masked_fill(none, -math.inf))

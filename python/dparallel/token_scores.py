@@ -13,6 +13,7 @@ from dparallel_ext.cache import Span
 from dparallel_ext.decoding.padding import row_padding
 from dparallel_ext.models import Model, own_precision
 from dparallel_ext.ops.head import rows_of_chunk
+from dparallel_ext.types import RowTopK
 
 
 class TokenScores(NamedTuple):
@@ -20,19 +21,19 @@ class TokenScores(NamedTuple):
 
     logprobs: list[float]
     """Its log-probability (nats) after the tokens before it."""
-    best: list[int]
-    """The most probable token of its place."""
-    best_logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+    """The most probable tokens of its place and their log-probabilities, in descending order."""
 
 
 @torch.inference_mode()
-def token_scores(model: Model, ids: Sequence[int]) -> TokenScores:
-    """The scores of one text, in one pass over all of it.
+def token_scores(model: Model, ids: Sequence[int], top: int = 0) -> TokenScores:
+    """The scores of one text, in one pass over all of it. top: how many of the most probable tokens of each
+    place are listed, 0 to 32.
 
     The head is applied in chunks, so no (L, V) tensor exists.
     """
     device, pad_to, length = model.device, row_padding(model), len(ids) - 1
-    scores = TokenScores([], [], [])
+    scores = TokenScores([], [])
     if length < 1:
         return scores
     cache = model.new_cache(1, length, kept=False)
@@ -50,7 +51,11 @@ def token_scores(model: Model, ids: Sequence[int]) -> TokenScores:
             target = targets[begin : begin + count].to(device)[:, None]
             of_target = logits.gather(1, target)[:, 0].float() - stats.lse
             scores.logprobs.extend(of_target.tolist())
-            scores.best.extend(stats.token.tolist())
-            scores.best_logprobs.extend((stats.top1 - stats.lse).tolist())
+            scores.top.extend(_listed(dx.row_topk(logits, top)) if top else [[] for _ in range(count)])
     dx.check_errors(device)
     return scores
+
+
+def _listed(top: RowTopK) -> list[list[tuple[int, float]]]:
+    places = zip(top.token.tolist(), top.logprob.tolist(), strict=True)
+    return [[each for each in zip(*place, strict=True) if each[0] >= 0] for place in places]

@@ -71,6 +71,7 @@ SOUND: dict[str, list[Any]] = {
     "seed": [0, -(2**63), [1, 2], torch.tensor([5, 6])],
     "record": [True],
     "logprobs": [True],
+    "top_logprobs": [0, 3, np.int64(20)],
 }
 
 

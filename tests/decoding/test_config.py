@@ -136,6 +136,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("seed", torch.zeros(2, 2), r"seed: expected an integer or int64 \(B,\), got torch.float32 \(2, 2\)"),
     ("record", "yes", "record: expected True or False, got 'yes'"),
     ("logprobs", 1.0, "logprobs: expected True or False, got 1.0"),
+    ("top_logprobs", None, "top_logprobs: expected a whole number >= 0, got None"),
 ]
 
 
@@ -307,7 +308,8 @@ SOME: list[dict[str, Any]] = [
     {"rule": "credit+confidence:0.3", "cache": "prefix", "sub_block_length": 4},
     {"policy": policies.make("quota", 2, batch=3), "suppress": torch.arange(9), "eos_id": (11, 12)},
     {"policy": first},
-    {"threshold": 3.0, "temperature": 0.8, "top_p": 0.9, "seed": torch.tensor([5, 6, 7]), "logprobs": True},
+    {"threshold": 3.0, "temperature": 0.8, "top_p": 0.9, "seed": torch.tensor([5, 6, 7])},
+    {"rule": "credit", "logprobs": True, "top_logprobs": 3},
 ]
 
 

@@ -41,7 +41,8 @@ Way = Callable[[str], Any]
 
 FAST_DLLM, DEEP = drafters.fast_dllm(), drafters.deep_model()
 DUAL: dict[str, Any] = {"cache": "dual", "threshold": 2.0}
-SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "logprobs": True, "suppress": [4], "eos_id": [5, 9]}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 3, "suppress": [4], "eos_id": [5, 9]}
+SAMPLED |= {"logprobs": True, "top_logprobs": 3}
 
 
 def moved(model: Model, device: str) -> Model:
@@ -59,7 +60,7 @@ def decoded(model: Callable[[], Model], **settings: Any) -> Way:
         given = {"gen_length": 16, "block_length": 8, "record": True, **settings}
         out = dx.decode(of, prompts(device, of.shape.embedding_size - 1), **given)
         assert out.trajectory is not None
-        return out.sequences, out.nfe, out.kept, out.trajectory.step
+        return out.sequences, out.nfe, out.kept, out.trajectory.step, *_top(out)
 
     return way
 
@@ -68,9 +69,14 @@ def speculated(model: Model, drafter: Callable[[str], Any], **settings: Any) -> 
     def way(device: str) -> Any:
         of = moved(model, device)
         given = prompts(device, of.shape.embedding_size - 1)
-        return dx.speculate(of, given, drafter=drafter(device), gen_length=10, **settings).sequences
+        out = dx.speculate(of, given, drafter=drafter(device), gen_length=10, **settings)
+        return out.sequences, *_top(out)
 
     return way
+
+
+def _top(out: dx.DecodeOutput) -> tuple[torch.Tensor, ...]:
+    return () if out.top_logprobs is None else (out.top_logprobs.token,)
 
 
 def served(model: Model, drafter: Callable[[str], Any] | None = None, **settings: Any) -> Way:
@@ -164,8 +170,9 @@ def scored(device: str) -> Any:
     answers = [(torch.arange(3, 20), 4), (torch.arange(5, 30), 9)]
     given: Any = {"block_length": 8, "cache": "dual", "progress": False}
     records, _ = filters.record(model, answers, batch=2, **given)
-    text = token_scores(moved(drafters.MODEL, device), range(1, 30))
-    of_text = torch.tensor([text.logprobs, text.best_logprobs], device="cpu"), text.best
+    text = token_scores(moved(drafters.MODEL, device), range(1, 30), top=3)
+    ids, values = zip(*(zip(*place, strict=True) for place in text.top), strict=True)
+    of_text = torch.tensor([text.logprobs, *zip(*values, strict=True)], device="cpu"), ids
     return [(round(each.logprob, 3), each.greedy) for each in found], records.right, of_text
 
 

@@ -46,7 +46,7 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
         assert graphs.replays == before + out.forwards
     assert recordings(graphs) == 2
     groups: list[dict[str, Any]] = [
-        {"record": True, "logprobs": True},
+        {"record": True, "logprobs": True, "top_logprobs": 2},
         {"temperature": 0.8, "seed": 3},
         {"suppress": [5, 9]},
         {"gen_length": [30]},
@@ -66,6 +66,7 @@ def test_a_second_decode_replays_from_its_first_pass(taped: list[Graphs]) -> Non
             assert again.trajectory is not None
             assert torch.equal(again.trajectory.step, expected.trajectory.step)
             assert torch.equal(again.logprobs, expected.logprobs)
+            assert all(map(torch.equal, again.top_logprobs, expected.top_logprobs))
     assert taped == [graphs]
 
 

@@ -100,11 +100,13 @@ def test_a_gpu_records_every_drafter(device: str, kind: str | None, seen_graphs:
     if kind == "model":
         drafter = copy.deepcopy(drafter).to(device)
     for temperature in (0.0, 0.8):
-        settings = {**CAUSAL, "drafter": drafter, "temperature": temperature, "seed": 3, "logprobs": True}
+        settings = {**CAUSAL, "drafter": drafter, "temperature": temperature, "seed": 3}
+        settings |= {"logprobs": True, "top_logprobs": 2}
         expected = dx.speculate(model, PROMPTS, graphs=False, **settings)
         for _ in range(2):
             out = dx.speculate(model, PROMPTS, **settings)  # its drafts may have other sizes
             assert torch.equal(out.sequences, expected.sequences)
+            assert torch.equal(out.top_logprobs.token, expected.top_logprobs.token)
     assert seen_graphs
     assert all(graphs.recorder is not None for graphs in seen_graphs), "a recording failed"
     assert any(graphs.replays for graphs in seen_graphs)

@@ -275,7 +275,7 @@ def test_every_pass_of_a_request_is_as_with_the_drafter_alone(kind: str) -> None
     }
     drafter = makers.get(kind, lambda: drafters_of(kind))()
     prompts = [prompt.repeat(rng.choice([1, 2])) for prompt in prompts_of(5, 6)]
-    own = [{**settings_of(rng), "logprobs": True} for _ in prompts]
+    own = [{**settings_of(rng), "logprobs": True, "top_logprobs": 2} for _ in prompts]
     sizes: dict[str, Any] = {"max_length": 90, "page_size": 4, "pages": 48, "lanes": 2, "share": False}
     with dx.Engine(target, drafter=drafter, draft_size=9, **sizes) as engine:
         seen: list[list[dx.DraftEvent]] = [[] for _ in prompts]
@@ -297,6 +297,8 @@ def test_every_pass_of_a_request_is_as_with_the_drafter_alone(kind: str) -> None
             assert passes == [tuple(each) for each in found.passes[0]]
             for value, expected in zip(done.logprobs, found.logprobs[0][:kept].tolist(), strict=True):
                 assert value == pytest.approx(expected, abs=1e-4)
+            ids = [[token for token, _ in place] for place in done.top_logprobs]
+            assert ids == found.top_logprobs.token[0, :kept].tolist()
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens
 
 

@@ -157,7 +157,7 @@ OUT_OF_BOUNDS = [
     ("row_topk", 2, [6, 0], r"rows: expected in \[0, 6\), got 6 at 0"),
     ("row_topk", 4, [2, 41], r"suppress: expected in \[0, 40\), got 41 at 1"),
     ("row_topk", 4, [2, 1], "suppress: expected ascending ids"),
-    ("row_topk", 1, 17, "k: expected 1 to 16, got 17"),
+    ("row_topk", 1, 33, "k: expected 1 to 32, got 33"),
     ("class_stats", 2, [0, 30, 41, 41], r"offsets: expected in \[0, 41\), got 41 at 2"),
     ("class_stats", 2, [0, 30, 20, 40], "offsets: expected ascending numbers"),
     ("best_path", 1, [0, 4], r"begin: expected in \[0, 4\), got 4 at 1"),

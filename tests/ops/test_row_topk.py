@@ -28,7 +28,7 @@ def check(logits: Tensor, k: int, **settings: object) -> dx.RowTopK:
 @pytest.mark.parametrize("vocab", [1, 2, 31, 33, 2047, 16385, 126464])
 @every_level
 def test_vocabulary_sizes(dtype: torch.dtype, vocab: int) -> None:
-    for k, scale in ((1, 0.1), (7, 1.0), (16, 6.0)):
+    for k, scale in ((1, 0.1), (7, 1.0), (32, 6.0)):
         logits = (torch.randn(1 if vocab > 20000 else 9, vocab) * scale).to(dtype)
         check(logits, k)
         if vocab > 3:
@@ -37,7 +37,7 @@ def test_vocabulary_sizes(dtype: torch.dtype, vocab: int) -> None:
 
 @given(
     st.sampled_from(DTYPES),
-    st.integers(1, 16),
+    st.integers(1, 32),
     st.integers(1, 5),
     st.integers(2, 3000),
     st.sampled_from([0.0, 0.5, 3.0, 30.0]),
@@ -64,7 +64,7 @@ def test_random_rows_and_exclusions(dtype, k, length, vocab, scale, coarse, abse
 def test_it_is_torch_topk(dtype: torch.dtype) -> None:
     """Of LLaDA's vocabulary; of equal logits torch picks any."""
     logits = (torch.randn(2, 1, 126464) * 3).to(dtype)
-    found, best = dx.row_topk(logits, 16), logits.topk(16, dim=-1)
+    found, best = dx.row_topk(logits, 32), logits.topk(32, dim=-1)
     assert torch.equal(logits.gather(-1, found.token), best.values)
     assert_stats_close(
         found.logprob, logits.double().log_softmax(-1).gather(-1, found.token).float(), "logprob"
@@ -88,13 +88,13 @@ def test_orders_that_fill_what_a_thread_or_a_block_holds(dtype: torch.dtype, voc
     rows[4, at // 8 % 128 == 5] = torch.randn(vocab)[at // 8 % 128 == 5] + 9  # vectors of one thread
     rows[5] = -math.inf
     rows[5, [0, vocab - 1]] = 2.0
-    for k in (1, 3, 16):
+    for k in (1, 3, 16, 32):
         found = check(rows.to(dtype), k, mask_id=1, suppress=[3])
-        tied = [0, 2, *range(4, 18)][:k]
+        tied = [0, 2, *range(4, 34)][:k]
         assert found.token[2].tolist() == tied
-        assert found.token[5].tolist() == [0, vocab - 1, *[-1] * 14][:k]
+        assert found.token[5].tolist() == [0, vocab - 1, *[-1] * 30][:k]
         assert bool((found.logprob[5, 2:] == -math.inf).all())
-    assert dx.row_topk(rows.to(dtype), 16).token[3].tolist() == [vocab // 2 + i for i in range(16)]
+    assert dx.row_topk(rows.to(dtype), 32).token[3].tolist() == [vocab // 2 + i for i in range(32)]
 
 
 @every_level
@@ -113,7 +113,7 @@ def test_threads_share_what_they_know_of_a_row() -> None:
     try:
         torch.set_num_threads(4)
         for _ in range(20):
-            assert dx.row_topk(torch.ones(2, 70000), 16).token.tolist() == [list(range(16))] * 2
+            assert dx.row_topk(torch.ones(2, 70000), 32).token.tolist() == [list(range(32))] * 2
     finally:
         torch.set_num_threads(threads)
 
@@ -183,7 +183,7 @@ def test_opcheck_and_compile() -> None:
     ("change", "error", "message"),
     [
         ({"k": 0}, ValueError, "k: expected a whole number >= 1, got 0"),
-        ({"k": 17}, ValueError, "k: expected a whole number <= 16, got 17"),
+        ({"k": 33}, ValueError, "k: expected a whole number <= 32, got 33"),
         ({"k": 2.0}, ValueError, "k: expected a whole number"),
         ({"logits": [1.0]}, TypeError, "logits: expected a Tensor, got list"),
         ({"logits": torch.zeros(3, 9).double()}, ValueError, "logits: expected float32, bfloat16 or float16"),
@@ -200,6 +200,6 @@ def test_bad_arguments_are_named(change: dict, error: type, message: str) -> Non
 
 
 def test_a_direct_call_is_checked_too() -> None:
-    for k in (0, 17, -1, 2**40):
-        with pytest.raises(OF_AN_OP, match=f"k: expected 1 to 16, got {k}"):
+    for k in (0, 33, -1, 2**40):
+        with pytest.raises(OF_AN_OP, match=f"k: expected 1 to 32, got {k}"):
             torch.ops.dparallel.row_topk(torch.randn(3, 9), k, None, -1, None, counters(torch.ones(1), 3))

@@ -246,14 +246,14 @@ def test_echo_scores_the_prompt(
     assert (plain.choices[0].text, plain.choices[0].finish_reason) == (texts[0], "length")
     assert (plain.choices[0].logprobs, plain.usage.completion_tokens) == (None, 0)
     assert not here.faults()
-    monkeypatch.setattr(service, "token_scores", lambda model, ids: 1 / 0)
+    monkeypatch.setattr(service, "token_scores", lambda *arguments: 1 / 0)
     with pytest.raises(InternalServerError, match="the model failed on this request"):
         ask(client, texts[0], **scored)
     assert any("ZeroDivisionError" in line for line in here.faults())
     here.log.lines.clear()
     begun = [threading.Event() for _ in texts]
 
-    def slow(model: Any, ids: list[int]) -> Any:
+    def slow(model: Any, ids: list[int], top: int) -> Any:
         begun.pop().set()
         time.sleep(0.2)
 

@@ -59,10 +59,15 @@ def test_logprobs(client: OpenAI, student: tuple[Any, Any], settings: dict[str, 
     assert [bytes(one.bytes).decode() for one in found] == [one.token for one in found]
     assert [one.logprob for one in found] == pytest.approx(values, abs=1e-4)
     assert all(one.top_logprobs == [] for one in found)
-    if not settings:  # the tokens are then the most probable ones
-        best = chat(client, max_tokens=64, logprobs=True, top_logprobs=1).choices[0].logprobs.content
-        assert [one.top_logprobs[0].token for one in best] == [one.token for one in found]
-        assert all(one.top_logprobs[0].logprob == one.logprob for one in best)
+    with_top = chat(client, max_tokens=64, logprobs=True, top_logprobs=6, **asked).choices[0].logprobs.content
+    assert [one.token for one in with_top] == [one.token for one in found]
+    for one in with_top:
+        assert len(one.top_logprobs) == min(6, settings.get("top_k", 6)) or settings.get("top_p")
+        assert {each.token: each.logprob for each in one.top_logprobs}[one.token] == one.logprob
+        assert all(bytes(each.bytes).decode() == each.token for each in one.top_logprobs)
+        assert sorted(one.top_logprobs, key=lambda each: -each.logprob) == one.top_logprobs
+        if not settings:  # the tokens are then the most probable ones
+            assert one.top_logprobs[0].token == one.token
     streamed = []
     for chunk in chat(client, max_tokens=64, logprobs=True, stream=True, **asked):
         streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
@@ -77,6 +82,11 @@ def test_logprobs(client: OpenAI, student: tuple[Any, Any], settings: dict[str, 
     starts = whole.logprobs.text_offset
     assert all(said.startswith(*pair) for pair in zip(whole.logprobs.tokens, starts, strict=True))
     assert whole.logprobs.top_logprobs is None
+    two = client.completions.create(logprobs=2, **prompt).choices[0].logprobs
+    for token, value, listed in zip(two.tokens, two.token_logprobs, two.top_logprobs, strict=True):
+        assert listed[token] == value  # a third one if it is none of the two
+        assert len(listed) in (1, 2, 2 + (token not in [*listed][:2]))
+        assert [*listed.values()] == sorted(listed.values(), reverse=True)
     offsets = []
     for chunk in client.completions.create(logprobs=0, stream=True, **prompt):
         offsets += chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []
@@ -121,5 +131,9 @@ def test_logprobs_end_where_the_tokens_are_counted(client: OpenAI) -> None:
 
 
 def test_logprobs_are_json() -> None:
-    assert logprobs.chat_logprobs([("a", float("-inf"))], True)["content"][0]["logprob"] == -9999.0
-    assert logprobs.chat_logprobs([(text.INCOMPLETE, -1.0)], False)["content"][0]["bytes"] is None
+    top = [[("a", float("-inf"))], [(text.INCOMPLETE, -2.0)]]
+    one, other = logprobs.chat_logprobs([("a", float("-inf")), (text.INCOMPLETE, -1.0)], top)["content"]
+    assert (one["logprob"], one["top_logprobs"][0]["logprob"], other["bytes"]) == (-9999.0, -9999.0, None)
+    assert other["top_logprobs"][0]["bytes"] is None
+    of_texts = logprobs.completion_logprobs([("a", -3.0)], [0], [[("b", -1.0), ("b", -2.0)]])["top_logprobs"]
+    assert of_texts == [{"b": -1.0, "a": -3.0}]

@@ -5,7 +5,7 @@
 
 namespace dparallel {
 
-constexpr int kMostTop = 16;
+constexpr int kMostTop = 32;
 constexpr uint64_t kNoKey = 0;  // below the key of any logit
 
 // The key of a logit above -inf, clamped, and its id: larger for a larger logit, and for a lower id

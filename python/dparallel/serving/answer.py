@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dparallel_ext import DraftEvent
@@ -21,7 +21,7 @@ from dparallel_ext import DraftEvent
 from .. import text
 from .call import Call, Piece, Score
 from .errors import ApiError, client_left
-from .logprobs import chat_logprobs, completion_logprobs, finite
+from .logprobs import GrowingLists, as_json, chat_logprobs, completion_logprobs, finite
 from .protocol import ChatRequest, CompletionRequest, ToolName
 from .service import Service
 from .tools import CallText, PossibleCalls
@@ -55,8 +55,8 @@ class Writer(ABC):
         """The answer as server-sent events."""
 
     @abstractmethod
-    async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
+    async def whole(self) -> str:
+        """The answer as one object of JSON."""
 
     def draft(self, piece: Piece) -> dict[str, Any]:
         """The "draft" of a piece that has one."""
@@ -78,12 +78,15 @@ class Writer(ABC):
 
     def logprobs(self, scores: Sequence[Score]) -> dict[str, Any]:
         """The entry "logprobs" for the next tokens of a choice."""
-        texts, top = self.token_texts, bool(self.request.top)
-        tokens = [(texts(each.token, first=each.start == 0), each.logprob) for each in scores]
+
+        def said(token: int, score: Score) -> str:
+            return self.token_texts(token, first=score.start == 0)
+
+        tokens = [(said(each.token, each), each.logprob) for each in scores]
+        top = [[(said(token, each), value) for token, value in each.top] for each in scores]
         if isinstance(self.request, ChatRequest):
-            return chat_logprobs([(said, value) for said, value in tokens if value is not None], top)
-        best = [each.best and (texts(each.best[0]), each.best[1]) for each in scores] if top else None
-        return completion_logprobs(tokens, [each.start for each in scores], best)
+            return chat_logprobs(tokens, top)
+        return completion_logprobs(tokens, [each.start for each in scores], top if self.request.top else None)
 
 
 class AnswerWriter(Writer):
@@ -101,16 +104,6 @@ class AnswerWriter(Writer):
         options = request.stream_options
         self.usage = bool(options and options.include_usage)
         self.continuous = bool(options and options.continuous_usage_stats)
-
-    def choice(
-        self,
-        index: int,
-        content: dict[str, Any],
-        reason: str | None,
-        scores: Sequence[Score] | None,
-    ) -> dict[str, Any]:
-        scored = None if scores is None else self.logprobs(scores)
-        return {"index": index, **content, "logprobs": scored, "finish_reason": reason}
 
     def reason(self, choice: int, reason: str) -> str:
         """A choice's finish reason; as OpenAI's "tool_calls" where the model has chosen to call functions."""
@@ -149,7 +142,9 @@ class AnswerWriter(Writer):
         delta = {**({"content": piece} if piece else {}), **({"tool_calls": calls} if calls else {})}
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": piece}
         reason = reason and self.reason(index, reason)
-        return self.event([self.choice(index, {**content, **fields}, reason, scores or None)])
+        scored = self.logprobs(scores) if scores else None
+        choice = {"index": index, **content, **fields, "logprobs": scored, "finish_reason": reason}
+        return self.event([choice])
 
     async def events(self) -> AsyncIterator[str]:
         call = self.call
@@ -172,24 +167,24 @@ class AnswerWriter(Writer):
         except ApiError as error:
             yield sse(error.body)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> str:
         call = self.call
         texts, reasons = [""] * len(call.choices), [""] * len(call.choices)
-        scores: list[list[Score]] = [[] for _ in call.choices]
+        # Written piece by piece: of many tokens at once it would take seconds, in which nobody is answered.
+        scored = [GrowingLists(self.logprobs(())) for _ in call.choices]
         async for piece in call.pieces():
             texts[piece.choice] += piece.text
-            scores[piece.choice] += piece.scores
+            if piece.scores:
+                scored[piece.choice].add(self.logprobs(piece.scores))
             reasons[piece.choice] = piece.reason or ""
-        choices = [
-            self.choice(
-                index,
-                {"message": self.message(index, text)} if self.chat else {"text": text},
-                self.reason(index, reason),  # behind `message`, which reads the calls
-                scores[index] if self.request.scored else None,
-            )
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**self.frame, "choices": choices, "usage": call.usage()}
+        choices = []
+        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True)):
+            content = {"message": self.message(index, said)} if self.chat else {"text": said}
+            fields = {"index": index, **content, "finish_reason": self.reason(index, reason)}
+            logprobs = scored[index].text() if self.request.scored else "null"
+            choices.append(f'{as_json(fields)[:-1]},"logprobs":{logprobs}}}')
+        usage = as_json(call.usage())
+        return f'{as_json(self.frame)[:-1]},"choices":[{",".join(choices)}],"usage":{usage}}}'
 
 
 async def left(http: Request) -> None:
@@ -226,7 +221,7 @@ async def answer(
     if request.stream:
         return EventStream(call, written.events())
     async with attended(call, http):
-        return JSONResponse(await written.whole())
+        return Response(await written.whole(), media_type="application/json")
 
 
 def draft_of(draft: DraftEvent, length: int, texts: text.TokenTexts) -> dict[str, Any]:

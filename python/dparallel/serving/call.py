@@ -55,8 +55,8 @@ class Score(NamedTuple):
     """In nats; None: nothing predicts it."""
     start: int
     """Where its text starts, in characters."""
-    best: tuple[int, float] | None = None
-    """The most probable token of its place, and its log-probability; None: the token itself."""
+    top: Sequence[tuple[int, float]] = ()
+    """The most probable tokens of its place, and their log-probabilities, in descending order."""
 
 
 class Piece(NamedTuple):
@@ -161,7 +161,8 @@ class Call:
                 # Whoever counts on scores of prompt and response has one for the end, too, as of vLLM.
                 scores = []
                 if event.end is not None and choice.echo_scores and not choice.text.stopped:
-                    scores.append(Score(*event.end, len(choice.echo) + choice.text.length))
+                    token, logprob, top = event.end
+                    scores.append(Score(token, logprob, len(choice.echo) + choice.text.length, top))
                 yield Piece(index, rest, reason, scores=scores)
                 continue
             if not seen:
@@ -174,7 +175,8 @@ class Call:
             logprobs = choice.handle.logprobs[before : choice.text.count]
             starts = [len(choice.echo) + start for start in choice.text.starts[before:]]
             # Fewer than tokens at a stop string, and none if not requested.
-            scores = [Score(*each) for each in zip(event, logprobs, starts, strict=False)]
+            best = choice.handle.top_logprobs[before : choice.text.count] or [[] for _ in logprobs]
+            scores = [Score(*each) for each in zip(event, logprobs, starts, best, strict=False)]
             if piece or scores:
                 yield Piece(index, piece, scores=scores)
 

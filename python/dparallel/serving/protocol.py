@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
+from dparallel_ext.decoding.most_probable import MOST as MOST_TOP
+
 from ..structured import choice_pattern
 from ..text import unicode
 from .errors import ApiError
@@ -243,8 +245,8 @@ class CompletionRequest(Options):
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     """The prompt comes in front of the response, with `logprobs` of its tokens too. `max_tokens` may be 0."""
-    logprobs: int | None = Field(None, ge=0, le=1)
-    """0: the log-probability of each token. 1: also the most probable token, which greedy decoding takes."""
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    """0: the log-probability of each token. Above 0: also those of the most probable tokens of its place."""
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -381,7 +383,7 @@ class ChatRequest(Options):
     messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     """As `CompletionRequest.logprobs`, beside `logprobs`."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template by name, such as enable_thinking."""

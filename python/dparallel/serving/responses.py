@@ -26,7 +26,8 @@ from pydantic import (
 from .answer import Writer, sse
 from .call import Call, Piece, Score
 from .errors import ApiError
-from .protocol import MOST_TOOLS, ChatRequest, Common, CompletionRequest, Function, Strict, Text
+from .logprobs import as_json
+from .protocol import MOST_TOOLS, MOST_TOP, ChatRequest, Common, CompletionRequest, Function, Strict, Text
 from .service import Service
 from .tools import PossibleCalls
 from .unsupported import REASONING, RESPONSE, RESPONSE_TEXT, RESPONSE_TOOL
@@ -220,7 +221,7 @@ class ResponsesRequest(Common):
     """False: at most one call."""
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     """An answer has no reasoning of which it could include anything."""
-    top_logprobs: int | None = Field(None, ge=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     reasoning: Reasoning | None = None
     metadata: dict[Text, Text] | None = Field(None, max_length=16)
     """It is echoed."""
@@ -359,10 +360,10 @@ class ResponseWriter(Writer):
             event = self._ended("error", {"code": "server_error", "message": error.detail})
             yield sse(event, event["type"])
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> str:
         async for _ in self._events():
             pass
-        return self.response
+        return as_json(self.response)
 
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
         """The events of the response, which grows with them. Raises ApiError."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments, rules
+from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments
 from dparallel_ext.decoding.config import with_ends
 
 from .. import page, registry, structured, text
@@ -310,22 +310,18 @@ class ModelService:
             decoded = await self.service.elsewhere(decode) if scored else ""
             scores: list[Score] = []
             if request.scored and ids:
-                found = await self._scores(ids)
-                best = [None, *zip(found.best, found.best_logprobs, strict=True)]
-                values = [None, *found.logprobs]
-                scores = [
-                    Score(token, value, start, other if other and other[0] != token else None)
-                    for token, value, start, other in zip(ids, values, stream.starts, best, strict=True)
-                ]
+                found = await self._scores(ids, request.top)
+                values, top = [None, *found.logprobs], [[], *found.top]
+                scores = [Score(*each) for each in zip(ids, values, stream.starts, top, strict=True)]
             for choice in own:
                 choice.text = text.TextStream(self.tokenizer, request.stop or (), after=ids)
                 choice.echo, choice.echo_scores = prompt if isinstance(prompt, str) else decoded, scores
 
-    async def _scores(self, ids: list[int]) -> TokenScores:
+    async def _scores(self, ids: list[int], top: int) -> TokenScores:
         """The log-probabilities of a prompt. Raises ApiError."""
         try:
             async with self.scoring:  # so that prompts, which wait for each other, use the engine one by one
-                scoring = self.engine.run(functools.partial(token_scores, self.engine.model, ids))
+                scoring = self.engine.run(functools.partial(token_scores, self.engine.model, ids, top))
                 return await in_time(asyncio.wrap_future(scoring), self.service.aborted)
         except ApiError:
             raise
@@ -417,6 +413,7 @@ class ModelService:
             ours, _, reason = str(error).partition(":")
             theirs = {"prompt": request.asked, "gen_length": request.length_name, "stop": "stop_token_ids"}
             theirs |= {"automaton": request.form_name, "infill": "suffix", "rule": "policy"}
+            theirs |= {"top_logprobs": request.top_name}
             theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs", "policy")}
             # Other arguments, such as steps, follow from the policy.
             name, reason = (theirs[ours], reason) if ours in theirs else ("policy", f" {error}")
@@ -445,22 +442,13 @@ class ModelService:
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         changes |= {} if automaton is None else {"automaton": automaton}
-        changes |= {"stop": [*config.stop, *([stop] for stop in ids)], "logprobs": request.scored}
+        changes |= {"stop": [*config.stop, *([stop] for stop in ids)]}
+        changes |= {"logprobs": request.scored, "top_logprobs": request.top}
         if request.policy is None:
             config = config.replace(**changes)
         else:
             parse_policy(request.policy, files=False)
             config = config.with_rule(request.policy, **changes)
-        if request.top:
-            rule = rules.parse(config.rule, default=False)[0] if isinstance(config.rule, str) else config.rule
-            for sampled, how in (
-                (arguments.temperature_in_force(config.temperature) > 0, "at a temperature above 0"),
-                (automaton is not None and self.engine.mask_id is not None, f"with {request.form_name}"),
-                (getattr(rule, "greedy", False), f"by the policy {request.policy or 'of the server'}"),
-            ):
-                if sampled:
-                    message = f"expected 0 {how}, where a token may not be the most probable"
-                    raise ApiError(400, f"{request.top_name}: {message}", param=request.top_name)
         return config
 
     def _check_ids(self, param: str, ids: list[int]) -> None:
