@@ -66,9 +66,13 @@ class Packing:
 
     def padded(self, numbers: Sequence[int], filler: int, *shape: int) -> None:
         """Add a tensor of this shape: the numbers, followed by `filler`."""
-        self._last += array("q", numbers)
-        self._last += array("q", (filler,)) * (math.prod(shape) - len(numbers))
+        self.filled(numbers, filler, math.prod(shape))
         self.shapes.append(shape)
+
+    def filled(self, numbers: Sequence[int], filler: int, count: int) -> None:
+        """Add `count` numbers: these, followed by `filler`."""
+        self._last += array("q", numbers)
+        self._last += array("q", (filler,)) * (count - len(numbers))
 
     def close(self, *shape: int) -> None:
         """Make a tensor of this shape of the numbers added since the last one."""

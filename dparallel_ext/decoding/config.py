@@ -52,6 +52,9 @@ class DecodeKeywords(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     suppress: Sequence[int] | Tensor | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     mask_id: int | None
     eos_id: int | Sequence[int] | Tensor | None
     stop: Sequence[Sequence[int]]
@@ -173,6 +176,13 @@ class DecodeConfig:
     temperature is 0."""
     suppress: Sequence[int] | Tensor | None = None
     """Ids (n,) never to be decoded, left out of the softmax."""
+    repetition_penalty: float = 1.0
+    """Of an autoregressive model, as transformers': the logit of a token that prompt or response already have
+    is divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858). 0.01 to 100."""
+    presence_penalty: float = 0.0
+    """As OpenAI's: taken from the logit of a token that the response already has. -2 to 2."""
+    frequency_penalty: float = 0.0
+    """As OpenAI's: taken from it once for each time. -2 to 2."""
     mask_id: int | None = None
     """The mask token; None: the model's `mask_token_id`."""
     eos_id: int | Sequence[int] | Tensor | None = None
@@ -292,6 +302,8 @@ POLICY_FIELDS = ("threshold", "selector", "steps", "max_commit", "score")
 """Fields that, with `min_commit`, make a sequence's policy row; None: not given."""
 ACTIVE_BLOCK_FIELDS = ("active_blocks", "open_at", "activate_at")
 """Fields for several open blocks."""
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields for autoregressive models, in the order of `sequence_settings.Penalties`."""
 ENGINE_FIELDS = (
     *("cache", "block_length", "sub_block_length", "refresh", "batch_invariant", "graphs", "mask_id"),
     *ACTIVE_BLOCK_FIELDS,
@@ -318,6 +330,7 @@ OTHER_LIBRARIES = {
     "remasking": "score",
     "generator": "seed",
     "output_scores": "logprobs",
+    "repeat_penalty": "repetition_penalty",
 }
 """Other libraries' names of a field's purpose, where they are unlike the field's."""
 PER_SEQUENCE_FIELDS = (

@@ -12,6 +12,17 @@ from ..automaton import Automaton
 from ..rules import Rule
 
 
+class Penalties(NamedTuple):
+    """What the logits of tokens that the text already has are changed by, see `DecodeConfig`."""
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+
+NO_PENALTIES = Penalties()
+
+
 @dataclass(frozen=True)
 class SequenceSettings:
     """How one sequence is decoded."""
@@ -36,12 +47,19 @@ class SequenceSettings:
     """The rule that decides, with or without the policy."""
     automaton: Automaton | None = None
     """The form of the response; of a diffusion model it is in `rule` too, which keeps it."""
+    penalties: Penalties = NO_PENALTIES
+    """Of an autoregressive model."""
     record: bool = False
     """Whether passes record its `workspace.Trajectory`."""
     top_logprobs: int = 0
     """How many of the most probable tokens of each place are kept; above 0 passes record `Trajectory.top`."""
     scheduled: bool = False
     """Whether the fixed schedule decides how many tokens a pass commits."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what may be chosen depends on the tokens in front, of an autoregressive model."""
+        return self.automaton is not None or self.penalties != NO_PENALTIES
 
     @property
     def one_block(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from ..models import Model, check_diffusion, traits
 from ..ops.inputs import check_sampling
 from ..rules import Leading, Rule
 from ..rules.constrained import Constrained
-from .config import ACTIVE_BLOCK_FIELDS, DecodeConfig, decider
+from .config import ACTIVE_BLOCK_FIELDS, PENALTIES, DecodeConfig, decider
 from .schedule import Schedule, is_block_causal, make
-from .sequence_settings import SequenceSettings
+from .sequence_settings import NO_PENALTIES, Penalties, SequenceSettings
 
 
 class ResolvedConfig(NamedTuple):
@@ -135,6 +135,9 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     if rule is not None and rule.in_order and config.infill:
         name = "a form (automaton)" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
+    penalties = Penalties(*(getattr(config, name) for name in PENALTIES))
+    if not left_to_right:
+        check_penalties(vars(config), f"belongs to an autoregressive model, not to {type(model).__name__}")
     temperature, top_p, top_k = check_sampling(config.temperature, config.top_p, config.top_k)
     seed = drawn_seed(temperature) if config.seed is None else config.seed
     if isinstance(seed, tuple) and len(seed) != size:
@@ -155,12 +158,20 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
             top_k=top_k,
             rule=rule,
             automaton=automaton,
+            penalties=penalties,
             record=config.record or config.logprobs,
             top_logprobs=config.top_logprobs,
             scheduled=not selectors and rule is None and config.policy is None,
         )
         for numbers, key in zip(rows.tolist(), keys, strict=True)
     ]
+
+
+def check_penalties(fields: Mapping[str, Any], why: str) -> None:
+    """Raise ValueError, saying why, for a penalty that would change something."""
+    for name, neutral in zip(PENALTIES, NO_PENALTIES, strict=True):
+        if (value := fields.get(name, neutral)) != neutral:
+            raise ValueError(f"{name}: {why}, got {shown(value)}")
 
 
 def _make_strict(rows: Tensor, selectors: Sequence[str], strict: Collection[str]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import arguments
 from ..cache import KVCache
-from ..decoding.config import DecodeConfig, DecodeKeywords, configured, names_fields
+from ..decoding.config import PENALTIES, DecodeConfig, DecodeKeywords, configured, names_fields
 from ..decoding.decode import DecodeOutput, Prompts, output_fields, run
 from ..decoding.sequence_settings import SequenceSettings
 from ..decoding.settings import make_settings, mask_of
@@ -157,7 +157,7 @@ def adaptive_decode(
 
 def check_adaptive(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a field of `DecodeConfig` that does not apply to decoding with a verifier."""
-    names = {*DIFFUSION_FIELDS, "automaton", "logprobs"} - {"mask_id"}
+    names = {*DIFFUSION_FIELDS, *PENALTIES, "automaton", "logprobs"} - {"mask_id"}
     why = "with a verifier decoding goes left to right, as far as it agrees, and takes none"
     check_unset(fields, sorted(names), why)
 

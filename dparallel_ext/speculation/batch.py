@@ -313,8 +313,9 @@ class CausalBatch:
                 self._issued.clear()  # they were for other sequences
             if not self._issued:
                 self._issued.append(self._issue(drafts, tree))
-            # An automaton's state is known once a pass's tokens are.
-            ahead = 0 if any(self.sequences[b].settings.automaton for b in drafts) else self._ahead
+            # An automaton's state, and what is penalized, is known once a pass's tokens are.
+            waits = any(self.sequences[b].settings.reads_text for b in drafts)
+            ahead = 0 if waits else self._ahead
             while len(self._issued) <= ahead:
                 coming = [b for b in drafts if self.sequences[b].room > self._coming(b)]
                 if not coming:

@@ -19,7 +19,6 @@ from ..cache import AttentionMetadata, KVCache, Span
 from ..decoding.sequence_settings import grouped
 from ..models import Model, fused_weights, own_precision
 from ..ops import row_topk
-from ..ops.row_topk import MOST
 from ..packed import Packing, bits_of, floats_of, unpack
 from .checkpoint import write_checkpoint
 from .draft import Draft
@@ -55,7 +54,7 @@ class BlockDrafter(Drafter):
 
     drafting = Chains()
     """How its sessions make drafts, see also `ddtree`."""
-    guesses = MOST
+    guesses = 16
     """The most guesses of a row."""
 
 

@@ -21,7 +21,7 @@ from ..cache import AttentionMetadata, PadTo, Span
 from ..decoding import padding
 from ..decoding.graphs import recorded_key, run_pass
 from ..decoding.most_probable import MOST, most_probable
-from ..decoding.sequence_settings import SamplingGroup
+from ..decoding.sequence_settings import NO_PENALTIES, SamplingGroup
 from ..decoding.workspace import Workspace
 from ..models import Model, Taps, own_precision
 from ..ops import accept, kv_move
@@ -31,6 +31,7 @@ from ..types import NO_ERROR, AcceptOutput, RowTopK
 from . import rider_pass
 from .draft import Draft, depths
 from .drafter import DraftSession, KeepsStreams, Observation
+from .penalties import TENSORS, PenalizedRows, penalized
 from .sequence import UNKNOWN, CausalSequence
 
 
@@ -45,6 +46,8 @@ class PassKey(NamedTuple):
     start: int
     """The first layer that the pass runs."""
     tree: bool
+    penalized: bool
+    """Whether some rows' choices are."""
     riders: int
     """The number of input tensors about riders; 0: there are none."""
     follows: bool
@@ -267,11 +270,13 @@ class CausalRunner:
         it.
         """
         lanes, width, pad_to = len(sequences), self._width, self._pad_to
-        rows = PassRows(sequences)
+        rows, penalties = PassRows(sequences), PenalizedRows()
         for b, draft in drafts.items():
             sequence = sequences[b]
-            new = self._ids[b * width + sequence.num_cached : b * width + sequence.known]
-            rows.add(b, draft, new, coming[b])
+            text = self._ids[b * width : b * width + sequence.known]
+            if (own := sequence.settings.penalties) != NO_PENALTIES:
+                penalties.add(len(rows.source), text, sequence.prompt, draft, own)
+            rows.add(b, draft, text[sequence.num_cached :], coming[b])
         packing, wanted = Packing(), len(rows.source)
         trees = [draft.rows for draft in drafts.values()] if tree else None
         tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, rows.spans, pad_to, parents=trees)
@@ -295,6 +300,8 @@ class CausalRunner:
             packing.tensors((self.kv_cache.block_table,))
         else:
             packing.close(0, 0)
+        if penalties:
+            penalties.put(packing, padded)
         packing.tensors(joined)
         inputs, shapes = packing.pack(self.device)
         return inputs, PassKey(
@@ -304,6 +311,7 @@ class CausalRunner:
             rows.verified if pad_to is None else 1 << (rows.verified - 1).bit_length(),
             next(iter(drafts.values())).start,
             tree,
+            bool(penalties),
             len(joined),
             self._last is not None,
             rows.logprobs,
@@ -315,6 +323,8 @@ class CausalRunner:
     def _compute(self, key: PassKey, inputs: Tensor) -> Tensor:
         tensors = unpack(inputs, key.shapes)
         tensors, joined = tensors[: len(tensors) - key.riders], tensors[len(tensors) - key.riders :]
+        count = len(tensors) - (TENSORS if key.penalized else 0)
+        tensors, penalties = tensors[:count], tensors[count:]
         *tensors, room, states, left, eos_ids, bases, table = tensors
         *about_tokens, ids, places, source, token, parent, keys, edges = tensors
         metadata = AttentionMetadata(key.max_q_len, key.max_kv_len, *about_tokens, causal=not key.tree)
@@ -322,6 +332,8 @@ class CausalRunner:
             assert self._last is not None
             ids = torch.cat((ids, self._last))[places]
         logits = self._logits(key, ids, source, metadata, joined)
+        if key.penalized:
+            logits = penalized(logits, *penalties)
         logits = _constrained(logits, key.automata, states, left)
         outputs = [
             accept(

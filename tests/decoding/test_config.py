@@ -135,6 +135,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("seed", 2**63, "seed: expected an integer of 64 bits or int64 .*, got 9223372036854775808"),
     ("seed", torch.zeros(2, 2), r"seed: expected an integer or int64 \(B,\), got torch.float32 \(2, 2\)"),
     ("record", "yes", "record: expected True or False, got 'yes'"),
+    ("repetition_penalty", 0.0, "repetition_penalty: expected a number from 0.01 to 100, got 0.0"),
+    ("presence_penalty", 2.5, "presence_penalty: expected a number from -2 to 2, got 2.5"),
+    ("frequency_penalty", "a", "frequency_penalty: expected a number from -2 to 2, got 'a'"),
     ("logprobs", 1.0, "logprobs: expected True or False, got 1.0"),
     ("top_logprobs", None, "top_logprobs: expected a whole number >= 0, got None"),
 ]

@@ -309,6 +309,16 @@ WAYS: dict[str, Way] = {
         name: speculated(drafters.MODEL, made, automaton=a_form(1, 61, ends=(5, 9)), **SAMPLED)
         for name, made in DRAFTERS.items()
     },
+    **{
+        f"penalties, {name}": speculated(
+            drafters.MODEL,
+            lambda device, name=name: name,
+            repetition_penalty=1.3,
+            frequency_penalty=0.5,
+            **SAMPLED,
+        )
+        for name in (None, "recycling")
+    },
     "jump_forward": speculated(
         drafters.MODEL, lambda device: "jump_forward", automaton=a_form(1, 61, ends=(5, 9))
     ),

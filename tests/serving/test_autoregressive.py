@@ -158,6 +158,10 @@ def test_stops_and_logprobs(client: OpenAI, loaded: tuple[Any, Any]) -> None:
     answer = ask(client, prompt, logprobs=0, extra_body={"ignore_eos": True})
     given = answer.choices[0].logprobs.token_logprobs
     torch.testing.assert_close(torch.tensor(given), found.logprobs[0], rtol=0, atol=1e-4)
+    penalties: dict[str, Any] = {"presence_penalty": 0.7, "frequency_penalty": 0.4}
+    expected = said_by(loaded, PROMPTS[0], gen_length=24, repetition_penalty=1.3, **penalties)
+    answer = ask(client, prompt, **penalties, extra_body={"repetition_penalty": 1.3})
+    assert answer.choices[0].text == expected[0] != tokens.decode(response)
     stop = response[9]
     answer = ask(client, prompt, extra_body={"ignore_eos": True, "stop_token_ids": [stop]})
     assert answer.usage.completion_tokens == response.index(stop)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dparallel_ext import Automaton, DecodeConfig, DraftEvent, Engine, Handle, arguments
-from dparallel_ext.decoding.config import with_ends
+from dparallel_ext.decoding.config import PENALTIES, with_ends
 
 from .. import page, registry, structured, text
 from ..configs import parse_policy, policy_of, seed_of, without_ends
@@ -414,7 +414,8 @@ class ModelService:
             theirs = {"prompt": request.asked, "gen_length": request.length_name, "stop": "stop_token_ids"}
             theirs |= {"automaton": request.form_name, "infill": "suffix", "rule": "policy"}
             theirs |= {"top_logprobs": request.top_name}
-            theirs |= {name: name for name in ("temperature", "top_p", "top_k", "logprobs", "policy")}
+            same = ("temperature", "top_p", "top_k", "logprobs", "policy", *PENALTIES)
+            theirs |= {name: name for name in same}
             # Other arguments, such as steps, follow from the policy.
             name, reason = (theirs[ours], reason) if ours in theirs else ("policy", f" {error}")
             raise ApiError(400, f"{name}:{reason}", param=name) from error
@@ -439,6 +440,7 @@ class ModelService:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "top_k": None if request.top_k is None else max(0, request.top_k),
+            **{name: getattr(request, name) for name in PENALTIES},
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         changes |= {} if automaton is None else {"automaton": automaton}

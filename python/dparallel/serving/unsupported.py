@@ -42,12 +42,10 @@ SUMMARIES = ("auto", "concise", "detailed")
 """Of what answers have not."""
 
 OPENAI: Neutral = {
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -70,7 +68,6 @@ VLLM_AND_SGLANG: Neutral = {
     "mm_processor_kwargs": ({},),
     "no_stop_trim": (False,),
     "priority": (0,),
-    "repetition_penalty": (1,),
     "return_cached_tokens_details": (False,),
     "return_hidden_states": (False,),
     "return_meta_info": (False,),
