@@ -70,6 +70,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
             "response_format",
             "not beside a tool",
         ),
+        ({"messages": [{"role": "user", "content": "a"}] * 4097}, "messages", "at most 4096 items"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "parts"),
         (

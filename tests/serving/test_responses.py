@@ -182,6 +182,7 @@ def test_items_become_messages(client: OpenAI, student: tuple[Any, Any]) -> None
         ({"truncation": "auto"}, "truncation", 'only "disabled" is supported'),
         ({"prompt": {"id": "p"}}, "prompt", "is not supported"),
         ({"include": ["file_search_call.results"]}, "include", "'message.output_text.logprobs' or"),
+        ({"input": [{"role": "user", "content": "a"}] * 4097}, "input", "at most 4096 items"),
         ({"top_logprobs": 1}, "top_logprobs", "belongs to include="),
         ({"top_logprobs": 21, "include": LOGPROBS}, "top_logprobs", "less than or equal to 20"),
         ({"reasoning": {"effort": "low"}}, "reasoning", 'reasoning.effort: only "none"'),

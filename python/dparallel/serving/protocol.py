@@ -18,6 +18,8 @@ from .unsupported import CHAT, COMPLETION, MESSAGE, PART, STREAM_OPTIONS, Neutra
 MOST_PROMPTS = 4096
 """The most prompts of a request, and the most `n`, whatever the server's own limit, since each prompt is
 checked by itself."""
+MOST_MESSAGES = 4096
+"""The most messages of a chat, since everybody waits while they are checked."""
 MOST_STOPS = 32
 """The most stop strings of a request, and the most stop_token_ids."""
 MOST_TOOLS = 128
@@ -383,7 +385,7 @@ class ChatRequest(Options):
     neutral, asked, top_name = CHAT, "messages", "top_logprobs"
     suffix: ClassVar[None] = None
     # Only one error is reported, so validation stops at the first: there may be one in every message.
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)

@@ -27,7 +27,17 @@ from .answer import Writer, sse
 from .call import Call, Piece, Score
 from .errors import ApiError
 from .logprobs import as_json
-from .protocol import MOST_TOOLS, MOST_TOP, ChatRequest, Common, CompletionRequest, Function, Strict, Text
+from .protocol import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    MOST_TOP,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    Function,
+    Strict,
+    Text,
+)
 from .service import Service
 from .tools import PossibleCalls
 from .unsupported import REASONING, RESPONSE, RESPONSE_TEXT, RESPONSE_TOOL
@@ -210,7 +220,10 @@ class ResponsesRequest(Common):
 
     neutral = RESPONSE
     input: Annotated[
-        list[AnyItem], FailFast(), BeforeValidator(as_items, json_schema_input_type=str | list[AnyItem])
+        list[AnyItem],
+        FailFast(),
+        Field(max_length=MOST_MESSAGES),
+        BeforeValidator(as_items, json_schema_input_type=str | list[AnyItem]),
     ]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
