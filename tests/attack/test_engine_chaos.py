@@ -148,6 +148,10 @@ class Client:
             "eos_id": rng.choice([None, 5]),
             "suppress": tuple(POISON),
         }
+        if rng.random() < 0.3:
+            own |= {"logprobs": True, "top_logprobs": rng.choice([0, 3])}
+        if self.causal and rng.random() < 0.3:
+            own |= {"repetition_penalty": 1.3, "frequency_penalty": rng.choice([0.0, 0.5])}
         if self.fixed:
             own |= {"threshold": float(rng.choice([1, 3])), "selector": "quota"}
         elif not self.causal:
