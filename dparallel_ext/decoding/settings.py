@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
     penalties = Penalties(*(getattr(config, name) for name in PENALTIES))
     if not left_to_right:
-        check_penalties(vars(config), f"belongs to an autoregressive model, not to {type(model).__name__}")
+        _refuse_penalties(model, penalties)
     temperature, top_p, top_k = check_sampling(config.temperature, config.top_p, config.top_k)
     seed = drawn_seed(temperature) if config.seed is None else config.seed
     if isinstance(seed, tuple) and len(seed) != size:
@@ -167,11 +167,12 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     ]
 
 
-def check_penalties(fields: Mapping[str, Any], why: str) -> None:
-    """Raise ValueError, saying why, for a penalty that would change something."""
-    for name, neutral in zip(PENALTIES, NO_PENALTIES, strict=True):
-        if (value := fields.get(name, neutral)) != neutral:
-            raise ValueError(f"{name}: {why}, got {shown(value)}")
+def _refuse_penalties(model: Any, penalties: Penalties) -> None:
+    """Raise ValueError for a penalty that would change something."""
+    for name, value, neutral in zip(PENALTIES, penalties, NO_PENALTIES, strict=True):
+        if value != neutral:
+            name_of = type(model).__name__
+            raise ValueError(f"{name}: belongs to an autoregressive model, not to {name_of}, got {value}")
 
 
 def _make_strict(rows: Tensor, selectors: Sequence[str], strict: Collection[str]) -> None:

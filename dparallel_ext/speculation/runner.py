@@ -273,10 +273,10 @@ class CausalRunner:
         rows, penalties = PassRows(sequences), PenalizedRows()
         for b, draft in drafts.items():
             sequence = sequences[b]
-            text = self._ids[b * width : b * width + sequence.known]
+            begin, end = b * width, b * width + sequence.known
             if (own := sequence.settings.penalties) != NO_PENALTIES:
-                penalties.add(len(rows.source), text, sequence.prompt, draft, own)
-            rows.add(b, draft, text[sequence.num_cached :], coming[b])
+                penalties.add(len(rows.source), self._ids[begin:end], sequence.prompt, draft, own)
+            rows.add(b, draft, self._ids[begin + sequence.num_cached : end], coming[b])
         packing, wanted = Packing(), len(rows.source)
         trees = [draft.rows for draft in drafts.values()] if tree else None
         tokens, max_q_len, max_kv_len = self.kv_cache.put(packing, rows.spans, pad_to, parents=trees)

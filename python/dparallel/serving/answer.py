@@ -178,9 +178,10 @@ class AnswerWriter(Writer):
                 scored[piece.choice].add(self.logprobs(piece.scores))
             reasons[piece.choice] = piece.reason or ""
         choices = []
-        for index, (said, reason) in enumerate(zip(texts, reasons, strict=True)):
+        for index, (said, how) in enumerate(zip(texts, reasons, strict=True)):
             content = {"message": self.message(index, said)} if self.chat else {"text": said}
-            fields = {"index": index, **content, "finish_reason": self.reason(index, reason)}
+            reason = self.reason(index, how)  # behind `message`, which reads the calls
+            fields = {"index": index, **content, "finish_reason": reason}
             logprobs = scored[index].text() if self.request.scored else "null"
             choices.append(f'{as_json(fields)[:-1]},"logprobs":{logprobs}}}')
         usage = as_json(call.usage())
