@@ -52,7 +52,7 @@ class DecodeKeywords(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     suppress: Sequence[int] | Tensor | None
-    repetition_penalty: float
+    repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
     mask_id: int | None
@@ -176,9 +176,10 @@ class DecodeConfig:
     temperature is 0."""
     suppress: Sequence[int] | Tensor | None = None
     """Ids (n,) never to be decoded, left out of the softmax."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Of an autoregressive model, as transformers': the logit of a token that prompt or response already have
-    is divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858). 0.01 to 100."""
+    is divided by it where positive, multiplied where negative (CTRL, arXiv 1909.05858). 0.01 to 100. None:
+    that of its generation_config.json, as in `generate`, else 1, which changes nothing."""
     presence_penalty: float = 0.0
     """As OpenAI's: taken from the logit of a token that the response already has. -2 to 2."""
     frequency_penalty: float = 0.0

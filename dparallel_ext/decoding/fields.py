@@ -114,6 +114,10 @@ def _seed(name: str, value: Any) -> Any:
     return plain(seeds.to(torch.int64))
 
 
+def _penalty(name: str, value: Any) -> float | None:
+    return None if value is None else number(name, value, least=0.01, most=100)
+
+
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "gen_length": _counts,
     "infill": _switch,
@@ -137,7 +141,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "top_p": _real,
     "top_k": _real,
     "suppress": _ids,
-    "repetition_penalty": functools.partial(number, least=0.01, most=100),
+    "repetition_penalty": _penalty,
     "presence_penalty": functools.partial(number, least=-2, most=2),
     "frequency_penalty": functools.partial(number, least=-2, most=2),
     "mask_id": _whole_of(0),

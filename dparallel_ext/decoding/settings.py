@@ -135,9 +135,7 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     if rule is not None and rule.in_order and config.infill:
         name = "a form (automaton)" if automaton is not None else type(rule).__name__
         raise ValueError(f"infill: does not go with {name}, which decides in order, got True")
-    penalties = Penalties(*(getattr(config, name) for name in PENALTIES))
-    if not left_to_right:
-        _refuse_penalties(model, penalties)
+    penalties = _penalties(config, model, left_to_right)
     temperature, top_p, top_k = check_sampling(config.temperature, config.top_p, config.top_k)
     seed = drawn_seed(temperature) if config.seed is None else config.seed
     if isinstance(seed, tuple) and len(seed) != size:
@@ -167,12 +165,17 @@ def make_settings(config: DecodeConfig, model: Any, cache: str, size: int) -> li
     ]
 
 
-def _refuse_penalties(model: Any, penalties: Penalties) -> None:
-    """Raise ValueError for a penalty that would change something."""
+def _penalties(config: DecodeConfig, model: Any, left_to_right: bool) -> Penalties:
+    """The penalties in force. Raises ValueError for one that would change a diffusion model's text."""
+    repetition, presence, frequency = (getattr(config, name) for name in PENALTIES)
+    if repetition is None:
+        repetition = model.repetition_penalty if left_to_right else 1.0
+    penalties = Penalties(repetition, presence, frequency)
     for name, value, neutral in zip(PENALTIES, penalties, NO_PENALTIES, strict=True):
-        if value != neutral:
+        if value != neutral and not left_to_right:
             name_of = type(model).__name__
             raise ValueError(f"{name}: belongs to an autoregressive model, not to {name_of}, got {value}")
+    return penalties
 
 
 def _make_strict(rows: Tensor, selectors: Sequence[str], strict: Collection[str]) -> None:

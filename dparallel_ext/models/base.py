@@ -20,7 +20,7 @@ from ..arguments import check_tensor, described, warn
 from ..cache import AttentionMetadata, KVCache, Span, block_causal_spans, known_first, runs_joined
 from . import experts, fields, fused_weights, rope
 from .attention import PagedAttention
-from .config import BlockRouting, Config, ModelConfig, Output, config_ids
+from .config import BlockRouting, Config, ModelConfig, Output, config_ids, penalty_in
 from .fp8 import Fp8Linear
 from .hugging_face import HuggingFaceInterface
 from .modules import DROPOUT, Block, RMSNorm, Stream, Taps, all_modules, attention, norm_of_sum, rotate
@@ -77,6 +77,7 @@ class Model(HuggingFaceInterface):
             self.config["mask_token_id"] = published
         self.mask_id = next(iter(config_ids(self.config, "mask_token_id", s.embedding_size)), None)
         self.end_at(config_ids(self.config, "eos_token_id", s.embedding_size))
+        self.repetition_penalty = penalty_in(config)
         self.embed = nn.Embedding(s.embedding_size, s.width)
         names = {o: t.removeprefix(layer + "{}.") for o, t in self.NAMES.items() if "{}" in t}
         sparse = frozenset() if s.experts is None else s.experts.layers

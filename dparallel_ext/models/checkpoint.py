@@ -17,7 +17,7 @@ from .. import backends, whole_files
 from ..arguments import instance, warn
 from . import dequantized, files, fingerprints, fused_weights, multimodal
 from .base import Model
-from .config import ModelConfig, config_ids
+from .config import PENALTY, ModelConfig, config_ids
 from .experts import Experts, Router, in_parts
 from .families import FAMILIES, family_in, family_of, own_code
 from .modules import shapes_only
@@ -40,9 +40,10 @@ def load(
     weights as `Model.fuse` does while they are read; default: on any device but the CPU. `mask_id` replaces
     the checkpoint's mask token, which is read from config.json, generation_config.json or the tokenizer's
     files, or else is that of the family's released checkpoints; a causal model's is read from config.json
-    alone. The model's `eos_ids` are those of config.json, then those of generation_config.json. Weights that
-    are stored as 8-bit floats with scales are read into `dtype` (default: that of the other tensors). Of a
-    Mistral 3, which sees images, the language model is read.
+    alone. The model's `eos_ids` are those of config.json, then those of generation_config.json, whose
+    repetition_penalty an autoregressive model keeps, see `DecodeConfig`. Weights that are stored as 8-bit
+    floats with scales are read into `dtype` (default: that of the other tensors). Of a Mistral 3, which sees
+    images, the language model is read.
 
     Raises:
         FileNotFoundError: naming the missing file or directory.
@@ -66,6 +67,7 @@ def load(
     _add_ends(
         config, files.generation_end_ids(directory), shape.embedding_size, f"{source}: generation_config.json"
     )
+    _set_penalty(config, files.read_json(directory / "generation_config.json").get(PENALTY))
     backends.warn_without_kernels(place)
     fuse = place.type != "cpu" if fuse is None else fuse
     with ExitStack() as opened:
@@ -144,6 +146,12 @@ def _add_ends(config: dict[str, Any], others: Iterable[int], rows: int, source: 
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
 
+def _set_penalty(config: dict[str, Any], of_generation: Any) -> None:
+    """Set the config's repetition penalty to generation_config.json's, if that has one."""
+    if of_generation is not None:
+        config[PENALTY] = of_generation
+
+
 def wrap(hf_model: nn.Module) -> Model:
     """A native model that shares the weights of a loaded Hugging Face model of one of `FAMILIES`.
 
@@ -202,6 +210,7 @@ def wrap(hf_model: nn.Module) -> Model:
     rows = family.shape_of(content).embedding_size
     ends = config_ids({"eos_token_id": getattr(generation, "eos_token_id", None)}, "eos_token_id", rows)
     _add_ends(content, ends, rows, source)
+    _set_penalty(content, getattr(generation, PENALTY, None))
     model = _assemble(*multimodal.language_tensors(content, tensors), source, mixed=True)
     mixtures = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, Router | Experts))
     for name, module in adapted.items():

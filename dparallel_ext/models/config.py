@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_fields, instance, shown, whole
+from ..arguments import check_fields, instance, number, shown, whole
 from . import files
 from .rope import QueryScaling, RopeScaling
 
@@ -161,6 +161,16 @@ def config_ids(config: Mapping[str, Any], key: str, rows: int) -> tuple[int, ...
     if ids is not None and not all(type(token) is int and 0 <= token < rows for token in several):
         raise ValueError(f"config: {key}={ids!r:.80}, expected an id below {rows} or null")
     return () if ids is None else tuple(several)
+
+
+PENALTY = "repetition_penalty"
+
+
+def penalty_in(config: Mapping[str, Any]) -> float:
+    """The repetition penalty that transformers' `generate` applies; 1: none. Raises ValueError naming the
+    key."""
+    value = config.get(PENALTY)
+    return 1.0 if value is None else number(f"config: {PENALTY}", value, 0.01, 100)
 
 
 BLOCK_LENGTH = 32

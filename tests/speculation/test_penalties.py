@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import drafters
@@ -80,20 +81,35 @@ def test_passes_are_recorded(taped: list[Graphs], drafter: str | None) -> None:
     assert sum(graphs.replays for graphs in taped) > 32
 
 
-def test_generate_of_transformers_gives_the_same_text() -> None:
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_generate_of_transformers_gives_the_same_text(tmp_path: Path, drafter: str | None) -> None:
+    """Given, and by generation_config.json, of a wrapped model and of one that is loaded."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61}
     theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads, pad_token_id=0)).eval()
-    ours = models.wrap(theirs)
+    greedy: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    call: dict[str, Any] = {"gen_length": 24, "eos_id": -1, "drafter": drafter, "draft_size": 5}
+    plain = models.wrap(theirs)
+    theirs.generation_config.repetition_penalty = 1.4
+    theirs.save_pretrained(tmp_path / "theirs")
+    models.save(models.load(tmp_path / "theirs"), tmp_path / "ours")
+    own = models.wrap(theirs), *(models.load(tmp_path / name) for name in ("theirs", "ours"))
     for prompt in PROMPTS:
-        settings: dict[str, Any] = {"repetition_penalty": 1.4, "do_sample": False, "eos_token_id": None}
-        mask = torch.ones_like(prompt)[None]
-        text = theirs.generate(prompt[None], attention_mask=mask, max_new_tokens=24, **settings)
-        out = dx.speculate(
-            ours, prompt, gen_length=24, eos_id=-1, repetition_penalty=1.4, drafter="ngram", draft_size=5
-        )
-        assert torch.equal(out.sequences, text)
+        text = theirs.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **greedy)
+        given = dx.speculate(plain, prompt, repetition_penalty=1.4, **call)
+        for out in (given, *(dx.speculate(model, prompt, **call) for model in own)):
+            assert torch.equal(out.sequences, text)
+        without = dx.speculate(plain, prompt, **call).sequences
+        assert torch.equal(dx.speculate(own[1], prompt, repetition_penalty=1.0, **call).sequences, without)
+        assert not torch.equal(without, text)
+
+
+def test_a_penalty_of_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    models.save(MODEL, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    with pytest.raises(ValueError, match=r"repetition_penalty: expected a number from 0.01 to 100, got 0"):
+        models.load(tmp_path)
 
 
 @pytest.mark.parametrize("form", [None, a_form(1, 61, ends=(5, 9))], ids=["free", "of a form"])

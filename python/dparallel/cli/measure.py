@@ -152,8 +152,8 @@ def evaluate(
     draft_size: Annotated[
         int | None,
         typer.Option(
-            help="the most tokens of a draft; default: the drafter's own most. For policies of diffusion "
-            "models that are one, steps:N or quota:K: guesses of self-speculation; default: none"
+            help="the most tokens of a draft; default: the drafter's own most. For diffusion models with a "
+            "policy row, as one or entropy:0.5: guesses of self-speculation; default: none"
         ),
     ] = None,
     report: Annotated[
@@ -309,7 +309,10 @@ def tune(
     drafter: DrafterOption = None,
     draft_size: Annotated[
         list[int] | None,
-        typer.Option(help=f"rows of a draft; repeatable; default: {', '.join(map(str, SIZES))}"),
+        typer.Option(
+            help="for an autoregressive model: tokens of a draft; repeatable; default: "
+            f"{', '.join(map(str, SIZES))}"
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
